@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from blinker import Namespace
+
+_signals = Namespace()
+
+task_started = _signals.signal(
+    "task-started",
+    doc="""\
+Sent before a task runs, in the thread and in the context that it runs in. The sender
+is the :class:`~flask.Flask` app. Keyword arguments:
+
+-   ``name``: the task's name, see :func:`.task`.
+-   ``how``: ``"thread"`` on a thread of the pool, ``"helped"`` on the thread that waits
+    for the scope, ``"inline"`` where :func:`.run` was called.
+-   ``submitted``, ``started``: seconds of :func:`time.monotonic`.
+
+Not sent for a plain call outside of any application context. A receiver that raises is
+logged, and the task runs all the same.
+""",
+)
+
+task_finished = _signals.signal(
+    "task-finished",
+    doc="""\
+Sent after a task ran, in the same thread and context as :data:`task_started` and with
+its keyword arguments, and:
+
+-   ``finished``: seconds of :func:`time.monotonic`.
+-   ``exception``: what the task raised, or ``None``.
+""",
+)

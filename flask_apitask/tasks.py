@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import functools
+import typing as t
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+T = t.TypeVar("T")
+T_co = t.TypeVar("T_co", covariant=True)
+F = t.TypeVar("F", bound="cabc.Callable[..., t.Any]")
+
+How = t.Literal["thread", "helped", "inline"]
+
+
+class Task(t.Protocol[T_co]):
+    """What :func:`.run` takes beside a plain callable: a unit of work with a name.
+
+    Write one where a task carries state of its own; for all else a function does.
+    """
+
+    @property
+    def name(self) -> str:
+        """What logs and signals call it. Low-cardinality: never with an id in it."""
+        ...
+
+    def run(self) -> T_co:
+        """Do the work."""
+        ...
+
+
+def task(name: str) -> cabc.Callable[[F], F]:
+    """Name a function, for logs and signals, and return it unchanged otherwise.
+
+    Without it a task is called by its module and qualified name, which is enough for
+    most; name one where that is a moving target or where several functions are one
+    kind of work. ::
+
+        @task("mailer.welcome")
+        def send_welcome(user_id): ...
+
+    :param name: Low-cardinality: ``"mailer.welcome"``, never with an id in it.
+    :raises TypeError: The name is missing, as in a bare ``@task``.
+    """
+    if not name or callable(name):
+        raise TypeError(
+            f"task() takes the task's name first, as in @task('mailer.welcome'),"
+            f" not {name!r}."
+        )
+
+    def decorator(fn: F) -> F:
+        fn.task_name = name  # type: ignore[attr-defined]
+        return fn
+
+    return decorator
+
+
+def check_task(task: object) -> None:
+    """Refuse what is neither a callable nor a :class:`Task`.
+
+    :raises TypeError: The text names what was given, and the likely mistake.
+    """
+    if callable(task) or (
+        hasattr(task, "name") and callable(getattr(task, "run", None))
+    ):
+        return
+
+    raise TypeError(
+        f"A task is a callable, or an object with 'name' and 'run()', not {task!r}."
+        " Pass the function and its arguments apart: run(fn, x), not run(fn(x))."
+    )
+
+
+def task_name(task: t.Any) -> str:
+    """Return the name a task was given, or its module and qualified name."""
+    if not callable(task):
+        return str(task.name)
+
+    while not hasattr(task, "task_name"):
+        if not isinstance(task, functools.partial):
+            named = task if hasattr(task, "__qualname__") else type(task)
+            return f"{named.__module__}.{named.__qualname__}"
+
+        task = task.func
+
+    return str(task.task_name)
+
+
+class Job(t.Generic[T]):
+    """A task and its arguments: what a scope queues, and calls once.
+
+    :param task: A callable or a :class:`Task`.
+    :param args: Its positional arguments.
+    :param kwargs: Its keyword arguments.
+    """
+
+    __slots__ = ("_args", "_kwargs", "_task")
+
+    def __init__(
+        self, task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
+    ) -> None:
+        self._task = task
+        self._args = args
+        self._kwargs = kwargs
+
+    @property
+    def name(self) -> str:
+        return task_name(self._task)
+
+    def __call__(self, how: How) -> T:
+        """Run the task; what it raises goes to whoever called.
+
+        :param how: On which thread it runs; told to signals, of no effect otherwise.
+        """
+        call = self._task if callable(self._task) else self._task.run
+        result: T = call(*self._args, **self._kwargs)
+        return result
