@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import typing as t
+
+from flask import current_app
+
+from . import stack
+from .config import Config
+from .config import read_count
+from .config import read_timeout
+from .context import find_request_context
+from .scope import Threads
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+    import concurrent.futures
+
+    from flask import Flask
+
+    from .scope import TaskScope
+    from .tasks import Task
+
+P = t.ParamSpec("P")
+T = t.TypeVar("T")
+
+
+class ApiTask:
+    """Give every request of a Flask app a scope for its tasks.
+
+    Only for set-up: :func:`run`, :func:`wait` and the others work wherever the code
+    stands, in blueprints and libraries too.
+
+    :param app: The app to set up; leave it out to call :meth:`init_app` later.
+    """
+
+    def __init__(self, app: Flask | None = None) -> None:
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Read the configuration of an app, and register the hooks on it.
+
+        These keys of :attr:`flask.Flask.config` are read, once:
+
+        -   ``APITASK_ENABLED`` (``True``): a scope for every request.
+        -   ``APITASK_MAX_WORKERS`` (``8``): most tasks of one request running at once.
+        -   ``APITASK_POOL_SIZE`` (``32``): most threads of the process.
+        -   ``APITASK_TIMEOUT`` (``None``): seconds the end of the request waits.
+        -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
+        -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
+        -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the process.
+        -   ``APITASK_MAIL_KEEPALIVE`` (``30.0``): seconds an idle connection is kept;
+            ``0`` opens one per batch.
+        -   ``APITASK_MAIL_TLS_VERIFY`` (``True``): verify certificate and host name, by
+            the system's trust store or by a file of CA certificates, given as its path.
+
+        :param app: The app, with its configuration loaded.
+        :raises RuntimeError: The app has an :class:`ApiTask` already, or
+            ``APITASK_MAIL_BACKGROUND`` is on and Flask-Mail is not installed.
+        :raises ValueError: A key has a value that is not allowed.
+        """
+        if "apitask" in app.extensions:
+            raise RuntimeError(
+                "An 'ApiTask' instance has already been registered on this Flask app."
+                " One is enough: run() and the others find it by the current app."
+            )
+
+        config = Config.from_mapping(app.config)
+
+        if config.mail_background:
+            _reroute_mail(app, config)
+
+        app.extensions["apitask"] = stack.AppState(config, Threads(config.pool_size))
+
+        if config.enabled:
+            app.before_request(stack.open_request_scope)
+            app.teardown_request(stack.end_request_scope)
+            app.teardown_appcontext(stack.end_app_context_scope)
+
+
+@t.overload
+def run(
+    task: cabc.Callable[P, cabc.Coroutine[t.Any, t.Any, T]],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> concurrent.futures.Future[T]: ...
+
+
+@t.overload
+def run(
+    task: cabc.Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> concurrent.futures.Future[T]: ...
+
+
+@t.overload
+def run(task: Task[T], /) -> concurrent.futures.Future[T]: ...
+
+
+def run(
+    task: t.Any, /, *args: t.Any, **kwargs: t.Any
+) -> concurrent.futures.Future[t.Any]:
+    """Start a task that the current request, or ``with`` block, waits for.
+
+    It runs on a thread, in an app context of its own, with the caller's request and
+    context variables. What it raises is logged and kept in the future; the response
+    is not touched.
+
+    Where there is no scope (outside of a request, inside another task, after the
+    request's scope was ended) the task is called here and now, in the caller's own
+    context, and what it raises goes to the caller.
+
+    Not for work that must survive the process, be retried, or take longer than the
+    client cares to wait: that belongs in a task queue.
+
+    :param task: A callable, sync or ``async def``, or a :class:`Task`.
+    :param args: Its positional arguments.
+    :param kwargs: Its keyword arguments; none is taken by :func:`run` itself.
+    :raises TypeError: ``task`` can't be called.
+    :return: The future of what the task returns, finished already after a plain call.
+    """
+    return stack.run_task(task, args, kwargs)
+
+
+def wait(timeout: float | None = None) -> None:
+    """Block until the tasks that the current scope was given so far are done.
+
+    A barrier, not an end: more can be started after it. What the tasks raised is in
+    their futures and in the log, and is not raised here. Does nothing where there is
+    no scope. Not needed at the end of a view: the request waits by itself.
+
+    :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
+    :raises TimeoutError: Some are not done yet; they go on.
+    """
+    entry = stack.current_entry()
+
+    if entry is not None:
+        entry.scope.wait(timeout)
+
+
+def current_scope() -> TaskScope | None:
+    """Return the scope that :func:`run` submits to here, if one is open.
+
+    Use it as the executor that it is: ``loop.run_in_executor(current_scope(), ...)``.
+    """
+    entry = stack.current_entry()
+    return None if entry is None or entry.scope.closed else entry.scope
+
+
+@contextlib.contextmanager
+def open_scope(
+    *, max_workers: int | None = None, timeout: float | None = None
+) -> cabc.Iterator[TaskScope]:
+    """Open a scope for a block: in a command, a script, or a part of a view.
+
+    The tasks started in the block are done when it is left, whether it raises or not.
+    Scopes nest: a task belongs to the innermost, and each waits for its own.
+
+    :param max_workers: Most tasks that run at once, ``None`` for
+        :data:`APITASK_MAX_WORKERS`.
+    :param timeout: Seconds that the end of the block waits, ``None`` for
+        :data:`APITASK_TIMEOUT`, :data:`math.inf` for as long as it takes.
+    :raises ValueError: A limit is not a positive number.
+    :raises RuntimeError: There is no app context, or no :class:`ApiTask` on its app.
+    """
+    scope = _open_block(max_workers, timeout)
+
+    try:
+        yield scope
+    finally:
+        stack.end(stack.pop(scope))
+
+
+@t.overload
+def scoped(view: cabc.Callable[P, T], /) -> cabc.Callable[P, T]: ...
+
+
+@t.overload
+def scoped(
+    *, max_workers: int | None = None, timeout: float | None = None
+) -> cabc.Callable[[cabc.Callable[P, T]], cabc.Callable[P, T]]: ...
+
+
+def scoped(
+    view: t.Any = None,
+    /,
+    *,
+    max_workers: int | None = None,
+    timeout: float | None = None,
+) -> t.Any:
+    """Give one view, or any function, a scope of its own.
+
+    Its tasks are done when it returns, not only at the end of the request. Use it with
+    ``APITASK_ENABLED = False`` to have scopes where you say, or for limits of its own::
+
+        @app.post("/signup")
+        @scoped(max_workers=2, timeout=5.0)
+        def signup(): ...
+
+    :param view: A function, sync or ``async def``.
+    :param max_workers: As for :func:`open_scope`.
+    :param timeout: As for :func:`open_scope`.
+    :raises ValueError: A limit is not a positive number.
+    """
+    _read_limits(max_workers, timeout, Config())
+
+    if view is None:
+        return functools.partial(scoped, max_workers=max_workers, timeout=timeout)
+
+    if inspect.iscoroutinefunction(view):
+
+        @functools.wraps(view)
+        async def async_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
+            scope = _open_block(max_workers, timeout)
+
+            try:
+                return await view(*args, **kwargs)
+            finally:
+                # On another thread, as the tasks may need the view's event loop.
+                await asyncio.to_thread(stack.end, stack.pop(scope))
+
+        return async_view
+
+    @functools.wraps(view)
+    def sync_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
+        with open_scope(max_workers=max_workers, timeout=timeout):
+            return view(*args, **kwargs)
+
+    return sync_view
+
+
+def _open_block(max_workers: int | None, timeout: float | None) -> TaskScope:
+    """Open the scope of a ``with`` block, or of a decorated function."""
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+
+    if "apitask" not in app.extensions:
+        raise RuntimeError(
+            f"There is no 'ApiTask' on the current Flask app {app.name!r}. Create one"
+            " with ApiTask(app), or call its init_app(app)."
+        )
+
+    config: Config = app.extensions["apitask"].config
+    max_workers, timeout = _read_limits(max_workers, timeout, config)
+    return stack.open_scope(
+        app,
+        max_workers=max_workers,
+        timeout=timeout,
+        request_context=find_request_context(),
+    )
+
+
+def _read_limits(
+    max_workers: int | None, timeout: float | None, default: Config
+) -> tuple[int, float | None]:
+    return (
+        default.max_workers
+        if max_workers is None
+        else read_count("max_workers", max_workers),
+        default.timeout if timeout is None else read_timeout("timeout", timeout),
+    )
+
+
+def _reroute_mail(app: Flask, config: Config) -> None:
+    try:
+        from .mail import reroute
+    except ImportError as error:
+        if error.name != "flask_mail":
+            raise
+
+        raise RuntimeError(
+            "APITASK_MAIL_BACKGROUND is on, but Flask-Mail is not installed. Install"
+            ' it with: pip install "flask-apitask[mail]"'
+        ) from error
+
+    reroute(app, config)
