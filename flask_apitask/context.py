@@ -3,7 +3,7 @@ from __future__ import annotations
 import typing as t
 
 import flask
-from flask import current_app
+from flask import has_app_context
 from flask import has_request_context
 from flask.ctx import AppContext
 from flask.globals import app_ctx
@@ -19,16 +19,11 @@ _MERGED = hasattr(AppContext, "has_request")
 _request_context: t.Any = app_ctx if _MERGED else flask.globals.request_ctx
 
 
-def find_app() -> Flask | None:
-    """Return the app of the current context, or ``None`` outside of one."""
-    try:
-        return current_app._get_current_object()  # type: ignore[attr-defined, no-any-return]
-    except RuntimeError:
+def find_app_context() -> AppContext | None:
+    """Return the current app context, or ``None`` outside of one."""
+    if not has_app_context():
         return None
 
-
-def find_app_context() -> AppContext:
-    """Return the current app context."""
     return app_ctx._get_current_object()  # type: ignore[attr-defined, no-any-return]
 
 

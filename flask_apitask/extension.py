@@ -12,7 +12,6 @@ from . import stack
 from .config import Config
 from .config import read_count
 from .config import read_timeout
-from .context import find_request_context
 from .scope import Threads
 
 if t.TYPE_CHECKING:
@@ -77,9 +76,8 @@ class ApiTask:
         app.extensions["apitask"] = stack.AppState(config, Threads(config.pool_size))
 
         if config.enabled:
-            app.before_request(stack.open_request_scope)
             app.teardown_request(stack.end_request_scope)
-            app.teardown_appcontext(stack.end_app_context_scope)
+            app.teardown_appcontext(stack.end_app_context_scopes)
 
 
 @t.overload
@@ -136,19 +134,19 @@ def wait(timeout: float | None = None) -> None:
     :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
     :raises TimeoutError: Some are not done yet; they go on.
     """
-    entry = stack.current_entry()
+    scope = stack.current_scope()
 
-    if entry is not None:
-        entry.scope.wait(timeout)
+    if scope is not None:
+        scope.wait(timeout)
 
 
 def current_scope() -> TaskScope | None:
-    """Return the scope that :func:`run` submits to here, if one is open.
+    """Return the scope that :func:`run` submits to here, if there is one.
 
     Use it as the executor that it is: ``loop.run_in_executor(current_scope(), ...)``.
     """
-    entry = stack.current_entry()
-    return None if entry is None or entry.scope.closed else entry.scope
+    scope = stack.current_scope()
+    return None if scope is None or scope.closed else scope
 
 
 @contextlib.contextmanager
@@ -167,12 +165,13 @@ def open_scope(
     :raises ValueError: A limit is not a positive number.
     :raises RuntimeError: There is no app context, or no :class:`ApiTask` on its app.
     """
-    scope = _open_block(max_workers, timeout)
+    block, scope = _open_block(max_workers, timeout)
 
     try:
         yield scope
     finally:
-        stack.end(stack.pop(scope))
+        stack.leave_block(block)
+        stack.end(block.app, scope)
 
 
 @t.overload
@@ -215,13 +214,14 @@ def scoped(
 
         @functools.wraps(view)
         async def async_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
-            scope = _open_block(max_workers, timeout)
+            block, scope = _open_block(max_workers, timeout)
 
             try:
                 return await view(*args, **kwargs)
             finally:
+                stack.leave_block(block)
                 # On another thread, as the tasks may need the view's event loop.
-                await asyncio.to_thread(stack.end, stack.pop(scope))
+                await asyncio.to_thread(stack.end, block.app, scope)
 
         return async_view
 
@@ -233,7 +233,9 @@ def scoped(
     return sync_view
 
 
-def _open_block(max_workers: int | None, timeout: float | None) -> TaskScope:
+def _open_block(
+    max_workers: int | None, timeout: float | None
+) -> tuple[stack.Block, TaskScope]:
     """Open the scope of a ``with`` block, or of a decorated function."""
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
 
@@ -245,12 +247,7 @@ def _open_block(max_workers: int | None, timeout: float | None) -> TaskScope:
 
     config: Config = app.extensions["apitask"].config
     max_workers, timeout = _read_limits(max_workers, timeout, config)
-    return stack.open_scope(
-        app,
-        max_workers=max_workers,
-        timeout=timeout,
-        request_context=find_request_context(),
-    )
+    return stack.open_block(app, max_workers, timeout)
 
 
 def _read_limits(

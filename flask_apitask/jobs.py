@@ -138,10 +138,15 @@ def log_failure(
         extra={
             "action": "apitask",
             "task_name": name,
-            "endpoint": request.endpoint if has_request_context() else None,
+            "endpoint": find_endpoint(),
             "duration": duration,
         },
     )
+
+
+def find_endpoint() -> str | None:
+    """Return the endpoint of the current request, for the log."""
+    return request.endpoint if has_request_context() else None
 
 
 async def _await(coroutine: cabc.Coroutine[t.Any, t.Any, T]) -> T:

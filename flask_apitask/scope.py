@@ -13,6 +13,7 @@ from .exceptions import ScopeClosed
 from .tasks import check_task
 from .tasks import How
 from .tasks import Job
+from .tasks import task_name
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -24,6 +25,10 @@ T = t.TypeVar("T")
 Binder: t.TypeAlias = (
     "cabc.Callable[[t.Any, tuple[t.Any, ...], dict[str, t.Any]], Job[t.Any]]"
 )
+
+# The process that this module runs in. A scope that a forked child has from its parent
+# has another one: its threads are not there, and its lock may be held by one of them.
+_process = object()
 
 # Later than the index of any piece of work.
 _EVER = float("inf")
@@ -42,7 +47,7 @@ class Threads:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._pid = 0
+        self._process: object = None
         self._pool: concurrent.futures.ThreadPoolExecutor
 
     def submit(self, fn: cabc.Callable[..., object], /, *args: t.Any) -> None:
@@ -51,11 +56,11 @@ class Threads:
         :raises RuntimeError: No thread can be had: the interpreter shuts down, or the
             system refuses to start one more.
         """
-        if self._pid != os.getpid():
+        if self._process is not _process:
             # Two threads that come here at once make two pools. Both work, and the
             # threads of the one that is forgotten end with their last call.
             self._pool = concurrent.futures.ThreadPoolExecutor(self._size, "apitask")
-            self._pid = os.getpid()
+            self._process = _process
 
         self._pool.submit(fn, *args)
 
@@ -168,8 +173,12 @@ class TaskScope(concurrent.futures.Executor):
     3.  *Summoned for nothing.* The helper takes the work before the summoned thread
         arrives. That thread finds nothing it may take and goes home; what is capped is
         ``_running``, not the number of threads on their way.
-    4.  *Nobody can be summoned.* At interpreter shutdown the pool refuses. The caller
-        then serves the queue itself, at once, under the same cap.
+    4.  *Nobody can be summoned.* At interpreter shutdown the pool refuses. Who submits
+        then serves the queue itself, at once, under the same cap. A summoned thread
+        does not: it is about to run an earlier piece, and serves the queue after it.
+    5.  *Fork.* The child has a copy of the scope, with a lock that nobody may ever give
+        back and tasks that run in the parent. So it is closed there, and nobody waits
+        for it: that is read from ``_process`` before the lock is touched.
 
     :param threads: Where the threads come from.
     :param max_workers: Most tasks that run at once.
@@ -196,13 +205,14 @@ class TaskScope(concurrent.futures.Executor):
         self._running: set[_Work] = set()
         self._waiters: list[_Waiter] = []
         self._submitted = 0
-        self._summoned = 0
+        self._summoned = False
         self._closed = False
+        self._process = _process
 
     @property
     def closed(self) -> bool:
-        """Whether further tasks are refused."""
-        return self._closed
+        """Whether further tasks are refused. They are in a forked child, too."""
+        return self._closed or self._process is not _process
 
     def submit(
         self, fn: cabc.Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -214,25 +224,33 @@ class TaskScope(concurrent.futures.Executor):
         :raises ScopeClosed: The scope has ended. :func:`.run` makes a plain call then.
         """
         check_task(fn)
+
+        if self.closed:
+            raise self._refusal(fn)
+
         job = self._bind(fn, args, kwargs)
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         with self._lock:
             if self._closed:
-                raise ScopeClosed(
-                    f"Task {job.name!r} was submitted to a scope that has ended. Submit"
-                    " before the end of the request or of the 'with' block, or use"
-                    " run(), which then calls the task on the spot."
-                )
+                raise self._refusal(fn)
 
             self._submitted += 1
             self._queue.append(_Work(job, future, self._submitted))
             summon = self._may_summon()
 
-        if summon:
-            self._summon()
+        if summon and not self._summon():
+            self._serve_inline()
 
         return future
+
+    @staticmethod
+    def _refusal(fn: object) -> ScopeClosed:
+        return ScopeClosed(
+            f"Task {task_name(fn)!r} was submitted to a scope that has ended. Submit"
+            " before the end of the request or of the 'with' block, or use run(), which"
+            " then calls the task on the spot."
+        )
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the tasks submitted so far are done, however they end.
@@ -259,8 +277,7 @@ class TaskScope(concurrent.futures.Executor):
         :param wait: Block until the tasks are done.
         :param cancel_futures: Cancel those that no thread has begun.
         """
-        with self._lock:
-            self._closed = True
+        self._close()
 
         if cancel_futures:
             self._cancel_queued()
@@ -273,8 +290,7 @@ class TaskScope(concurrent.futures.Executor):
 
         :return: What was left behind at the deadline, or ``None`` if nothing was.
         """
-        with self._lock:
-            self._closed = True
+        self._close()
 
         if not self._join(self._timeout) or self._timeout is None:
             return None
@@ -282,8 +298,16 @@ class TaskScope(concurrent.futures.Executor):
         overdue = Overdue(self._timeout, self._cancel_queued(), self._stuck())
         return overdue if overdue.cancelled or overdue.running else None
 
+    def _close(self) -> None:
+        if not self.closed:
+            with self._lock:
+                self._closed = True
+
     def _join(self, timeout: float | None) -> int:
         """Wait, and return how many of the tasks submitted so far are not done."""
+        if self._process is not _process:
+            return 0
+
         with self._lock:
             unfinished = len(self._queue) + len(self._running)
 
@@ -294,9 +318,7 @@ class TaskScope(concurrent.futures.Executor):
             self._waiters.append(waiter)
             work = self._take(waiter.last) if timeout is None else None
 
-        while work is not None:
-            work.run("helped")
-            work = self._finish(work, waiter.last)
+        self._run(work, "helped", waiter.last)
 
         if timeout is None:
             waiter.done.acquire()
@@ -307,36 +329,60 @@ class TaskScope(concurrent.futures.Executor):
             self._waiters.remove(waiter)
             return waiter.remaining
 
-    def _serve(self, how: How) -> None:
-        """Run what is queued, until nothing may be taken any more."""
+    def _serve(self) -> None:
+        """Run what is queued: what a summoned thread does.
+
+        It summons the next one before it begins, so that threads come one by one for as
+        long as there is work left for them, and not one for each task.
+        """
         with self._lock:
-            self._summoned -= 1
+            self._summoned = False
+            work = self._take(_EVER)
+            summon = self._may_summon()
+
+        if summon:
+            self._summon()
+
+        self._run(work, "thread", _EVER)
+
+    def _serve_inline(self) -> None:
+        """Run what is queued on the caller's thread, as no other can be had."""
+        with self._lock:
             work = self._take(_EVER)
 
+        self._run(work, "inline", _EVER)
+
+    def _run(self, work: _Work | None, how: How, last: float) -> None:
         while work is not None:
             work.run(how)
-            work = self._finish(work, _EVER)
+            work = self._finish(work, last)
 
-    def _summon(self) -> None:
+    def _summon(self) -> bool:
+        """Have a thread come and serve the queue, if one can be had."""
         try:
-            self._threads.submit(self._serve, "thread")
+            self._threads.submit(self._serve)
         except RuntimeError:
-            self._serve("inline")
+            with self._lock:
+                self._summoned = False
+
+            return False
+
+        return True
 
     def _may_summon(self) -> bool:
-        """Count one more thread as summoned if there is work for it. Needs the lock."""
-        if self._summoned >= len(self._queue):
+        """Note that a thread is summoned, if one is needed now. Needs the lock."""
+        if self._summoned or not self._queue or self._is_full():
             return False
 
-        if self._summoned + len(self._running) >= self._max_workers:
-            return False
-
-        self._summoned += 1
+        self._summoned = True
         return True
+
+    def _is_full(self) -> bool:
+        return len(self._running) >= self._max_workers
 
     def _take(self, last: float) -> _Work | None:
         """Move the first piece of work to the running ones. Needs the lock."""
-        if not self._queue or len(self._running) >= self._max_workers:
+        if not self._queue or self._is_full():
             return None
 
         if self._queue[0].index > last:
@@ -361,8 +407,8 @@ class TaskScope(concurrent.futures.Executor):
             following = self._take(last)
             summon = following is None and self._may_summon()
 
-        if summon:
-            self._summon()
+        if summon and not self._summon():
+            self._serve_inline()
 
         return following
 
@@ -399,10 +445,19 @@ class TaskScope(concurrent.futures.Executor):
         )
 
     def __del__(self) -> None:
-        if not self._closed:
+        if self._submitted and not self.closed:
             warnings.warn(
                 f"{self!r} was never ended. Use 'with open_scope()'.",
                 ResourceWarning,
                 stacklevel=2,
                 source=self,
             )
+
+
+def _after_fork() -> None:
+    global _process
+    _process = object()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

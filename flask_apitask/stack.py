@@ -3,29 +3,24 @@ from __future__ import annotations
 import concurrent.futures
 import contextvars
 import dataclasses
-import enum
 import functools
-import os
 import typing as t
 
-from flask import g
 from flask import has_request_context
-from flask import request
 
-from .context import find_app
 from .context import find_app_context
 from .context import find_request_context
 from .exceptions import ScopeClosed
 from .jobs import BoundJob
+from .jobs import find_endpoint
 from .jobs import InlineJob
 from .jobs import log_failure
 from .scope import TaskScope
 from .tasks import check_task
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
     from flask import Flask
+    from flask import Request
 
     from .config import Config
     from .scope import Overdue
@@ -40,102 +35,81 @@ class AppState:
     threads: Threads
 
 
-class _Mark(enum.Enum):
-    # On top of the stack inside a task and in a forked child: run() is a plain call.
-    PLAIN = "plain"
+class Block(t.NamedTuple):
+    """A ``with`` block around the caller, or the task that the caller is inside of.
 
-
-class Entry:
-    """A scope on the stack of those that are open in a context.
-
-    :param request_context: What Flask had pushed for the request, if anything. Another
-        request, or a copy of this one in another thread, does not see the scope.
-    :param owners: Whose end ends the scope: the request's contexts, or the ``with``
-        block, which the scope itself stands for.
+    :param scope: The block's scope; ``None`` for a task, where another one is a plain
+        call.
+    :param request: The request that it is part of, if any. Another request, made inside
+        of it, does not see it.
     """
 
-    __slots__ = ("app", "owners", "previous", "request_context", "scope")
-
-    def __init__(
-        self,
-        app: Flask,
-        scope: TaskScope,
-        request_context: object | None,
-        owners: tuple[object, ...],
-    ) -> None:
-        self.app = app
-        self.scope = scope
-        self.request_context = request_context
-        self.owners = owners
-        self.previous = _stack.get()
+    app: Flask
+    scope: TaskScope | None
+    request: Request | None
+    outer: Block | None = None
 
 
-Top: t.TypeAlias = Entry | t.Literal[_Mark.PLAIN] | None
-
-# The innermost open scope. It is found by what Flask has pushed, too, and not by this
-# alone: a nested request, and a thread that was given a copy of the context variables,
-# have this very value and must not use it.
-_stack: contextvars.ContextVar[Top] = contextvars.ContextVar(
+_block: contextvars.ContextVar[Block | None] = contextvars.ContextVar(
     "flask_apitask", default=None
 )
 
+# The scope of a request is kept on its app context, by its request context. A copy of
+# these contexts, in another thread or in the same, has another request context; so has
+# a nested request. Neither sees the scope, ends it or waits for it. A context variable
+# would do for neither, nor for what a task of an async view's event loop opens.
+#
+# The value is a dict, or None once the app context was torn down.
+_SCOPES = "_flask_apitask_scopes"
 
-def open_scope(
-    app: Flask,
-    *,
-    max_workers: int,
-    timeout: float | None,
-    request_context: object | None,
-    owners: tuple[object, ...] = (),
-) -> TaskScope:
-    """Open a scope on top of the stack.
 
-    :param owners: See :class:`Entry`; by default the scope itself.
+def current_scope() -> TaskScope | None:
+    """Return the scope that a task goes to, and open the request's at its first use.
+
+    ``None`` where a task is a plain call.
     """
-    state: AppState = app.extensions["apitask"]
-    bind = functools.partial(_bind, app)
-    scope = TaskScope(
-        state.threads, max_workers=max_workers, timeout=timeout, bind=bind
-    )
-    _stack.set(Entry(app, scope, request_context, owners or (scope,)))
-    return scope
+    app_context = find_app_context()
 
+    if app_context is None:
+        return None
 
-def open_request_scope() -> None:
-    """Open the scope of a request, unless an earlier function ran a task already."""
-    app = t.cast("Flask", find_app())
-    context = find_request_context()
-    top = _stack.get()
+    app: Flask = app_context.app
+    request_context = find_request_context()
+    block = _find_block(app, request_context and request_context.request)
 
-    if not isinstance(top, Entry) or top.request_context is not context:
-        _open_for_request(app, context)
+    if block is not None:
+        return block.scope
 
+    if request_context is None or request_context.app is not app:
+        return None
 
-def end_request_scope(exc: BaseException | None) -> None:
-    """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
-    end(pop(find_request_context()))
+    scopes = vars(app_context).setdefault(_SCOPES, {})
 
+    if scopes is None:
+        return None
 
-def end_app_context_scope(exc: BaseException | None) -> None:
-    """End a scope that :func:`end_request_scope` did not come to end.
+    if request_context not in scopes:
+        state: AppState | None = app.extensions.get("apitask")
 
-    For :meth:`flask.Flask.teardown_appcontext`. Before Flask 3.2, a function registered
-    for ``teardown_request`` that raises keeps those registered before it from running.
-    """
-    end(pop(find_app_context()))
+        if state is None or not state.config.enabled:
+            return None
 
-    if has_request_context():
-        # From Flask 3.2 on the request is still visible to what is torn down after
-        # this. Nobody would end a scope that it opened.
-        g._apitask_ended = True
+        # Another thread with the very same contexts may come first. Then its scope is
+        # the request's, and ours has never been used.
+        config = state.config
+        scope = _make_scope(
+            app, config.max_workers, config.timeout, request_context.request
+        )
+        scopes.setdefault(request_context, scope)
+
+    return t.cast("TaskScope", scopes[request_context])
 
 
 def run_task(
     task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
 ) -> concurrent.futures.Future[t.Any]:
     """Submit a task to the current scope, or call it here and now."""
-    app = find_app()
-    scope = None if app is None else _scope_for_run(app)
+    scope = current_scope()
 
     if scope is not None:
         try:
@@ -144,111 +118,116 @@ def run_task(
             pass
 
     check_task(task)
+    app_context = find_app_context()
+    app = None if app_context is None else app_context.app
     future: concurrent.futures.Future[t.Any] = concurrent.futures.Future()
     future.set_result(InlineJob[t.Any](app, task, args, kwargs)("inline"))
     return future
 
 
-def accepts_tasks() -> bool:
-    """Tell whether a task would be submitted here, and not be a plain call."""
-    app = find_app()
-    scope = None if app is None else _scope_for_run(app)
-    return scope is not None and not scope.closed
+def end_request_scope(exc: BaseException | None) -> None:
+    """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
+    app_context = t.cast("t.Any", find_app_context())
+    scopes = vars(app_context).get(_SCOPES)
+
+    if scopes:
+        scope = scopes.pop(find_request_context(), None)
+
+        if scope is not None:
+            end(app_context.app, scope)
 
 
-def _scope_for_run(app: Flask) -> TaskScope | None:
-    """Return the current scope; open the request's if nothing did so before.
+def end_app_context_scopes(exc: BaseException | None) -> None:
+    """End what :func:`end_request_scope` did not come to end.
 
-    ``None`` where a task is a plain call.
+    For :meth:`flask.Flask.teardown_appcontext`. Before Flask 3.2, a function registered
+    for ``teardown_request`` that raises keeps those registered before it from running.
     """
-    context = find_request_context()
-    entry = _find(app, context)
+    app_context = t.cast("t.Any", find_app_context())
+    scopes = vars(app_context).pop(_SCOPES, None)
 
-    if isinstance(entry, Entry):
-        return entry.scope
+    if scopes:
+        for scope in scopes.values():
+            end(app_context.app, scope)
 
-    if entry is _Mark.PLAIN or context is None or context.app is not app:
-        return None
-
-    state: AppState | None = app.extensions.get("apitask")
-
-    if state is None or not state.config.enabled or "_apitask_ended" in g:
-        return None
-
-    return _open_for_request(app, context)
+    if has_request_context():
+        # From Flask 3.2 on, the request is still there for what is torn down after
+        # this. Nobody would end a scope that is opened now.
+        vars(app_context)[_SCOPES] = None
 
 
-def _open_for_request(app: Flask, request_context: object) -> TaskScope:
-    config = app.extensions["apitask"].config
-    return open_scope(
-        app,
-        max_workers=config.max_workers,
-        timeout=config.timeout,
-        request_context=request_context,
-        owners=(request_context, find_app_context()),
-    )
+def open_block(
+    app: Flask, max_workers: int, timeout: float | None
+) -> tuple[Block, TaskScope]:
+    """Open a scope for a ``with`` block."""
+    request_context = find_request_context()
+    request = request_context and request_context.request
+    scope = _make_scope(app, max_workers, timeout, request)
+    block = Block(app, scope, request, _block.get())
+    _block.set(block)
+    return block, scope
 
 
-def current_entry() -> Entry | None:
-    """Return the innermost entry that may be seen from here, if there is one."""
-    app = find_app()
-    entry = None if app is None else _find(app, find_request_context())
-    return entry if isinstance(entry, Entry) else None
+def leave_block(block: Block) -> None:
+    """Take a block off the stack, and what was left open in it."""
+    inner = _block.get()
+
+    while inner is not None and inner is not block:
+        inner = inner.outer
+
+    # It is not there where a generator is closed in another context than it ran in.
+    if inner is not None:
+        _block.set(block.outer)
 
 
-def _find(app: Flask, request_context: object | None) -> Top:
-    """Return the innermost entry that may be seen from here, or the stack's bottom."""
-    entry = _stack.get()
+def end(app: Flask, scope: TaskScope) -> None:
+    """End a scope, and log what it left behind at its deadline."""
+    overdue = scope.end()
 
-    while isinstance(entry, Entry):
-        if entry.app is app and request_context in (None, entry.request_context):
+    if overdue is not None:
+        _report(app, overdue)
+
+
+def _find_block(app: Flask, request: Request | None) -> Block | None:
+    """Return the innermost block that may be seen from here."""
+    block = _block.get()
+
+    while block is not None:
+        in_sight = request is None or block.request is request
+
+        if in_sight and (block.scope is None or block.app is app):
             break
 
-        entry = entry.previous
+        block = block.outer
 
-    return entry
+    return block
+
+
+def _make_scope(
+    app: Flask, max_workers: int, timeout: float | None, request: Request | None
+) -> TaskScope:
+    state: AppState = app.extensions["apitask"]
+    inside = Block(app, None, request)
+    bind = functools.partial(_bind, app, inside)
+    return TaskScope(state.threads, max_workers=max_workers, timeout=timeout, bind=bind)
 
 
 def _bind(
-    app: Flask, task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
+    app: Flask,
+    inside: Block,
+    task: t.Any,
+    args: tuple[t.Any, ...],
+    kwargs: dict[str, t.Any],
 ) -> BoundJob[t.Any]:
     context = contextvars.copy_context()
-    context.run(_stack.set, _Mark.PLAIN)
+    context.run(_block.set, inside)
     return BoundJob(app, context, task, args, kwargs)
 
 
-def pop(owner: object) -> list[Entry]:
-    """Take the entries of an owner off the stack, with all that lie above them."""
-    entries: list[Entry] = []
-    popped = 0
-    entry = _stack.get()
-
-    while isinstance(entry, Entry):
-        entries.append(entry)
-        entry = entry.previous
-
-        if owner in entries[-1].owners:
-            popped = len(entries)
-            _stack.set(entry)
-
-    return entries[:popped]
-
-
-def end(entries: cabc.Iterable[Entry]) -> None:
-    """Wait for the scopes of popped entries, and log what is overdue."""
-    for entry in entries:
-        overdue = entry.scope.end()
-
-        if overdue is not None:
-            _report(entry.app, overdue)
-
-
 def _report(app: Flask, overdue: Overdue) -> None:
-    """Log what a scope left behind at its deadline."""
     for name in overdue.cancelled:
-        log_failure(
-            app, name, f"was cancelled: not begun within {overdue.timeout} s", None, 0.0
-        )
+        message = f"was cancelled: not begun within {overdue.timeout} s"
+        log_failure(app, name, message, None, 0.0)
 
     if overdue.running:
         app.logger.warning(
@@ -259,16 +238,6 @@ def _report(app: Flask, overdue: Overdue) -> None:
             extra={
                 "action": "apitask",
                 "task_names": [name for name, _ in overdue.running],
-                "endpoint": request.endpoint if has_request_context() else None,
+                "endpoint": find_endpoint(),
             },
         )
-
-
-def _forget_parent() -> None:
-    """In a forked child, leave the scopes to the parent, which has their threads."""
-    if _stack.get() is not None:
-        _stack.set(_Mark.PLAIN)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)

@@ -43,7 +43,7 @@ def nothing_outlives_its_test() -> cabc.Iterator[None]:
     threads = set(threading.enumerate())
     sockets = _sockets()
     yield
-    assert stack._stack.get() is None, "a scope is left on the stack"
+    assert stack._block.get() is None, "a scope is left open"
     assert not flask.has_app_context(), "a context is left pushed"
 
     # An app takes its threads along as soon as nothing refers to it any more.
