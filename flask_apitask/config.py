@@ -150,7 +150,7 @@ def _number(value: object) -> float | None:
 
     try:
         return float(value)
-    except ValueError:
+    except (OverflowError, ValueError):
         return None
 
 

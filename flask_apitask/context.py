@@ -1,9 +1,9 @@
 from __future__ import annotations
 
+import contextvars
 import typing as t
 
 import flask
-from flask import has_app_context
 from flask import has_request_context
 from flask.ctx import AppContext
 from flask.globals import app_ctx
@@ -13,18 +13,21 @@ if t.TYPE_CHECKING:
     from types import TracebackType
 
     from flask import Flask
+    from flask import Request
+
+    from .scope import TaskScope
 
 # Flask 3.2 merges the request context into the app context.
-_MERGED = hasattr(AppContext, "has_request")
-_request_context: t.Any = app_ctx if _MERGED else flask.globals.request_ctx
+MERGED = hasattr(AppContext, "has_request")
+_request_context: t.Any = app_ctx if MERGED else flask.globals.request_ctx
 
 
 def find_app_context() -> AppContext | None:
     """Return the current app context, or ``None`` outside of one."""
-    if not has_app_context():
+    try:
+        return app_ctx._get_current_object()  # type: ignore[attr-defined, no-any-return]
+    except RuntimeError:
         return None
-
-    return app_ctx._get_current_object()  # type: ignore[attr-defined, no-any-return]
 
 
 def find_request_context() -> t.Any | None:
@@ -36,23 +39,40 @@ def find_request_context() -> t.Any | None:
     return _request_context._get_current_object() if has_request_context() else None
 
 
+class Block(t.NamedTuple):
+    """A ``with`` block around the caller, or the task that the caller is inside of.
+
+    :param scope: The block's scope; ``None`` for a task, where another one is a plain
+        call.
+    :param request: The request that it is part of, if any. Another request, made inside
+        of it, does not see it.
+    """
+
+    app: Flask
+    scope: TaskScope | None
+    request: Request | None
+    outer: Block | None = None
+
+
+current_block: contextvars.ContextVar[Block | None] = contextvars.ContextVar(
+    "flask_apitask", default=None
+)
+
+
 def task_context(app: Flask) -> contextlib.AbstractContextManager[object]:
     """Push an app context of a task's own, under which ``request`` stays visible.
 
     Its ``g`` is empty, and ``teardown_appcontext`` functions run at its end, but no
     ``teardown_request`` functions.
     """
-    if _MERGED and has_request_context() and app_ctx.app is app:
+    if MERGED and has_request_context() and app_ctx.app is app:
         return _MergedTaskContext(app_ctx)
 
     return app.app_context()
 
 
 class _MergedTaskContext:
-    """A copy of the current context that is not popped, as that ends the request.
-
-    The context variable that it is pushed to belongs to the task and goes with it.
-    """
+    """A copy of the current context that can be popped without ending the request."""
 
     def __init__(self, context: t.Any) -> None:
         self._context = context.copy()
@@ -66,4 +86,7 @@ class _MergedTaskContext:
         exc_value: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        self._context.app.do_teardown_appcontext(self._context, exc_value)
+        # With the request, pop() would run the teardown_request functions, and close
+        # the uploads. Not to pop would leave a reference cycle through the app.
+        self._context._request = None
+        self._context.pop(exc_value)

@@ -33,6 +33,10 @@ class DeliveryError(ApiTaskError, smtplib.SMTPException):
         super().__init__(message)
         self.message_id = message_id
 
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text} Message-ID: {self.message_id}" if self.message_id else text
+
 
 class DeliveryUnknown(DeliveryError):
     """Raised when the connection was lost after a message's final dot.

@@ -12,7 +12,7 @@ from . import stack
 from .config import Config
 from .config import read_count
 from .config import read_timeout
-from .scope import Threads
+from .threads import Threads
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -20,6 +20,7 @@ if t.TYPE_CHECKING:
 
     from flask import Flask
 
+    from .context import Block
     from .scope import TaskScope
     from .tasks import Task
 
@@ -235,7 +236,7 @@ def scoped(
 
 def _open_block(
     max_workers: int | None, timeout: float | None
-) -> tuple[stack.Block, TaskScope]:
+) -> tuple[Block, TaskScope]:
     """Open the scope of a ``with`` block, or of a decorated function."""
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
 

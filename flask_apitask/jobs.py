@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextvars
 import inspect
 import time
 import typing as t
@@ -8,118 +10,145 @@ import typing as t
 from flask import has_request_context
 from flask import request
 
+from .context import current_block
 from .context import task_context
+from .scope import Job
 from .signals import task_finished
 from .signals import task_started
-from .tasks import How
-from .tasks import Job
+from .tasks import call_task
+from .tasks import task_name
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
-    import contextvars
+    import types
 
     import blinker
     from flask import Flask
 
+    from .context import Block
+    from .threads import How
+
 T = t.TypeVar("T")
 
 
-class InlineJob(Job[T]):
-    """A task that runs where it is called, seen by the receivers of the signals.
+class BoundJob(Job[T]):
+    """A job with its caller's context variables and an app context of its own.
 
-    :param app: The sender of the signals; without one there are none.
+    What it raises is logged, once, before it is put into the future.
+
+    :param app: Whose context it is, and who sends the signals.
+    :param inside: Marks that what the task calls is inside of it.
     """
 
-    __slots__ = ("_app", "_submitted")
+    __slots__ = ("_app", "_context", "_inside", "_submitted")
 
     def __init__(
         self,
-        app: Flask | None,
+        app: Flask,
+        inside: Block,
         task: t.Any,
         args: tuple[t.Any, ...],
         kwargs: dict[str, t.Any],
     ) -> None:
         super().__init__(task, args, kwargs)
         self._app = app
+        self._inside = inside
+        self._context = contextvars.copy_context()
         self._submitted = time.monotonic()
 
-    def __call__(self, how: How) -> T:
-        if self._app is None or not (task_started.receivers or task_finished.receivers):
-            return self._complete(how)
+    def call(self, how: How) -> T:
+        """Call the task in its context, observed and contained."""
+        # A context variable may refer to anything, and the job is kept until the scope
+        # has counted it as done.
+        context = self._context
+        del self._context
+        return context.run(self._call, how)
 
-        fields: dict[str, t.Any] = {
-            "name": self.name,
-            "how": how,
-            "submitted": self._submitted,
-            "started": time.monotonic(),
-        }
-        notify(task_started, self._app, fields)
-        fields["exception"] = None
-
-        try:
-            return self._complete(how)
-        except BaseException as error:
-            fields["exception"] = error
-            raise
-        finally:
-            fields["finished"] = time.monotonic()
-            notify(task_finished, self._app, fields)
-            # The exception's traceback refers to this frame: no cycle through it.
-            del fields
-
-    def _complete(self, how: How) -> T:
-        """Call the task, and run the coroutine if it returns one."""
-        result = super().__call__(how)
-
-        if not inspect.iscoroutine(result):
-            return result
-
-        run = asyncio.run if self._app is None else self._app.ensure_sync(_await)
-
-        try:
-            return t.cast("T", run(result))
-        finally:
-            result.close()
-
-
-class BoundJob(InlineJob[T]):
-    """A task for another thread: with its caller's context variables, and contained.
-
-    What it raises is logged, once, before the scope puts it into the future.
-
-    :param app: Whose context the task has.
-    :param context: The task's own copy of the caller's context variables.
-    """
-
-    __slots__ = ("_context",)
-
-    def __init__(
-        self,
-        app: Flask,
-        context: contextvars.Context,
-        task: t.Any,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-    ) -> None:
-        super().__init__(app, task, args, kwargs)
-        self._context = context
-
-    def __call__(self, how: How) -> T:
-        return self._context.run(self._contained, how)
-
-    def _contained(self, how: How) -> T:
-        app = t.cast("Flask", self._app)
+    def _call(self, how: How) -> T:
         started = time.monotonic()
+        current_block.set(self._inside)
 
         try:
-            with task_context(app):
-                return super().__call__(how)
+            with task_context(self._app):
+                return t.cast(
+                    "T",
+                    call_observed(
+                        self._app,
+                        how,
+                        self._submitted,
+                        self.task,
+                        self.args,
+                        self.kwargs,
+                    ),
+                )
         except BaseException as error:
             duration = time.monotonic() - started
-            log_failure(
-                app, self.name, f"failed after {duration:.3f} s", error, duration
-            )
+            message = f"failed after {duration:.3f} s"
+            log_failure(self._app, task_name(self.task), message, error, duration)
             raise
+
+
+def call_observed(
+    app: Flask | None,
+    how: How,
+    submitted: float,
+    task: t.Any,
+    args: tuple[t.Any, ...],
+    kwargs: dict[str, t.Any],
+) -> t.Any:
+    """Call a task between its two signals.
+
+    :param app: The sender; without one there are no signals.
+    :param submitted: Seconds of the monotonic clock.
+    """
+    if app is None or not (task_started.receivers or task_finished.receivers):
+        result = call_task(task, args, kwargs)
+        return _complete(app, result) if inspect.iscoroutine(result) else result
+
+    fields: dict[str, t.Any] = {
+        "name": task_name(task),
+        "how": how,
+        "submitted": submitted,
+        "started": time.monotonic(),
+    }
+    notify(task_started, app, fields)
+    fields["exception"] = None
+
+    try:
+        result = call_task(task, args, kwargs)
+        return _complete(app, result) if inspect.iscoroutine(result) else result
+    except BaseException as error:
+        fields["exception"] = error
+        raise
+    finally:
+        fields["finished"] = time.monotonic()
+        notify(task_finished, app, fields)
+        # The exception's traceback refers to this frame: no cycle through it.
+        del fields
+
+
+def _complete(app: Flask | None, coroutine: types.CoroutineType[t.Any, t.Any, T]) -> T:
+    """Run what an ``async def`` task returned."""
+    try:
+        run = asyncio.run if app is None else app.ensure_sync(_await)
+        return t.cast("T", _call_off_loop(run, coroutine))
+    finally:
+        coroutine.close()
+
+
+def _call_off_loop(run: cabc.Callable[[t.Any], T], coroutine: object) -> T:
+    """Run a coroutine, on another thread if this one has an event loop that runs.
+
+    So it is where an async view waits, and helps, and where an async task runs another.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return run(coroutine)
+
+    with concurrent.futures.ThreadPoolExecutor(1, "apitask-async") as executor:
+        context = contextvars.copy_context()
+        return executor.submit(context.run, run, coroutine).result()
 
 
 def log_failure(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import os
+import logging
 import sys
 import threading
 import traceback
@@ -10,14 +10,17 @@ import warnings
 from collections import deque
 
 from .exceptions import ScopeClosed
+from .tasks import call_task
 from .tasks import check_task
-from .tasks import How
-from .tasks import Job
 from .tasks import task_name
+from .threads import this_process
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
     from types import FrameType
+
+    from .threads import How
+    from .threads import Threads
 
 P = t.ParamSpec("P")
 T = t.TypeVar("T")
@@ -26,43 +29,12 @@ Binder: t.TypeAlias = (
     "cabc.Callable[[t.Any, tuple[t.Any, ...], dict[str, t.Any]], Job[t.Any]]"
 )
 
-# The process that this module runs in. A scope that a forked child has from its parent
-# has another one: its threads are not there, and its lock may be held by one of them.
-_process = object()
+_logger = logging.getLogger(__name__)
 
-# Later than the index of any piece of work.
+# Later than the index of any job.
 _EVER = float("inf")
 
 _NO_STACK = "  (no stack: it is just beginning, or runs on no thread of the system)\n"
-
-
-class Threads:
-    """Lend the threads of one stdlib thread pool to any number of scopes.
-
-    The pool is made at the first call, and made anew in a forked child, which has none
-    of its parent's threads.
-
-    :param size: Most threads of the process. The pool starts them on demand.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._process: object = None
-        self._pool: concurrent.futures.ThreadPoolExecutor
-
-    def submit(self, fn: cabc.Callable[..., object], /, *args: t.Any) -> None:
-        """Call ``fn`` on one of the threads, some time.
-
-        :raises RuntimeError: No thread can be had: the interpreter shuts down, or the
-            system refuses to start one more.
-        """
-        if self._process is not _process:
-            # Two threads that come here at once make two pools. Both work, and the
-            # threads of the one that is forgotten end with their last call.
-            self._pool = concurrent.futures.ThreadPoolExecutor(self._size, "apitask")
-            self._process = _process
-
-        self._pool.submit(fn, *args)
 
 
 class Overdue(t.NamedTuple):
@@ -79,65 +51,95 @@ class Overdue(t.NamedTuple):
     running: list[tuple[str, str]]
 
 
-class _Work:
-    """A job in the queue of a scope, and the future of its result."""
+class Job(t.Generic[T]):
+    """A task, its arguments and its future: what a scope queues, and runs once.
 
-    __slots__ = ("future", "index", "job", "thread")
+    :param task: A callable or a :class:`Task`.
+    :param args: Its positional arguments.
+    :param kwargs: Its keyword arguments.
+    """
+
+    __slots__ = ("args", "future", "index", "kwargs", "task", "thread")
 
     def __init__(
-        self, job: Job[t.Any], future: concurrent.futures.Future[t.Any], index: int
+        self, task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
     ) -> None:
-        self.job = job
-        self.future = future
-        self.index = index
+        self.task = task
+        self.args = args
+        self.kwargs = kwargs
+        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        # Its place among those submitted to its scope, from 1.
+        self.index = 0
+        # Of the thread that runs it.
         self.thread = 0
 
     def run(self, how: How) -> None:
-        """Run the job, unless its future is cancelled.
+        """Run the task, unless its future is cancelled.
 
-        Who waits may go on as soon as the scope counts the work as done. By then
-        nothing here refers to the job, its arguments or its outcome any more.
+        Who waits may go on as soon as the scope counts the job as done. By then nothing
+        here refers to the task, its arguments or its outcome any more.
         """
         future = self.future
-        del self.future
         self.thread = threading.get_ident()
 
         if not future.set_running_or_notify_cancel():
-            del self.job
+            del self.task, self.args, self.kwargs, self.future
             return
 
         try:
-            result = self.job(how)
+            result = self.call(how)
         except BaseException as error:
-            del self.job
-            future.set_exception(error)
+            del self.task, self.args, self.kwargs, self.future
+            _contain(future.set_exception, error)
             # The traceback refers to this frame: no cycle from it to the exception.
             del future
         else:
-            del self.job
-            future.set_result(result)
+            del self.task, self.args, self.kwargs, self.future
+            _contain(future.set_result, result)
+
+    def call(self, how: How) -> T:
+        """Call the task; what it raises goes to the future."""
+        result: T = call_task(self.task, self.args, self.kwargs)
+        return result
 
     def describe(self, frames: cabc.Mapping[int, FrameType]) -> tuple[str, str] | None:
-        """Return the job's name and its stack in a snapshot, unless it is done."""
+        """Return the task's name and its stack in a snapshot, unless it is done."""
         frame = frames.get(self.thread)
         stack = "".join(traceback.format_stack(frame)) if frame else _NO_STACK
-        job = getattr(self, "job", None)
-        return None if job is None else (job.name, stack)
+        task = getattr(self, "task", None)
+        return None if task is None else (task_name(task), stack)
 
 
 class _Waiter:
-    """A thread that waits until the tasks up to an index are done.
+    """A thread that waits for the tasks up to an index.
 
-    Both counts are guarded by the scope's lock; ``done`` is released at zero.
+    All of it is guarded by the scope's lock, but for the sleep.
+
+    :param last: The index.
+    :param remaining: How many of them are not done.
+    :param helps: Whether the thread runs tasks meanwhile.
     """
 
-    __slots__ = ("done", "last", "remaining")
+    __slots__ = ("_asleep", "helps", "last", "remaining")
 
-    def __init__(self, last: int, remaining: int) -> None:
+    def __init__(self, last: int, remaining: int, helps: bool) -> None:
         self.last = last
         self.remaining = remaining
-        self.done = threading.Lock()
-        self.done.acquire()
+        self.helps = helps
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
+
+    def sleep(self, timeout: float) -> None:
+        """Sleep until woken, or not at all if that was before.
+
+        :param timeout: Seconds, ``-1`` for as long as it takes.
+        """
+        self._asleep.acquire(timeout=timeout)
+
+    def wake(self) -> None:
+        """Let the thread look again. Needs the scope's lock."""
+        if self._asleep.locked():
+            self._asleep.release()
 
 
 class TaskScope(concurrent.futures.Executor):
@@ -165,18 +167,22 @@ class TaskScope(concurrent.futures.Executor):
 
     1.  *Lost wake-up.* A thread finds the cap reached and leaves; the one that runs
         finishes and leaves as well; the queue is not empty and nobody comes. So a slot
-        is given back, and the next piece taken or a thread summoned for it, in one step
+        is given back, and the next job taken or a thread summoned for it, in one step
         under the lock (``_finish``), never in two.
     2.  *Late submit.* A task is submitted between the last look at the queue and the
         end. So ``_closed`` is set before the wait, and read by ``submit``, under the
         same lock.
-    3.  *Summoned for nothing.* The helper takes the work before the summoned thread
-        arrives. That thread finds nothing it may take and goes home; what is capped is
+    3.  *Helper that leaves.* A thread that waits finds the cap reached and sleeps. The
+        helper that runs then leaves at its own barrier, and the thread it summons never
+        comes. So who leaves work behind wakes one that waits for it (``_wake_helper``).
+        That one looks once more after it can be woken, and before it sleeps.
+    4.  *Summoned for nothing.* The helper takes the job before the summoned thread
+        arrives. That thread finds nothing it may take and goes on; what is capped is
         ``_running``, not the number of threads on their way.
-    4.  *Nobody can be summoned.* At interpreter shutdown the pool refuses. Who submits
-        then serves the queue itself, at once, under the same cap. A summoned thread
-        does not: it is about to run an earlier piece, and serves the queue after it.
-    5.  *Fork.* The child has a copy of the scope, with a lock that nobody may ever give
+    5.  *Nobody can be summoned.* Then :class:`.Threads` has the summoning thread serve
+        the queue. One that has taken a job already must not run a later one before it:
+        it only adds the scope (``serve``), and comes to the queue after its job.
+    6.  *Fork.* The child has a copy of the scope, with a lock that nobody may ever give
         back and tasks that run in the parent. So it is closed there, and nobody waits
         for it: that is read from ``_process`` before the lock is touched.
 
@@ -201,18 +207,18 @@ class TaskScope(concurrent.futures.Executor):
         # Guards all below. Held for bookkeeping only: never while a task, a callback
         # of a future or the pool runs.
         self._lock = threading.Lock()
-        self._queue: deque[_Work] = deque()
-        self._running: set[_Work] = set()
+        self._queue: deque[Job[t.Any]] = deque()
+        self._running: set[Job[t.Any]] = set()
         self._waiters: list[_Waiter] = []
         self._submitted = 0
         self._summoned = False
         self._closed = False
-        self._process = _process
+        self._process = this_process()
 
     @property
     def closed(self) -> bool:
         """Whether further tasks are refused. They are in a forked child, too."""
-        return self._closed or self._process is not _process
+        return self._closed or self._process is not this_process()
 
     def submit(
         self, fn: cabc.Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -229,20 +235,28 @@ class TaskScope(concurrent.futures.Executor):
             raise self._refusal(fn)
 
         job = self._bind(fn, args, kwargs)
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future: concurrent.futures.Future[T] = job.future
 
         with self._lock:
-            if self._closed:
-                raise self._refusal(fn)
+            summon = closed = self._closed
 
-            self._submitted += 1
-            self._queue.append(_Work(job, future, self._submitted))
-            summon = self._may_summon()
+            if not closed:
+                self._submitted += 1
+                job.index = self._submitted
+                self._queue.append(job)
+                summon = self._may_summon()
 
-        if summon and not self._summon():
-            self._serve_inline()
+        if closed:
+            raise self._refusal(fn)
 
-        return future
+        if summon:
+            self._threads.summon(self)
+
+        try:
+            return future
+        finally:
+            # The traceback of what failed inline refers to this frame: no cycle.
+            del future, job
 
     @staticmethod
     def _refusal(fn: object) -> ScopeClosed:
@@ -277,7 +291,11 @@ class TaskScope(concurrent.futures.Executor):
         :param wait: Block until the tasks are done.
         :param cancel_futures: Cancel those that no thread has begun.
         """
-        self._close()
+        if self._process is not this_process():
+            return
+
+        with self._lock:
+            self._closed = True
 
         if cancel_futures:
             self._cancel_queued()
@@ -290,127 +308,134 @@ class TaskScope(concurrent.futures.Executor):
 
         :return: What was left behind at the deadline, or ``None`` if nothing was.
         """
-        self._close()
-
-        if not self._join(self._timeout) or self._timeout is None:
+        if not self._join(self._timeout, close=True) or self._timeout is None:
             return None
 
         overdue = Overdue(self._timeout, self._cancel_queued(), self._stuck())
         return overdue if overdue.cancelled or overdue.running else None
 
-    def _close(self) -> None:
-        if not self.closed:
-            with self._lock:
-                self._closed = True
+    def serve(self, how: How) -> None:
+        """Run what is queued, and have the next thread come if there is more of it.
 
-    def _join(self, timeout: float | None) -> int:
+        For :class:`.Threads`. So threads come one by one, for as long as there is work
+        left for them, and not one for each task.
+        """
+        with self._lock:
+            self._summoned = False
+            job = self._take(_EVER)
+            summon = self._may_summon()
+
+        if summon:
+            # Refused or not: this thread is about to serve the queue.
+            self._threads.add(self)
+
+        self._run(job, how, _EVER)
+
+    def _join(self, timeout: float | None, *, close: bool = False) -> int:
         """Wait, and return how many of the tasks submitted so far are not done."""
-        if self._process is not _process:
+        if self._process is not this_process():
             return 0
 
+        limit = -1 if timeout is None else min(max(0, timeout), threading.TIMEOUT_MAX)
+        helps = timeout is None
+
         with self._lock:
-            unfinished = len(self._queue) + len(self._running)
+            self._closed = self._closed or close
+            last = self._submitted
+
+        if helps:
+            self._help(last)
+
+        with self._lock:
+            unfinished = self._count_unfinished(last)
 
             if not unfinished:
                 return 0
 
-            waiter = _Waiter(self._submitted, unfinished)
+            waiter = _Waiter(last, unfinished, helps)
             self._waiters.append(waiter)
-            work = self._take(waiter.last) if timeout is None else None
 
-        self._run(work, "helped", waiter.last)
+        while True:
+            if helps:
+                self._help(last)
 
-        if timeout is None:
-            waiter.done.acquire()
-        else:
-            waiter.done.acquire(timeout=min(max(timeout, 0), threading.TIMEOUT_MAX))
+            waiter.sleep(limit)
 
-        with self._lock:
-            self._waiters.remove(waiter)
-            return waiter.remaining
-
-    def _serve(self) -> None:
-        """Run what is queued: what a summoned thread does.
-
-        It summons the next one before it begins, so that threads come one by one for as
-        long as there is work left for them, and not one for each task.
-        """
-        with self._lock:
-            self._summoned = False
-            work = self._take(_EVER)
-            summon = self._may_summon()
-
-        if summon:
-            self._summon()
-
-        self._run(work, "thread", _EVER)
-
-    def _serve_inline(self) -> None:
-        """Run what is queued on the caller's thread, as no other can be had."""
-        with self._lock:
-            work = self._take(_EVER)
-
-        self._run(work, "inline", _EVER)
-
-    def _run(self, work: _Work | None, how: How, last: float) -> None:
-        while work is not None:
-            work.run(how)
-            work = self._finish(work, last)
-
-    def _summon(self) -> bool:
-        """Have a thread come and serve the queue, if one can be had."""
-        try:
-            self._threads.submit(self._serve)
-        except RuntimeError:
             with self._lock:
-                self._summoned = False
+                if not (helps and waiter.remaining):
+                    self._waiters.remove(waiter)
+                    return waiter.remaining
 
-            return False
+    def _help(self, last: int) -> None:
+        """Run what no thread has begun, up to an index."""
+        with self._lock:
+            job = self._take(last)
 
-        return True
+        self._run(job, "helped", last)
+
+    def _count_unfinished(self, last: int) -> int:
+        """Count the jobs up to an index that are not done. Needs the lock."""
+        if last == self._submitted:
+            return len(self._queue) + len(self._running)
+
+        return sum(job.index <= last for job in (*self._queue, *self._running))
+
+    def _run(self, job: Job[t.Any] | None, how: How, last: float) -> None:
+        """Run a job that was taken, and those after it up to an index."""
+        while job is not None:
+            job.run(how)
+            job = self._finish(job, last)
 
     def _may_summon(self) -> bool:
         """Note that a thread is summoned, if one is needed now. Needs the lock."""
-        if self._summoned or not self._queue or self._is_full():
+        if self._summoned or not self._queue:
             return False
 
-        self._summoned = True
-        return True
+        self._summoned = len(self._running) < self._max_workers
+        return self._summoned
 
-    def _is_full(self) -> bool:
-        return len(self._running) >= self._max_workers
-
-    def _take(self, last: float) -> _Work | None:
-        """Move the first piece of work to the running ones. Needs the lock."""
-        if not self._queue or self._is_full():
+    def _take(self, last: float) -> Job[t.Any] | None:
+        """Move the first queued job to the running ones. Needs the lock."""
+        if not self._queue or len(self._running) >= self._max_workers:
             return None
 
         if self._queue[0].index > last:
             return None
 
-        work = self._queue.popleft()
-        self._running.add(work)
-        return work
+        job = self._queue.popleft()
+        self._running.add(job)
+        return job
 
-    def _finish(self, work: _Work, last: float) -> _Work | None:
-        """Give the slot of a finished piece back, and take the next up to an index."""
+    def _finish(self, job: Job[t.Any], last: float) -> Job[t.Any] | None:
+        """Give back the slot of a job that is done; take the next up to an index."""
         with self._lock:
-            self._running.remove(work)
+            self._running.remove(job)
 
             for waiter in self._waiters:
-                if work.index <= waiter.last:
+                if job.index <= waiter.last:
                     waiter.remaining -= 1
 
                     if not waiter.remaining:
-                        waiter.done.release()
+                        waiter.wake()
 
             following = self._take(last)
-            summon = following is None and self._may_summon()
+            leaves_work = following is None and bool(self._queue)
+            summon = leaves_work and self._may_summon()
 
-        if summon and not self._summon():
-            self._serve_inline()
+            if leaves_work:
+                self._wake_helper()
+
+        if summon:
+            self._threads.summon(self)
 
         return following
+
+    def _wake_helper(self) -> None:
+        """Wake a thread that may take the first queued job. Needs the lock."""
+        for waiter in self._waiters:
+            if waiter.helps and self._queue[0].index <= waiter.last:
+                waiter.wake()
+                break
 
     def _cancel_queued(self) -> list[str]:
         """Cancel what no thread has begun, and return the names."""
@@ -420,12 +445,12 @@ class TaskScope(concurrent.futures.Executor):
             # Theirs is this thread now, so that they count until they are done.
             self._running.update(queued)
 
-        names = [work.job.name for work in queued if not work.future.cancelled()]
+        names = [task_name(job.task) for job in queued if not job.future.cancelled()]
 
-        for work in queued:
-            work.future.cancel()
-            work.run("inline")
-            self._finish(work, 0)
+        for job in queued:
+            _contain(job.future.cancel)
+            job.run("inline")
+            self._finish(job, 0)
 
         return names
 
@@ -435,7 +460,12 @@ class TaskScope(concurrent.futures.Executor):
             running = list(self._running)
 
         frames = sys._current_frames()
-        return [stuck for work in running if (stuck := work.describe(frames))]
+
+        try:
+            return [stuck for job in running if (stuck := job.describe(frames))]
+        finally:
+            # This frame is one of them: no cycle through it.
+            del frames
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
@@ -445,7 +475,7 @@ class TaskScope(concurrent.futures.Executor):
         )
 
     def __del__(self) -> None:
-        if self._submitted and not self.closed:
+        if getattr(self, "_submitted", 0) and not self.closed:
             warnings.warn(
                 f"{self!r} was never ended. Use 'with open_scope()'.",
                 ResourceWarning,
@@ -454,10 +484,12 @@ class TaskScope(concurrent.futures.Executor):
             )
 
 
-def _after_fork() -> None:
-    global _process
-    _process = object()
+def _contain(complete: cabc.Callable[..., object], *args: t.Any) -> None:
+    """Complete a future. A callback of it that raises holds up nobody.
 
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    The standard library logs an :exc:`Exception`, and lets all else through.
+    """
+    try:
+        complete(*args)
+    except BaseException:
+        _logger.exception("A callback of a task's future failed.")

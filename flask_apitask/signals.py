@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from blinker import NamedSignal
 from blinker import Namespace
 
 _signals = Namespace()
 
-task_started = _signals.signal(
+task_started: NamedSignal = _signals.signal(
     "task-started",
     doc="""\
 Sent before a task runs, in the thread and in the context that it runs in. The sender
@@ -20,7 +21,7 @@ logged, and the task runs all the same.
 """,
 )
 
-task_finished = _signals.signal(
+task_finished: NamedSignal = _signals.signal(
     "task-finished",
     doc="""\
 Sent after a task ran, in the same thread and context as :data:`task_started` and with

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextvars
 import dataclasses
 import functools
+import time
 import typing as t
 
 from flask import has_request_context
 
+from .context import Block
+from .context import current_block
 from .context import find_app_context
 from .context import find_request_context
+from .context import MERGED
 from .exceptions import ScopeClosed
 from .jobs import BoundJob
+from .jobs import call_observed
 from .jobs import find_endpoint
-from .jobs import InlineJob
 from .jobs import log_failure
 from .scope import TaskScope
 from .tasks import check_task
@@ -24,7 +27,7 @@ if t.TYPE_CHECKING:
 
     from .config import Config
     from .scope import Overdue
-    from .scope import Threads
+    from .threads import Threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,25 +37,6 @@ class AppState:
     config: Config
     threads: Threads
 
-
-class Block(t.NamedTuple):
-    """A ``with`` block around the caller, or the task that the caller is inside of.
-
-    :param scope: The block's scope; ``None`` for a task, where another one is a plain
-        call.
-    :param request: The request that it is part of, if any. Another request, made inside
-        of it, does not see it.
-    """
-
-    app: Flask
-    scope: TaskScope | None
-    request: Request | None
-    outer: Block | None = None
-
-
-_block: contextvars.ContextVar[Block | None] = contextvars.ContextVar(
-    "flask_apitask", default=None
-)
 
 # The scope of a request is kept on its app context, by its request context. A copy of
 # these contexts, in another thread or in the same, has another request context; so has
@@ -73,36 +57,43 @@ def current_scope() -> TaskScope | None:
     if app_context is None:
         return None
 
-    app: Flask = app_context.app
     request_context = find_request_context()
-    block = _find_block(app, request_context and request_context.request)
 
-    if block is not None:
-        return block.scope
+    if current_block.get() is not None:
+        block = _find_block(
+            app_context.app, request_context and request_context.request
+        )
+
+        if block is not None:
+            return block.scope
+
+    scopes = vars(app_context).get(_SCOPES)
+
+    if scopes and request_context in scopes:
+        return t.cast("TaskScope", scopes[request_context])
+
+    return _open_request_scope(app_context, request_context)
+
+
+def _open_request_scope(app_context: t.Any, request_context: t.Any) -> TaskScope | None:
+    app: Flask = app_context.app
 
     if request_context is None or request_context.app is not app:
         return None
 
+    state: AppState | None = app.extensions.get("apitask")
     scopes = vars(app_context).setdefault(_SCOPES, {})
 
-    if scopes is None:
+    if state is None or not state.config.enabled or scopes is None:
         return None
 
-    if request_context not in scopes:
-        state: AppState | None = app.extensions.get("apitask")
-
-        if state is None or not state.config.enabled:
-            return None
-
-        # Another thread with the very same contexts may come first. Then its scope is
-        # the request's, and ours has never been used.
-        config = state.config
-        scope = _make_scope(
-            app, config.max_workers, config.timeout, request_context.request
-        )
-        scopes.setdefault(request_context, scope)
-
-    return t.cast("TaskScope", scopes[request_context])
+    # Another thread with the very same contexts may come first. Then its scope is the
+    # request's, and ours has never been used.
+    config = state.config
+    scope = _make_scope(
+        app, config.max_workers, config.timeout, request_context.request
+    )
+    return t.cast("TaskScope", scopes.setdefault(request_context, scope))
 
 
 def run_task(
@@ -121,7 +112,8 @@ def run_task(
     app_context = find_app_context()
     app = None if app_context is None else app_context.app
     future: concurrent.futures.Future[t.Any] = concurrent.futures.Future()
-    future.set_result(InlineJob[t.Any](app, task, args, kwargs)("inline"))
+    submitted = time.monotonic()
+    future.set_result(call_observed(app, "inline", submitted, task, args, kwargs))
     return future
 
 
@@ -150,7 +142,7 @@ def end_app_context_scopes(exc: BaseException | None) -> None:
         for scope in scopes.values():
             end(app_context.app, scope)
 
-    if has_request_context():
+    if MERGED and has_request_context():
         # From Flask 3.2 on, the request is still there for what is torn down after
         # this. Nobody would end a scope that is opened now.
         vars(app_context)[_SCOPES] = None
@@ -163,21 +155,21 @@ def open_block(
     request_context = find_request_context()
     request = request_context and request_context.request
     scope = _make_scope(app, max_workers, timeout, request)
-    block = Block(app, scope, request, _block.get())
-    _block.set(block)
+    block = Block(app, scope, request, current_block.get())
+    current_block.set(block)
     return block, scope
 
 
 def leave_block(block: Block) -> None:
     """Take a block off the stack, and what was left open in it."""
-    inner = _block.get()
+    inner = current_block.get()
 
     while inner is not None and inner is not block:
         inner = inner.outer
 
     # It is not there where a generator is closed in another context than it ran in.
     if inner is not None:
-        _block.set(block.outer)
+        current_block.set(block.outer)
 
 
 def end(app: Flask, scope: TaskScope) -> None:
@@ -190,7 +182,7 @@ def end(app: Flask, scope: TaskScope) -> None:
 
 def _find_block(app: Flask, request: Request | None) -> Block | None:
     """Return the innermost block that may be seen from here."""
-    block = _block.get()
+    block = current_block.get()
 
     while block is not None:
         in_sight = request is None or block.request is request
@@ -207,21 +199,8 @@ def _make_scope(
     app: Flask, max_workers: int, timeout: float | None, request: Request | None
 ) -> TaskScope:
     state: AppState = app.extensions["apitask"]
-    inside = Block(app, None, request)
-    bind = functools.partial(_bind, app, inside)
+    bind = functools.partial(BoundJob, app, Block(app, None, request))
     return TaskScope(state.threads, max_workers=max_workers, timeout=timeout, bind=bind)
-
-
-def _bind(
-    app: Flask,
-    inside: Block,
-    task: t.Any,
-    args: tuple[t.Any, ...],
-    kwargs: dict[str, t.Any],
-) -> BoundJob[t.Any]:
-    context = contextvars.copy_context()
-    context.run(_block.set, inside)
-    return BoundJob(app, context, task, args, kwargs)
 
 
 def _report(app: Flask, overdue: Overdue) -> None:

@@ -6,11 +6,8 @@ import typing as t
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-T = t.TypeVar("T")
 T_co = t.TypeVar("T_co", covariant=True)
 F = t.TypeVar("F", bound="cabc.Callable[..., t.Any]")
-
-How = t.Literal["thread", "helped", "inline"]
 
 
 class Task(t.Protocol[T_co]):
@@ -79,39 +76,15 @@ def task_name(task: t.Any) -> str:
     while not hasattr(task, "task_name"):
         if not isinstance(task, functools.partial):
             named = task if hasattr(task, "__qualname__") else type(task)
-            return f"{named.__module__}.{named.__qualname__}"
+            # A method of a type that is written in C may have no module.
+            module = getattr(named, "__module__", None)
+            return f"{module}.{named.__qualname__}" if module else named.__qualname__
 
         task = task.func
 
     return str(task.task_name)
 
 
-class Job(t.Generic[T]):
-    """A task and its arguments: what a scope queues, and calls once.
-
-    :param task: A callable or a :class:`Task`.
-    :param args: Its positional arguments.
-    :param kwargs: Its keyword arguments.
-    """
-
-    __slots__ = ("_args", "_kwargs", "_task")
-
-    def __init__(
-        self, task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
-    ) -> None:
-        self._task = task
-        self._args = args
-        self._kwargs = kwargs
-
-    @property
-    def name(self) -> str:
-        return task_name(self._task)
-
-    def __call__(self, how: How) -> T:
-        """Run the task; what it raises goes to whoever called.
-
-        :param how: On which thread it runs; told to signals, of no effect otherwise.
-        """
-        call = self._task if callable(self._task) else self._task.run
-        result: T = call(*self._args, **self._kwargs)
-        return result
+def call_task(task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]) -> t.Any:
+    """Call a callable with its arguments, or run a :class:`Task`."""
+    return task(*args, **kwargs) if callable(task) else task.run(*args, **kwargs)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+import smtplib
+import ssl
+
+_FOLD = re.compile(r"\r?\n(?=[ \t])")
+_UNFIT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Envelope:
+    """A rendered message and whom it goes to. Its ``repr`` shows no address.
+
+    :param content: The message as of :rfc:`5322`, with any kind of line ends.
+    :param message_id: The ``Message-ID`` header, by which errors name the message.
+    :raises ValueError: There is no recipient, or an address or an option has a control
+        character, which could be taken for a command, or can't be encoded.
+    """
+
+    sender: str = dataclasses.field(repr=False)
+    recipients: tuple[str, ...] = dataclasses.field(repr=False)
+    content: bytes = dataclasses.field(repr=False)
+    message_id: str
+    mail_options: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    rcpt_options: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.recipients:
+            raise ValueError(f"The message {self.message_id!r} has no recipients.")
+
+        # A long display name is folded, like the header that it was made for.
+        paths = [_FOLD.sub("", path) for path in (self.sender, *self.recipients)]
+
+        if any(map(_UNFIT.search, (*paths, *self.mail_options, *self.rcpt_options))):
+            raise ValueError(
+                f"An address or an option of the message {self.message_id!r} has a line"
+                " break, another control character or a lone surrogate in it."
+            )
+
+        object.__setattr__(self, "sender", paths[0])
+        object.__setattr__(self, "recipients", tuple(paths[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """Where mail is handed in, and how. Its ``repr`` shows no credential.
+
+    :param port: 0 for the usual one: 25, or 465 with ``use_ssl``.
+    :param use_tls: Switch to TLS with ``STARTTLS``, or send nothing.
+    :param use_ssl: Speak TLS from the first byte on.
+    :param username: Log in, if there is a password too.
+    :param timeout: Seconds that a TCP connect, a TLS handshake, a reply, ``AUTH`` as a
+        whole and every 16 KiB of a message may take each.
+    :param tls_verify: Check the certificate and its host name; the path of a CA file
+        to check against that one instead of the system's.
+    :param max_messages: Messages per connection, ``None`` for as many as there are.
+    :param debug: Above 0, write the dialogue to ``stderr``, ``AUTH`` left out.
+    :raises ValueError: ``use_tls`` and ``use_ssl`` are both set.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    use_tls: bool = False
+    use_ssl: bool = False
+    username: str | None = dataclasses.field(default=None, repr=False)
+    password: str | None = dataclasses.field(default=None, repr=False)
+    timeout: float = 10.0
+    tls_verify: bool | str = True
+    max_messages: int | None = None
+    debug: int = 0
+
+    def __post_init__(self) -> None:
+        if self.use_tls and self.use_ssl:
+            raise ValueError(
+                "A mail connection is encrypted from the start (use_ssl, mostly port"
+                " 465) or by STARTTLS (use_tls, mostly port 587), not both."
+            )
+
+        if not self.port:
+            usual = smtplib.SMTP_SSL_PORT if self.use_ssl else smtplib.SMTP_PORT
+            object.__setattr__(self, "port", usual)
+
+    def __str__(self) -> str:
+        return f"the mail server at '{self.host}:{self.port}'"
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """Make the context for connections to this server, ``None`` without TLS.
+
+        It takes some milliseconds, so make one for all.
+
+        :raises ValueError: The CA file can't be read.
+        """
+        if not (self.use_tls or self.use_ssl):
+            return None
+
+        cafile = self.tls_verify if isinstance(self.tls_verify, str) else None
+
+        try:
+            context = ssl.create_default_context(cafile=cafile)
+        except OSError as error:
+            raise ValueError(
+                f"{cafile!r} can't be loaded as a file of CA certificates: {error}."
+            ) from error
+
+        if self.tls_verify is False:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+
+        return context
