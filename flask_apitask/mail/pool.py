@@ -189,20 +189,19 @@ class Lease:
                 " block that it comes from. Send inside of the block."
             )
 
-        for last in (False, True):
-            kept = self._connection is not None and self._connection.usable()
+        kept = self._connection is not None and self._connection.usable()
 
-            try:
-                self._ready(kept).deliver(envelope)
-                return
-            except DeliveryError as error:
-                error.message_id = envelope.message_id
-                lost = isinstance(error, ConnectionLost) and (kept or error.busy)
+        try:
+            self._deliver(envelope, kept)
+        except ConnectionLost as error:
+            if not (kept or error.busy):
+                raise
 
-                if last or not lost:
-                    raise
+            logger.debug("%s Trying again on a new one.", error)
+        else:
+            return
 
-                logger.debug("%s Trying again on a new one.", error)
+        self._deliver(envelope, kept=False)
 
     @property
     def is_connected(self) -> bool:
@@ -223,12 +222,16 @@ class Lease:
 
         self._connection = None
 
-    def _ready(self, kept: bool) -> Connection:
-        if not kept:
-            self._discard()
-            self._connection = self._pool.open_connection(self._places)
+    def _deliver(self, envelope: Envelope, kept: bool) -> None:
+        try:
+            if not kept:
+                self._discard()
+                self._connection = self._pool.open_connection(self._places)
 
-        return t.cast("Connection", self._connection)
+            t.cast("Connection", self._connection).deliver(envelope)
+        except DeliveryError as error:
+            error.message_id = envelope.message_id
+            raise
 
     def _discard(self) -> None:
         connection, self._connection = self._connection, None

@@ -241,6 +241,7 @@ class _Delivery:
         try:
             self._send(letter.envelope)
         except DeliveryError as error:
+            # Whatever failed, down to waiting for a free connection.
             error.message_id = letter.envelope.message_id
             raise
 

@@ -264,13 +264,13 @@ class Connection(Wire):
         else:
             return
 
-        if replies[-1][0] != 354:
-            self._reset("RSET")
-        elif any(map(_is_positive, recipients)):
+        asked = replies[-1][0] == 354
+
+        if asked and any(map(_is_positive, recipients)):
             # The sender was refused, and yet a lone dot would be a message to these.
             self.close()
         else:
-            self._reset(".")
+            self._reset("." if asked else "RSET")
 
         raise DeliveryError(f"{what} was refused by {self.server}: {_codes(refused)}.")
 
@@ -281,8 +281,8 @@ class Connection(Wire):
         try:
             reply = self.getreply()
 
-            if reply[0] == 354:
-                raise self._lost("its answer is not one to a message")
+            if reply[0] // 100 == 3:
+                raise self._lost(f"it is no answer to a message to say {reply[0]}")
         except ConnectionLost as lost:
             if lost.busy:
                 raise
@@ -340,11 +340,9 @@ def _groups(commands: list[bytes], limit: int) -> cabc.Iterator[list[bytes]]:
 
 def _codes(replies: list[Reply]) -> str:
     """Name the codes of replies and how often each came, without the text."""
+    found = ((code, _ENHANCED_CODE.match(text)) for code, text in replies)
     counts = collections.Counter(
-        f"{code} {found[0].decode()}"
-        if (found := _ENHANCED_CODE.match(text))
-        else f"{code}"
-        for code, text in replies
+        f"{code} {match[0].decode()}" if match else f"{code}" for code, match in found
     )
     return ", ".join(
         code if count == 1 else f"{code} ({count} times)"
