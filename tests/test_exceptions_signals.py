@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import inspect
+import smtplib
+
+import blinker
+import pytest
+
+import flask_apitask
+from flask_apitask import ApiTaskError
+from flask_apitask import exceptions
+from flask_apitask import ScopeClosed
+from flask_apitask import task_finished
+from flask_apitask import task_started
+from flask_apitask.exceptions import DeliveryError
+from flask_apitask.exceptions import DeliveryUnknown
+
+EXCEPTIONS = [
+    value
+    for _, value in inspect.getmembers(exceptions, inspect.isclass)
+    if issubclass(value, BaseException)
+]
+
+
+@pytest.mark.parametrize("exception", EXCEPTIONS)
+def test_exceptions_form_one_tree(exception: type[BaseException]) -> None:
+    """One ``except`` catches whatever the extension raises on its own account."""
+    assert issubclass(exception, ApiTaskError)
+
+
+@pytest.mark.parametrize("exception", EXCEPTIONS)
+def test_exceptions_say_when(exception: type[BaseException]) -> None:
+    """The documentation of an exception begins with when it is raised."""
+    if exception is not ApiTaskError:
+        assert (exception.__doc__ or "").startswith("Raised when ")
+
+
+def test_closed_scope_is_a_runtime_error() -> None:
+    """Code that knows executors catches a closed scope as it does a closed pool."""
+    assert issubclass(ScopeClosed, RuntimeError)
+
+
+def test_delivery_errors_are_mail_errors() -> None:
+    """Code that knows Flask-Mail catches a delivery's failure as it did before."""
+    assert issubclass(DeliveryError, smtplib.SMTPException)
+    assert issubclass(DeliveryUnknown, DeliveryError)
+
+
+def test_delivery_error_knows_its_message() -> None:
+    """A mail that failed can be found in the log of a server."""
+    assert DeliveryError("refused").message_id is None
+    assert str(DeliveryError("refused")) == "refused"
+    error = DeliveryUnknown("Lost.", message_id="<1@example.org>")
+    assert error.message_id == "<1@example.org>"
+    assert str(error) == "Lost. Message-ID: <1@example.org>"
+    assert error.args == ("Lost.",)
+
+
+@pytest.mark.parametrize(
+    ("signal", "name"),
+    [(task_started, "task-started"), (task_finished, "task-finished")],
+)
+def test_signals_are_their_own(signal: blinker.NamedSignal, name: str) -> None:
+    """The signals are not the ones that anybody else gets by the same name."""
+    assert signal.name == name
+    assert blinker.signal(name) is not signal
+    assert "Sent " in (signal.__doc__ or "")
+
+
+def test_public_names() -> None:
+    """What the package offers is there, and is what it lists."""
+    for name in flask_apitask.__all__:
+        assert hasattr(flask_apitask, name)
