@@ -1,0 +1,783 @@
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import threading
+import time
+import typing as t
+
+import pytest
+from conftest import PATIENCE
+from flask import current_app
+from flask import Flask
+from flask import g
+from flask import has_request_context
+from flask import render_template_string
+from flask import request
+from flask import session
+from flask import url_for
+from late_threads import in_time
+from late_threads import make_late
+
+from flask_apitask import ApiTask
+from flask_apitask import current_scope
+from flask_apitask import open_scope
+from flask_apitask import run
+from flask_apitask import task
+from flask_apitask import task_finished
+from flask_apitask import task_started
+from flask_apitask import wait
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from conftest import AppFactory
+
+color: contextvars.ContextVar[str] = contextvars.ContextVar("color", default="none")
+
+
+class OutOfTheTree(BaseException):
+    """An exception that no "except Exception" catches, like gevent's Timeout."""
+
+
+class Signals:
+    """What the receivers of both signals were sent, in order."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, dict[str, t.Any]]] = []
+
+    def started(self, sender: Flask, **fields: t.Any) -> None:
+        self.sent.append(("started", {"sender": sender, **fields}))
+
+    def finished(self, sender: Flask, **fields: t.Any) -> None:
+        self.sent.append(("finished", {"sender": sender, **fields}))
+
+
+@pytest.fixture
+def signals() -> cabc.Iterator[Signals]:
+    signals = Signals()
+
+    with (
+        task_started.connected_to(signals.started),
+        task_finished.connected_to(signals.finished),
+    ):
+        yield signals
+
+    signals.sent.clear()
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("threads", [True, False])
+@pytest.mark.parametrize(
+    "error_type",
+    [
+        ValueError,
+        SystemExit,
+        KeyboardInterrupt,
+        GeneratorExit,
+        asyncio.CancelledError,
+        OutOfTheTree,
+    ],
+)
+def test_failing_task(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    error_type: type[BaseException],
+    threads: bool,
+) -> None:
+    """A task that raises anything at all is contained, and logged (behaviour 11)."""
+    app = make_app() if threads else make_late(make_app())
+    error = error_type()
+    done: list[str] = []
+    futures = []
+
+    @app.get("/")
+    def index() -> str:
+        futures.append(run(fail, error))
+        run(done.append, "second")
+        run(done.append, "third")
+        return "ok"
+
+    response = app.test_client().get("/")
+
+    assert (response.status_code, response.text) == (200, "ok")
+    assert sorted(done) == ["second", "third"]
+    assert futures[0].exception(0) is error
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    record: t.Any = caplog.records[0]
+    assert record.name == app.logger.name
+    assert record.exc_info[1] is error
+    assert record.action == "apitask"
+    assert record.task_name == f"{__name__}.fail"
+    assert record.endpoint == "index"
+    assert 0 <= record.duration < PATIENCE
+    assert record.getMessage().startswith(f"Task '{__name__}.fail' failed after 0.")
+
+
+def test_failing_task_outside_of_a_request(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a command, a failing task is logged without endpoint (behaviour 11)."""
+    app = make_app()
+
+    with app.app_context(), open_scope():
+        run(fail, ValueError())
+
+    record: t.Any = caplog.records[0]
+    assert len(caplog.records) == 1
+    assert record.endpoint is None
+
+
+def test_view_gets_the_exception_if_it_asks(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """future.result() raises in the view what the task did; it is logged once."""
+    app = make_app()
+
+    @app.get("/")
+    def index() -> str:
+        with pytest.raises(ZeroDivisionError):
+            run(divmod, 1, 0).result(PATIENCE)
+
+        return "ok"
+
+    assert app.test_client().get("/").status_code == 200
+    assert len(caplog.records) == 1
+
+
+class BrokenHandler(logging.Handler):
+    """A handler that raises, as one that writes to a network may."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise OSError("no log today")
+
+
+@pytest.fixture
+def broken_log(make_app: AppFactory) -> cabc.Iterator[None]:
+    logger = make_app().logger
+    handler = BrokenHandler()
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+
+
+def test_logging_that_fails(make_app: AppFactory, broken_log: None) -> None:
+    """A log that can't be written leaves response and tasks alone (behaviour 11)."""
+    app = make_app()
+    error = ValueError()
+    done: list[str] = []
+    futures = []
+
+    @app.get("/")
+    def index() -> str:
+        futures.append(run(fail, error))
+        run(done.append, "task")
+        return "ok"
+
+    assert app.test_client().get("/").status_code == 200
+    assert done == ["task"]
+    raised = futures[0].exception(0)
+    assert raised is error or (raised is not None and raised.__context__ is error)
+
+
+def test_receiver_that_fails(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, signals: Signals
+) -> None:
+    """A receiver that raises is logged, and its task runs (behaviour 11)."""
+    app = make_late(make_app())
+    done: list[str] = []
+
+    def broken(sender: Flask, **fields: t.Any) -> None:
+        raise LookupError("receiver")
+
+    with (
+        task_started.connected_to(broken),
+        task_finished.connected_to(broken),
+        app.test_request_context(),
+    ):
+        future = run(done.append, "task")
+        wait()
+
+    assert future.exception(0) is None
+    assert done == ["task"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "A receiver of the signal 'task-started' failed.",
+        "A receiver of the signal 'task-finished' failed.",
+    ]
+    assert all(record.exc_info for record in caplog.records)
+
+
+def test_task_has_a_g_of_its_own(make_app: AppFactory) -> None:
+    """In a task g is empty, and what it sets there is its own (behaviour 12)."""
+    app = make_app()
+
+    def work() -> list[str]:
+        found = list(g)
+        g.task = "task"
+        return found
+
+    with app.test_request_context():
+        g.request = "request"
+        assert run(work).result(PATIENCE) == []
+        assert run(work).result(PATIENCE) == []
+        assert "task" not in g
+        assert g.request == "request"
+
+
+@pytest.mark.parametrize("threads", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_teardown_functions_of_a_task(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    threads: bool,
+    fails: bool,
+) -> None:
+    """A task's end calls teardown_appcontext, not teardown_request (behaviour 12)."""
+    app = make_app() if threads else make_late(make_app())
+    events: list[t.Any] = []
+
+    @app.teardown_appcontext
+    def close(exc: BaseException | None) -> None:
+        events.append(("appcontext", g.get("who"), type(exc)))
+
+    @app.teardown_request
+    def finish(exc: BaseException | None) -> None:
+        events.append("request")
+
+    def work() -> None:
+        g.who = "task"
+        events.append("task")
+
+        if fails:
+            raise ValueError
+
+    @app.get("/")
+    def index() -> str:
+        g.who = "request"
+        run(work)
+        wait()
+        events.append("view")
+        return "ok"
+
+    app.test_client().get("/")
+
+    assert events == [
+        "task",
+        ("appcontext", "task", ValueError if fails else type(None)),
+        "view",
+        "request",
+        ("appcontext", "request", type(None)),
+    ]
+
+
+def test_teardown_function_that_fails(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A teardown function that raises at a task's end is contained (behaviour 11)."""
+    app = make_app()
+
+    @app.teardown_appcontext
+    def close(exc: BaseException | None) -> None:
+        if g.get("who") == "task":
+            raise LookupError("teardown")
+
+    def work() -> None:
+        g.who = "task"
+
+    with app.test_request_context():
+        error = run(work).exception(PATIENCE)
+
+    # From Flask 3.2 on it is in an exception group, or two.
+    while isinstance(nested := getattr(error, "exceptions", None), tuple):
+        (error,) = nested
+
+    assert isinstance(error, LookupError)
+    assert len(caplog.records) == 1
+
+
+def test_flask_works_in_a_task(make_app: AppFactory) -> None:
+    """current_app, request, session, url_for and templates do (behaviour 13)."""
+    app = make_app(SECRET_KEY="test")
+
+    def work() -> list[object]:
+        return [
+            current_app._get_current_object(),  # type: ignore[attr-defined]
+            request.method,
+            request.path,
+            request.args["q"],
+            request.endpoint,
+            session["user"],
+            url_for("index", _external=True),
+            render_template_string("{{ request.path }} {{ session.user }}"),
+        ]
+
+    @app.get("/index")
+    def index() -> str:
+        session["user"] = "me"
+        assert run(work).result(PATIENCE) == [
+            app,
+            "GET",
+            "/index",
+            "1",
+            "index",
+            "me",
+            "http://localhost/index",
+            "/index me",
+        ]
+        return "ok"
+
+    assert app.test_client().get("/index?q=1").status_code == 200
+
+
+def test_task_of_a_command_has_no_request(make_app: AppFactory) -> None:
+    """A task of a block outside of any request has the app, and no request."""
+    app = make_app()
+
+    def work() -> tuple[str, bool]:
+        return current_app.name, has_request_context()
+
+    with app.app_context(), open_scope():
+        assert run(work).result(PATIENCE) == (app.name, False)
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_context_variables(make_app: AppFactory, threads: bool) -> None:
+    """A task has the variables as they were at run(); its own stay (behaviour 13)."""
+    app = make_app() if threads else make_late(make_app())
+
+    def work() -> str:
+        found = color.get()
+        color.set("the task's")
+        return found
+
+    @app.get("/")
+    def index() -> str:
+        color.set("red")
+        red = run(work)
+        color.set("blue")
+        blue = run(work)
+        wait()
+        assert color.get() == "blue"
+        assert [red.result(0), blue.result(0)] == ["red", "blue"]
+        return "ok"
+
+    in_own_context = contextvars.copy_context()
+    client = app.test_client()
+
+    assert in_own_context.run(client.get, "/").status_code == 200
+    assert color.get() == "none"
+
+
+def test_two_tasks_never_share_a_context(make_app: AppFactory) -> None:
+    """Two tasks of a request at once each have their own contexts (behaviour 13)."""
+    app = make_app()
+    both = threading.Barrier(2, timeout=PATIENCE)
+
+    def work(name: str) -> tuple[str, str, str]:
+        both.wait()
+        color.set(name)
+        g.name = name
+        path = request.path
+        both.wait()
+        return color.get(), g.name, path
+
+    @app.get("/index")
+    def index() -> str:
+        for _ in range(500):
+            first = run(work, "first")
+            second = run(work, "second")
+            assert first.result(PATIENCE) == ("first", "first", "/index")
+            assert second.result(PATIENCE) == ("second", "second", "/index")
+
+        return "ok"
+
+    assert app.test_client().get("/index").status_code == 200
+
+
+def test_run_in_a_task_is_a_plain_call(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a task run() is a plain call, and raises to its caller (behaviour 14)."""
+    app = make_app(APITASK_MAX_WORKERS=1, APITASK_POOL_SIZE=1)
+
+    def work() -> None:
+        assert current_scope() is None
+        g.who = "task"
+        assert run(g.get, "who").result(0) == "task"
+        assert run(threading.get_ident).result(0) == threading.get_ident()
+        wait()
+
+        with pytest.raises(ZeroDivisionError):
+            run(divmod, 1, 0)
+
+    @app.get("/")
+    def index() -> str:
+        assert run(work).exception(PATIENCE) is None
+        return "ok"
+
+    assert in_time(app.test_client().get, "/").status_code == 200
+    assert caplog.records == []
+
+
+def test_open_scope_in_a_task(make_app: AppFactory) -> None:
+    """A task may open a scope: no cap makes it wait for ever (behaviour 14)."""
+    app = make_app(APITASK_MAX_WORKERS=1, APITASK_POOL_SIZE=1)
+    done: list[str] = []
+
+    def work() -> None:
+        with open_scope(max_workers=1) as scope:
+            assert current_scope() is scope
+            run(done.append, "first")
+            run(done.append, "second")
+
+        assert current_scope() is None
+        done.append("task")
+
+    @app.get("/")
+    def index() -> str:
+        for _ in range(3):
+            run(work)
+
+        return "ok"
+
+    assert in_time(app.test_client().get, "/").status_code == 200
+    assert done == ["first", "second", "task"] * 3
+
+
+@pytest.mark.parametrize("in_request", [True, False])
+def test_async_task_runs_through_ensure_sync(in_request: bool) -> None:
+    """An async def task runs through the app's ensure_sync (behaviour 15)."""
+    used: list[object] = []
+
+    class OwnFlask(Flask):
+        def ensure_sync(self, func: cabc.Callable[..., t.Any]) -> t.Any:
+            if asyncio.iscoroutinefunction(func):
+                used.append(func)
+
+            return super().ensure_sync(func)
+
+    app = OwnFlask(__name__)
+    ApiTask(app)
+
+    async def work(number: int) -> tuple[int, str, str]:
+        await asyncio.sleep(0)
+        return number, current_app.name, color.get()
+
+    with app.test_request_context() if in_request else app.app_context():
+        assert run(work, 7).result(PATIENCE) == (7, app.name, "none")
+
+    assert len(used) == 1
+
+
+class AsyncCallable:
+    """An object whose call gives a coroutine."""
+
+    async def __call__(self) -> str:
+        return "called"
+
+
+class AsyncTask:
+    """A Task whose run() is async."""
+
+    name = "async"
+
+    async def run(self) -> str:
+        return "run"
+
+
+@pytest.mark.parametrize("in_request", [True, False])
+def test_whatever_gives_a_coroutine_is_awaited(
+    make_app: AppFactory, in_request: bool
+) -> None:
+    """Callables that turn out to be async are run to their end (behaviour 15)."""
+    app = make_app()
+
+    async def plain(word: str) -> str:
+        return word
+
+    tasks: list[t.Any] = [AsyncCallable(), AsyncTask(), lambda: plain("lambda")]
+
+    if in_request:
+        with app.test_request_context():
+            results = [run(work).result(PATIENCE) for work in tasks]
+    else:
+        results = [run(work).result(PATIENCE) for work in tasks]
+
+    assert results == ["called", "run", "lambda"]
+
+
+def test_async_task_that_fails(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An async task that raises is contained like any other (behaviour 15)."""
+    app = make_app()
+    error = ValueError()
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+        raise error
+
+    with app.test_request_context():
+        assert run(work).exception(PATIENCE) is error
+
+    assert len(caplog.records) == 1
+
+
+def test_coroutine_that_can_not_be_awaited(
+    make_app: AppFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without Flask's async extra a task fails, and nothing is left (behaviour 15).
+
+    A coroutine that is never awaited would warn, and a warning is an error here.
+    """
+    app = make_app()
+
+    def refuse(fn: cabc.Callable[..., t.Any]) -> t.Any:
+        raise RuntimeError("Install Flask with the 'async' extra")
+
+    async def work() -> None:
+        raise AssertionError
+
+    with app.test_request_context():
+        monkeypatch.setattr(app, "async_to_sync", refuse)
+        error = run(work).exception(PATIENCE)
+        monkeypatch.undo()
+
+    assert isinstance(error, RuntimeError)
+    assert len(caplog.records) == 1
+
+
+def test_async_view(make_app: AppFactory) -> None:
+    """An async view, and what it starts on its loop, has the request's scope."""
+    app = make_late(make_app())
+    events: list[str] = []
+
+    @app.get("/")
+    async def index() -> str:
+        scope = current_scope()
+        assert scope is not None
+        run(events.append, "view")
+
+        async def child() -> None:
+            assert current_scope() is scope
+            run(events.append, "child")
+
+        await asyncio.create_task(child())
+        await asyncio.gather(child(), child())
+        assert events == []
+        return "ok"
+
+    assert in_time(app.test_client().get, "/").status_code == 200
+    assert events == ["view", "child", "child", "child"]
+
+
+def test_child_is_the_first_to_run_a_task(make_app: AppFactory) -> None:
+    """A scope that a child of an async view's loop opens is the request's."""
+    app = make_late(make_app())
+    events: list[str] = []
+
+    @app.get("/")
+    async def index() -> str:
+        async def child() -> None:
+            run(events.append, "child")
+
+        await asyncio.create_task(child())
+        run(events.append, "view")
+        return "ok"
+
+    assert in_time(app.test_client().get, "/").status_code == 200
+    assert events == ["child", "view"]
+
+
+def test_async_task_in_an_async_view(make_app: AppFactory) -> None:
+    """An async task of an async view runs where it is waited for (behaviour 15).
+
+    The wait may be on the thread of a running event loop, which helps.
+    """
+    app = make_late(make_app())
+    futures = []
+
+    async def work() -> str:
+        await asyncio.sleep(0)
+        return "done"
+
+    @app.get("/")
+    async def index() -> str:
+        futures.append(run(work))
+        wait()
+        return "ok"
+
+    assert in_time(app.test_client().get, "/").status_code == 200
+    assert futures[0].result(0) == "done"
+
+
+def test_async_plain_call_in_an_async_task(make_app: AppFactory) -> None:
+    """run() of an async def in an async def task is a plain call (behaviour 14)."""
+    app = make_app()
+
+    async def inner() -> str:
+        await asyncio.sleep(0)
+        return "inner"
+
+    async def work() -> str:
+        return run(inner).result(0)
+
+    with app.test_request_context():
+        assert run(work).result(PATIENCE) == "inner"
+
+
+def refuse_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the system refuse to start a thread."""
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+def test_no_thread_can_be_started(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch, signals: Signals
+) -> None:
+    """Without threads, tasks run where they are submitted (behaviour 16)."""
+    app = make_app(APITASK_MAX_WORKERS=2)
+    events: list[str] = []
+
+    @app.get("/")
+    def index() -> str:
+        run(events.append, "first")
+        failing = run(divmod, 1, 0)
+        assert isinstance(failing.exception(0), ZeroDivisionError)
+        run(events.append, "second")
+        events.append("view")
+        return "ok"
+
+    refuse_threads(monkeypatch)
+    response = app.test_client().get("/")
+    monkeypatch.undo()
+
+    assert response.status_code == 200
+    assert events == ["first", "second", "view"]
+    assert {fields["how"] for _, fields in signals.sent} == {"inline"}
+
+
+def test_threads_come_back(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When threads can be had again, tasks run on them again (behaviour 16)."""
+    app = make_app()
+
+    with app.test_request_context():
+        refuse_threads(monkeypatch)
+        assert run(threading.get_ident).result(0) == threading.get_ident()
+        monkeypatch.undo()
+        assert run(threading.get_ident).result(PATIENCE) != threading.get_ident()
+
+
+@pytest.mark.parametrize("how", ["thread", "helped", "inline"])
+def test_signals(make_app: AppFactory, signals: Signals, how: str) -> None:
+    """Both signals are sent around a task, with times in order."""
+    app = make_late(make_app()) if how == "helped" else make_app()
+
+    @task("mailer.welcome")
+    def work() -> int:
+        return threading.get_ident()
+
+    before = time.monotonic()
+
+    if how == "inline":
+        with app.app_context():
+            thread = run(work).result(0)
+    else:
+        with app.test_request_context():
+            future = run(work)
+
+            if how == "thread":
+                future.result(PATIENCE)
+
+        thread = future.result(0)
+
+    after = time.monotonic()
+    (first, started), (second, finished) = signals.sent
+
+    assert (first, second) == ("started", "finished")
+    assert (thread == threading.get_ident()) is (how != "thread")
+    assert set(started) == {"sender", "name", "how", "submitted", "started"}
+    assert finished == {
+        **started,
+        "finished": finished["finished"],
+        "exception": None,
+    }
+    assert started["sender"] is app
+    assert started["name"] == "mailer.welcome"
+    assert started["how"] == how
+    times = [started["submitted"], started["started"], finished["finished"]]
+    assert [before, *times, after] == sorted([before, *times, after])
+
+
+def test_signals_of_a_failing_task(
+    make_app: AppFactory, signals: Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    """task_finished tells what was raised, of a plain call as well."""
+    app = make_app()
+
+    with app.test_request_context():
+        error = run(divmod, 1, 0).exception(PATIENCE)
+
+    with app.app_context(), pytest.raises(ZeroDivisionError) as excinfo:
+        run(divmod, 1, 0)
+
+    assert [fields.get("exception") for _, fields in signals.sent] == [
+        None,
+        error,
+        None,
+        excinfo.value,
+    ]
+    assert error is not None
+
+
+def test_receivers_are_in_the_task(make_app: AppFactory) -> None:
+    """Receivers run in the task's thread and contexts, and may be async."""
+    app = make_app()
+    seen: list[t.Any] = []
+
+    async def started(sender: Flask, **fields: t.Any) -> None:
+        g.span = "span"
+        seen.append(request.path)
+
+    def finished(sender: Flask, **fields: t.Any) -> None:
+        seen.extend([g.span, threading.get_ident()])
+
+    with (
+        task_started.connected_to(started),
+        task_finished.connected_to(finished),
+        app.test_request_context("/path"),
+    ):
+        thread = run(threading.get_ident).result(PATIENCE)
+
+    assert seen == ["/path", "span", thread]
+
+
+def test_plain_call_without_an_app_sends_no_signal(signals: Signals) -> None:
+    """There is no sender outside of any app context, so there is no signal."""
+    run(str)
+    assert signals.sent == []
+
+
+def test_one_receiver_is_enough(make_app: AppFactory) -> None:
+    """A receiver of task_finished alone is called, too."""
+    app = make_app()
+    names: list[str] = []
+
+    def finished(sender: Flask, name: str, **fields: t.Any) -> None:
+        names.append(name)
+
+    with task_finished.connected_to(finished), app.app_context():
+        run(str)
+
+    assert names == ["builtins.str"]
