@@ -1,0 +1,721 @@
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import smtplib
+import socket
+import subprocess
+import sys
+import threading
+import typing as t
+
+import flask_mail
+import pytest
+from conftest import PATIENCE
+from flask import current_app
+from flask import Flask
+from flask_mail import BadHeaderError
+from flask_mail import Mail
+from flask_mail import Message
+from mailbox_server import Mailbox
+
+from flask_apitask import ApiTask
+from flask_apitask import open_scope
+from flask_apitask import run
+from flask_apitask import scoped
+from flask_apitask import wait
+from flask_apitask.exceptions import DeliveryError
+from flask_apitask.mail.rerouting import RoutedConnection
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+ORIGINAL = RoutedConnection.__mro__[1]
+
+
+@pytest.fixture
+def inbox() -> cabc.Iterator[Mailbox]:
+    """Return a mail server that runs for the length of a test."""
+    with Mailbox() as mailbox:
+        yield mailbox
+
+
+class MailApp(t.NamedTuple):
+    """An app that sends to the inbox, and its Flask-Mail."""
+
+    app: Flask
+    mail: Mail
+
+
+class MailAppFactory(t.Protocol):
+    """Make such an app; keywords are keys of its configuration."""
+
+    def __call__(self, **config: t.Any) -> MailApp: ...
+
+
+@pytest.fixture
+def make_mail_app(inbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> MailAppFactory:
+    """Return what makes an app that sends to the mail server."""
+    monkeypatch.setattr(flask_mail, "Connection", ORIGINAL)
+
+    def factory(**config: t.Any) -> MailApp:
+        app = Flask(__name__)
+        app.config.update(
+            MAIL_SERVER="127.0.0.1",
+            MAIL_PORT=inbox.port,
+            MAIL_DEFAULT_SENDER="shop@example.org",
+            APITASK_MAIL_BACKGROUND=True,
+            APITASK_MAIL_KEEPALIVE=0,
+        )
+        app.config.update(config)
+        mail = Mail(app)
+        ApiTask(app)
+        return MailApp(app, mail)
+
+    return factory
+
+
+def letter(subject: str = "hello", *recipients: str, **fields: t.Any) -> Message:
+    """Make a message that can be sent."""
+    return Message(subject, list(recipients or ["ann@example.org"]), "text", **fields)
+
+
+def test_flag_off_leaves_flask_mail_untouched(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """With the flag off Flask-Mail has its own connection (behaviour 20)."""
+    app, mail = make_mail_app(APITASK_MAIL_BACKGROUND=False)
+
+    with app.test_request_context():
+        mail.send(letter())
+        assert inbox.subjects == ["hello"]
+        assert type(mail.connect()) is ORIGINAL
+
+
+def test_flag_off_does_not_import_flask_mail() -> None:
+    """An app without the flag does not even load Flask-Mail (behaviour 20)."""
+    code = (
+        "import sys, flask, flask_apitask;"
+        "flask_apitask.ApiTask(flask.Flask('x'));"
+        "sys.exit('flask_mail' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE * 3)
+
+
+def test_other_app_keeps_the_original(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """An app without the flag sends at once, beside one that has it (behaviour 20)."""
+    make_mail_app()
+    app, mail = make_mail_app(APITASK_MAIL_BACKGROUND=False)
+
+    @app.get("/")
+    def view() -> str:
+        mail.send(letter())
+        return str(len(inbox.messages))
+
+    assert app.test_client().get("/").text == "1"
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda mail: mail.send(letter()),
+        lambda mail: mail.send_message("hello", ["ann@example.org"], "text"),
+        lambda mail: current_app.extensions["mail"].send(letter()),
+        lambda mail: current_app.extensions["mail"].send_message(
+            "hello", ["ann@example.org"], "text"
+        ),
+    ],
+    ids=["send", "send_message", "extension_send", "extension_send_message"],
+)
+def test_every_way_to_send_is_rerouted(
+    make_mail_app: MailAppFactory, inbox: Mailbox, send: cabc.Callable[[Mail], None]
+) -> None:
+    """A view goes on while its mail is sent, and waits at its end (behaviour 21)."""
+    app, mail = make_mail_app()
+    inbox.lock()
+
+    @app.get("/")
+    def view() -> str:
+        send(mail)
+        assert not inbox.messages
+        inbox.unlock()
+        return "done"
+
+    assert app.test_client().get("/").text == "done"
+    assert inbox.subjects == ["hello"]
+
+
+@pytest.mark.parametrize("mail_first", [True, False])
+def test_order_of_initialisation(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch, mail_first: bool
+) -> None:
+    """It does not matter which of Mail and ApiTask comes first (behaviour 21)."""
+    monkeypatch.setattr(flask_mail, "Connection", ORIGINAL)
+    app = Flask(__name__)
+    app.config.update(
+        MAIL_PORT=inbox.port,
+        MAIL_DEFAULT_SENDER="shop@example.org",
+        APITASK_MAIL_BACKGROUND=True,
+        APITASK_MAIL_KEEPALIVE=0,
+    )
+    mail = Mail()
+
+    for extension in (mail, ApiTask()) if mail_first else (ApiTask(), mail):
+        extension.init_app(app)
+
+    @app.get("/")
+    def view() -> str:
+        with mail.connect() as connection:
+            assert isinstance(connection, RoutedConnection)
+            connection.send(letter())
+
+        return ""
+
+    app.test_client().get("/")
+    assert inbox.subjects == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"recipients": []}, AssertionError),
+        ({"sender": None}, AssertionError),
+        ({"subject": "a\r\nBcc: eve@example.org"}, BadHeaderError),
+        ({"recipients": ["ann@example.org\nx"]}, BadHeaderError),
+        ({"reply_to": "ann@example.org\nx"}, BadHeaderError),
+        ({"cc": ["ann@example.org\nBcc: eve@example.org"]}, BadHeaderError),
+        ({"cc": [("Ann\r\nBcc: eve@example.org", "ann@example.org")]}, BadHeaderError),
+        ({"bcc": ["ann@example.org\rx"]}, BadHeaderError),
+        ({"extra_headers": {"X-Note": "a\nBcc: eve@example.org"}}, BadHeaderError),
+        ({"extra_headers": {"X-Note\n": "a"}}, BadHeaderError),
+        ({"body": "\ud800"}, UnicodeEncodeError),
+        ({"mail_options": ["SIZE=1\r\nRSET"]}, ValueError),
+    ],
+    ids=[
+        "no recipients",
+        "no sender",
+        "subject",
+        "recipient",
+        "reply_to",
+        "cc",
+        "cc name",
+        "bcc",
+        "header value",
+        "header name",
+        "body",
+        "option",
+    ],
+)
+def test_bad_message_is_refused_in_the_view(
+    make_mail_app: MailAppFactory,
+    inbox: Mailbox,
+    message: dict[str, t.Any],
+    error: type[Exception],
+) -> None:
+    """What can't be sent raises where it is sent, and queues nothing (behaviour 22)."""
+    app, mail = make_mail_app(MAIL_DEFAULT_SENDER=None)
+    fields = {
+        "recipients": ["ann@example.org"],
+        "sender": "shop@example.org",
+        "body": "text",
+    }
+
+    with app.test_request_context():
+        with pytest.raises(error):
+            mail.send(Message(**(fields | message)))
+
+        with open_scope() as scope, mail.connect() as connection:
+            with pytest.raises(error):
+                connection.send(Message(**(fields | message)))
+
+        assert "queued=0 running=0" in repr(scope)
+
+    assert not inbox.messages
+
+
+def test_newline_in_the_envelope_sender_is_refused(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """The envelope's sender can't smuggle a command (behaviour 22)."""
+    app, mail = make_mail_app()
+
+    with app.test_request_context(), mail.connect() as connection:
+        with pytest.raises(BadHeaderError):
+            connection.send(letter(), envelope_from="a@example.org\r\nRSET")
+
+    assert not inbox.messages
+
+
+def test_message_is_delivered_as_it_was_sent(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """A message that is changed and sent again arrives in both forms (behaviour 22)."""
+    app, mail = make_mail_app()
+    inbox.lock()
+
+    @app.get("/")
+    def view() -> str:
+        message = letter("one", "ann@example.org")
+        mail.send(message)
+        message.subject = "two"
+        message.recipients[:] = ["bob@example.org"]
+        mail.send(message)
+        message.recipients.clear()
+        inbox.unlock()
+        return ""
+
+    with mail.record_messages() as outbox:
+        app.test_client().get("/")
+
+    assert sorted(zip(inbox.subjects, inbox.recipients, strict=True)) == [
+        ("one", ["ann@example.org"]),
+        ("two", ["bob@example.org"]),
+    ]
+    assert sorted((message.subject, message.recipients) for message in outbox) == [
+        ("one", ["ann@example.org"]),
+        ("two", ["bob@example.org"]),
+    ]
+
+
+def test_lazy_text_is_rendered_by_the_caller(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """A lazy string is resolved in the thread of the caller (behaviour 22)."""
+    app, mail = make_mail_app()
+    caller = threading.current_thread()
+    seen: list[threading.Thread] = []
+
+    class Lazy:
+        def __str__(self) -> str:
+            seen.append(threading.current_thread())
+            return "hallo"
+
+        def __contains__(self, text: str) -> bool:
+            return text in str(self)
+
+    @app.get("/")
+    def view() -> str:
+        mail.send(letter(t.cast("str", Lazy())))
+        return ""
+
+    app.test_client().get("/")
+    assert inbox.subjects == ["hallo"]
+    assert set(seen) == {caller}
+
+
+def test_connect_block_is_one_task_over_one_connection(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """The messages of a block arrive in order, over one connection (behaviour 23)."""
+    app, mail = make_mail_app()
+    inbox.lock()
+    subjects = [str(number) for number in range(5)]
+
+    @app.get("/")
+    def view() -> str:
+        with mail.connect() as connection:
+            for subject in subjects:
+                connection.send(letter(subject))
+
+        assert not inbox.messages
+        inbox.unlock()
+        return ""
+
+    app.test_client().get("/")
+    assert inbox.subjects == subjects
+    assert len({id(session) for session in inbox.sessions}) == 1
+
+
+def test_connect_block_that_raises_delivers_what_was_sent(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """What a block sent before it raised is delivered (behaviour 23)."""
+    app, mail = make_mail_app()
+
+    @app.get("/")
+    def view() -> str:
+        with contextlib.suppress(LookupError), mail.connect() as connection:
+            connection.send(letter())
+            raise LookupError
+
+        return ""
+
+    app.test_client().get("/")
+    assert inbox.subjects == ["hello"]
+
+
+def test_without_a_scope_mail_is_sent_at_once(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """In a command mail is sent on the spot, and errors raise (behaviour 24)."""
+    app, mail = make_mail_app()
+
+    with app.app_context():
+        mail.send(letter("one"))
+        assert inbox.subjects == ["one"]
+
+        with mail.connect() as connection:
+            connection.send(letter("two"))
+            assert inbox.subjects == ["one", "two"]
+            connection.send(letter("three"))
+
+        assert inbox.sessions[1] is inbox.sessions[2]
+        inbox.refused.add("ann@example.org")
+
+        with pytest.raises(smtplib.SMTPException) as caught:
+            mail.send(letter())
+
+    assert isinstance(caught.value, DeliveryError)
+    assert "ann@" not in str(caught.value)
+
+
+def test_without_requests_scope_mail_is_sent_at_once(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """With scopes only on demand, a plain view sends on the spot (behaviour 24)."""
+    app, mail = make_mail_app(APITASK_ENABLED=False)
+
+    @app.get("/plain")
+    def plain() -> str:
+        mail.send(letter())
+        return str(len(inbox.messages))
+
+    @app.get("/scoped")
+    @scoped
+    def in_scope() -> str:
+        inbox.lock()
+        mail.send(letter())
+        sent = len(inbox.messages)
+        inbox.unlock()
+        return str(sent)
+
+    assert app.test_client().get("/plain").text == "1"
+    assert app.test_client().get("/scoped").text == "1"
+    assert len(inbox.messages) == 2
+
+
+def test_inside_a_task_mail_is_sent_at_once(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """A task that sends mail has sent it when send() returns (behaviour 24)."""
+    app, mail = make_mail_app(APITASK_MAX_WORKERS=1)
+    inbox.refused.add("bob@example.org")
+
+    def task() -> int:
+        mail.send(letter())
+
+        with pytest.raises(DeliveryError):
+            mail.send(letter("no", "bob@example.org"))
+
+        return len(inbox.messages)
+
+    @app.get("/")
+    def view() -> str:
+        return str(run(task).result(PATIENCE))
+
+    assert app.test_client().get("/").text == "1"
+
+
+def test_after_the_scope_ended_mail_is_sent_at_once(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """Once its scope was shut down, a request sends on the spot (behaviour 24)."""
+    app, mail = make_mail_app()
+
+    with app.test_request_context(), open_scope() as scope:
+        scope.shutdown()
+        mail.send(letter())
+        assert inbox.subjects == ["hello"]
+
+
+@pytest.mark.parametrize("key", ["TESTING", "MAIL_SUPPRESS_SEND"])
+def test_suppressed_mail_is_recorded_but_not_sent(
+    make_mail_app: MailAppFactory, inbox: Mailbox, key: str
+) -> None:
+    """The outbox is complete when the client has its response (behaviour 25)."""
+    app, mail = make_mail_app(**{key: True})
+
+    @app.post("/")
+    def view() -> str:
+        mail.send(letter("one"))
+
+        with mail.connect() as connection:
+            connection.send(letter("two"))
+            connection.send(letter("three"))
+
+        return ""
+
+    with mail.record_messages() as outbox:
+        app.test_client().post("/")
+        assert sorted(message.subject for message in outbox) == ["one", "three", "two"]
+
+        with app.test_client() as client:
+            client.post("/")
+            assert len(outbox) == 6
+
+    assert not inbox.messages
+
+
+def test_email_dispatched_comes_once_and_after_delivery(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """The signal has the app, comes once per message, and for no refused one (25)."""
+    app, mail = make_mail_app()
+    inbox.refused.add("bob@example.org")
+    dispatched: list[tuple[Flask, str, int]] = []
+
+    def receiver(sender: Flask, message: Message, **_: t.Any) -> None:
+        dispatched.append((sender, message.subject, len(inbox.messages)))
+
+    @app.get("/")
+    def view() -> str:
+        mail.send(letter("refused", "bob@example.org"))
+        wait()
+        mail.send(letter("taken"))
+        return ""
+
+    with flask_mail.email_dispatched.connected_to(receiver):
+        app.test_client().get("/")
+
+    assert dispatched == [(app, "taken", 1)]
+
+
+def test_receiver_that_fails_makes_no_failed_mail(
+    make_mail_app: MailAppFactory, inbox: Mailbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A delivered mail is not reported as failed by its signal (behaviour 26)."""
+    app, mail = make_mail_app()
+
+    def receiver(sender: Flask, message: Message, **_: t.Any) -> None:
+        raise LookupError
+
+    with flask_mail.email_dispatched.connected_to(receiver):
+        with app.test_request_context(), mail.connect() as connection:
+            connection.send(letter("one"))
+            connection.send(letter("two"))
+
+    assert inbox.subjects == ["one", "two"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "A receiver of the signal 'email-dispatched' failed."
+    ] * 2
+
+
+def test_max_emails_opens_a_new_connection(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """MAIL_MAX_EMAILS limits what goes over one connection (behaviour 25)."""
+    app, mail = make_mail_app(MAIL_MAX_EMAILS=2)
+
+    with app.test_request_context(), mail.connect() as connection:
+        for number in range(5):
+            connection.send(letter(str(number)))
+
+    assert inbox.subjects == ["0", "1", "2", "3", "4"]
+    assert len({id(session) for session in inbox.sessions}) == 3
+
+
+def test_attachments_and_copies_arrive(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """Attachments, cc and bcc are those of the message (behaviour 25)."""
+    app, mail = make_mail_app(MAIL_DEFAULT_SENDER=("Shop", "shop@example.org"))
+
+    with app.test_request_context():
+        message = letter(cc=["bob@example.org"], bcc=["cyd@example.org"], html="<p>")
+        message.attach("note.txt", "text/plain", "attached")
+        mail.send(message)
+
+    [received] = inbox.messages
+    assert inbox.recipients == [
+        ["ann@example.org", "bob@example.org", "cyd@example.org"]
+    ]
+    assert "cyd" not in str(received)
+    assert received["From"] == "Shop <shop@example.org>"
+    assert [part.get_filename() for part in received.iter_attachments()][-1] == (
+        "note.txt"
+    )
+
+
+def test_failures_of_a_block_are_one_error(
+    make_mail_app: MailAppFactory, inbox: Mailbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused messages are reported together, by Message-ID (behaviour 26)."""
+    app, mail = make_mail_app()
+    inbox.refused.add("bob@example.org")
+    sent: list[Message] = []
+
+    @app.get("/")
+    def view() -> str:
+        with mail.connect() as connection:
+            for recipient in ["bob@example.org", "ann@example.org", "bob@example.org"]:
+                sent.append(letter("hello", recipient))
+                connection.send(sent[-1])
+
+        return "done"
+
+    assert app.test_client().get("/").text == "done"
+    assert inbox.recipients == [["ann@example.org"]]
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.task_name == "flask_mail.send"  # type: ignore[attr-defined]
+    assert "2 of 3 messages were not delivered" in caplog.text
+    assert sent[0].msgId in caplog.text
+    assert sent[1].msgId not in caplog.text
+    assert sent[2].msgId in caplog.text
+    assert "bob@" not in caplog.text
+
+
+def test_one_failure_is_one_error_with_its_message_id(
+    make_mail_app: MailAppFactory, inbox: Mailbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refused recipient is always reported, and no address is (behaviour 26)."""
+    app, mail = make_mail_app()
+    inbox.refused.add("bob@example.org")
+
+    @app.get("/")
+    def view() -> str:
+        mail.send(message := letter("hello", "bob@example.org", "ann@example.org"))
+        return message.msgId
+
+    message_id = app.test_client().get("/").text
+    assert inbox.recipients == [["ann@example.org"]]
+    assert len(caplog.records) == 1
+    assert message_id in caplog.text
+    assert "550" in caplog.text
+    assert "bob@" not in caplog.text
+
+
+def test_batch_gives_up_on_a_server_that_is_not_there(
+    make_mail_app: MailAppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A batch costs one timeout, and not one per message, if nobody answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        app, mail = make_mail_app(
+            MAIL_PORT=silent.getsockname()[1], APITASK_MAIL_TIMEOUT=0.3
+        )
+
+        with app.test_request_context(), mail.connect() as connection:
+            for number in range(4):
+                connection.send(letter(str(number)))
+
+        silent.settimeout(0)
+        silent.accept()[0].close()
+
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+    assert len(caplog.records) == 1
+    assert "4 of 4 messages were not delivered" in caplog.text
+
+
+def test_settings_that_changed_are_used(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """A Mail that is set up again, as tests do, is followed."""
+    app, mail = make_mail_app(MAIL_PORT=1)
+
+    with app.app_context():
+        with pytest.raises(DeliveryError):
+            mail.send(letter())
+
+        app.extensions["mail"].port = inbox.port
+        mail.send(letter())
+        mail.send(letter())
+
+    assert len(inbox.messages) == 2
+
+
+def test_app_that_goes_takes_its_idle_connections_along(inbox: Mailbox) -> None:
+    """An app may go while connections are kept for it; nobody can be warned of that."""
+    app = Flask(__name__)
+    app.config.update(
+        MAIL_PORT=inbox.port,
+        MAIL_DEFAULT_SENDER="shop@example.org",
+        APITASK_MAIL_BACKGROUND=True,
+    )
+    mail = Mail(app)
+    ApiTask(app)
+
+    with app.app_context():
+        mail.send(letter())
+
+    assert "idle=1" in repr(app.extensions["apitask_mail"].pool(mail.state))
+    del app, mail
+    gc.collect()
+
+
+def test_connection_outside_of_any_context_is_the_original(
+    make_mail_app: MailAppFactory,
+) -> None:
+    """Where there is no app context there is nothing to reroute to."""
+    _, mail = make_mail_app(MAIL_SUPPRESS_SEND=True)
+
+    with mail.connect() as connection:
+        assert connection.host is None
+        assert connection._route is None  # type: ignore[attr-defined]
+
+
+def test_missing_mail_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first request of an app with the flag and no Mail logs one warning."""
+    monkeypatch.setattr(flask_mail, "Connection", ORIGINAL)
+    app = Flask(__name__)
+    app.config["APITASK_MAIL_BACKGROUND"] = True
+    ApiTask(app)
+    assert not caplog.records
+
+    for _ in range(2):
+        app.test_client().get("/")
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "APITASK_MAIL_BACKGROUND is on, but there is no 'Mail' on this Flask app."
+        " Create one with Mail(app), or switch the flag off."
+    ]
+
+
+def test_unverified_tls_is_said_at_start_up(
+    make_mail_app: MailAppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """APITASK_MAIL_TLS_VERIFY = False logs one warning."""
+    make_mail_app(APITASK_MAIL_TLS_VERIFY=False)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "APITASK_MAIL_TLS_VERIFY is False" in record.getMessage()
+
+
+def test_flask_mail_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flag without Flask-Mail fails at start-up, with the remedy."""
+    for module in ("flask_apitask.mail", "flask_apitask.mail.rerouting"):
+        monkeypatch.delitem(sys.modules, module)
+
+    monkeypatch.setitem(sys.modules, "flask_mail", None)
+    app = Flask(__name__)
+    app.config["APITASK_MAIL_BACKGROUND"] = True
+
+    with pytest.raises(RuntimeError) as caught:
+        ApiTask(app)
+
+    assert str(caught.value) == (
+        "APITASK_MAIL_BACKGROUND is on, but Flask-Mail is not installed. Install it"
+        ' with: pip install "flask-apitask[mail]"'
+    )
+    assert "apitask" not in app.extensions
+
+
+def test_import_error_of_another_module_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only a missing Flask-Mail is called that."""
+    for module in ("flask_apitask.mail", "flask_apitask.mail.rerouting"):
+        monkeypatch.delitem(sys.modules, module)
+
+    monkeypatch.setitem(sys.modules, "flask_apitask.mail.pool", None)
+    app = Flask(__name__)
+    app.config["APITASK_MAIL_BACKGROUND"] = True
+
+    with pytest.raises(ModuleNotFoundError, match=r"flask_apitask\.mail\.pool"):
+        ApiTask(app)
