@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import importlib.metadata
+import os
+
+project = "Flask-ApiTask"
+author = "the flask-apitask contributors"
+copyright = f"2026, {author}"
+version = release = importlib.metadata.version("flask-apitask")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+]
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+python_maximum_signature_line_length = 60
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+# The names of other projects are links where the documentation is published. A build
+# elsewhere does not depend on their sites.
+if "READTHEDOCS" in os.environ:
+    extensions.append("sphinx.ext.intersphinx")
+
+intersphinx_mapping = {
+    "flask": ("https://flask.palletsprojects.com/", None),
+    "python": ("https://docs.python.org/3/", None),
+}
+
+# A misspelled name of our own is an error; one of another project can't be looked up.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(asyncio|concurrent|flask|logging|math|smtplib|time)\..*"),
+    ("py:mod", "logging|smtplib"),
+    # What only type checkers see, as it stands in a signature.
+    ("py:class", r"cabc\..*|Flask|P|P\.args|P\.kwargs|F|T|.*\bT_co"),
+]
+
+html_theme = "furo"
+html_title = project
