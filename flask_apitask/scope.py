@@ -161,7 +161,8 @@ class TaskScope(concurrent.futures.Executor):
     4.  When a wait is over, neither the scope nor its threads refer to the arguments of
         the tasks that it waited for.
 
-    Assumption: what a job calls does not wait for a later job of the same scope.
+    Assumptions: what a job calls does not wait for a later job of the same scope. No
+    signal handler and no finalizer submits: it may interrupt who holds the lock.
 
     What could break it, and what prevents it:
 
@@ -346,6 +347,9 @@ class TaskScope(concurrent.futures.Executor):
         if helps:
             self._help(last)
 
+        if self._process is not this_process():
+            return 0
+
         with self._lock:
             unfinished = self._count_unfinished(last)
 
@@ -408,6 +412,10 @@ class TaskScope(concurrent.futures.Executor):
 
     def _finish(self, job: Job[t.Any], last: float) -> Job[t.Any] | None:
         """Give back the slot of a job that is done; take the next up to an index."""
+        if self._process is not this_process():
+            # The job has forked. What else there is to do is its parent's.
+            return None
+
         with self._lock:
             self._running.remove(job)
 

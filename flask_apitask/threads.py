@@ -125,7 +125,6 @@ class Threads:
                 self._send()
 
             server.serve(how)
-            del server
 
 
 def _after_fork() -> None:

@@ -75,9 +75,9 @@ class GapLock:
                 self._call()
 
 
-def run_in_thread(fn: cabc.Callable[[], object], name: str | None = None) -> None:
+def run_in_thread(fn: cabc.Callable[[], object]) -> None:
     """Call a function in a thread of its own, and wait for its end."""
-    thread = threading.Thread(target=fn, name=name, daemon=True)
+    thread = threading.Thread(target=fn, daemon=True)
     thread.start()
     thread.join(PATIENCE)
     assert not thread.is_alive(), f"{fn} does not return"

@@ -150,6 +150,8 @@ def test_ten_thousand_messages() -> None:
             with pool.connection() as connection:
                 for _ in range(size):
                     ledger.send(connection, make_envelope("a@x.example", "b@x.example"))
+                    # The server may not have noticed yet that one of them is closed.
+                    assert len(pool._own_places().connections) <= 4
 
         with concurrent.futures.ThreadPoolExecutor(8) as executor:
             batches = [executor.submit(send_batch, 5) for _ in range(total // 5)]
@@ -162,4 +164,3 @@ def test_ten_thousand_messages() -> None:
     counts = ledger.balance(server)
     assert counts.total() == total
     assert min(counts[kind] for kind in ("delivered", "unknown", "partly")) > 0
-    assert server.most_open <= 4 + 1

@@ -22,7 +22,7 @@ if t.TYPE_CHECKING:
     from flask_apitask.threads import Threads
 
 SEEDS = range(40)
-STRESS_SEEDS = 1_500
+STRESS_SEEDS = 100
 
 # How many threads a pool has, and how often of three times it refuses.
 Pool = t.Literal["full", "refusing", "failing", "sound"]

@@ -469,6 +469,36 @@ def test_fork_in_a_view(block: str) -> None:
 
 
 @forks
+def test_fork_in_a_task() -> None:
+    """A child that returns from a task leaves those after it to the parent."""
+    printed = run_script(
+        """
+        import os
+        from flask_apitask.scope import TaskScope
+        from flask_apitask.threads import Threads
+
+        class LateThreads(Threads):
+            def submit(self, fn):
+                pass
+
+        children = []
+        scope = TaskScope(LateThreads(1), max_workers=1)
+        scope.submit(lambda: children.append(os.fork()))
+        scope.submit(print, "second", flush=True)
+        scope.wait()
+
+        if not children[0]:
+            os._exit(0)
+
+        assert os.waitpid(children[0], 0)[1] == 0
+        scope.end()
+        """,
+        allow_fork=True,
+    )
+    assert printed == "second\n"
+
+
+@forks
 def test_multiprocessing_in_a_view() -> None:
     """A child that multiprocessing forks can run tasks, and ends."""
     printed = run_script(
