@@ -14,9 +14,9 @@ from ..context import find_app_context
 from ..exceptions import DeliveryError
 from ..jobs import notify
 from ..tasks import task
+from .envelope import Envelope
+from .envelope import Server
 from .pool import ConnectionPool
-from .smtp import Envelope
-from .smtp import Server
 
 if t.TYPE_CHECKING:
     import smtplib

@@ -11,8 +11,6 @@ import typing as t
 
 from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
-from .envelope import Envelope as Envelope  # noqa: TC001
-from .envelope import Server as Server  # noqa: TC001
 from .wire import ConnectionLost
 from .wire import finish
 from .wire import Wire
@@ -22,6 +20,8 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
     import ssl
 
+    from .envelope import Envelope
+    from .envelope import Server
     from .wire import Reply
 
 logger = logging.getLogger(__name__)
