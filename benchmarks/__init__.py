@@ -1,0 +1,1 @@
+"""Measure what a task costs a request, next to the peers. See ``README.md``."""

@@ -1,0 +1,114 @@
+"""Work to run, requests without a network, and rounds that drift hits alike."""
+
+from __future__ import annotations
+
+import collections.abc as cabc
+import functools
+import gc
+import random
+import statistics
+import time
+import typing as t
+
+from werkzeug.test import create_environ
+
+if t.TYPE_CHECKING:
+    from flask import Flask
+
+    from .contenders import Work
+
+CPU_SECONDS: t.Final = 50e-6
+IO_SECONDS: t.Final = 5e-3
+
+Call: t.TypeAlias = cabc.Callable[[], None]
+
+
+def no_op() -> None:
+    """Do nothing: what is measured is the dispatch alone."""
+
+
+def spin(turns: int) -> None:
+    """Keep the interpreter busy, as a task that computes does."""
+    for _ in range(turns):
+        pass
+
+
+def wait_for_io() -> None:
+    """Stand for a round trip to a server: it waits and holds no lock."""
+    time.sleep(IO_SECONDS)
+
+
+def cpu_work() -> Work:
+    """Return a call that takes :data:`CPU_SECONDS` on this machine when undisturbed.
+
+    A fixed number of turns, not a loop that looks at the clock: the latter would
+    count the time in which it waits for the interpreter as work.
+    """
+    turns = 1_000
+    best = min(_seconds(functools.partial(spin, turns)) for _ in range(500))
+    return functools.partial(spin, round(turns * CPU_SECONDS / best))
+
+
+def request(app: Flask) -> Call:
+    """Return a call that takes one ``GET /`` through *app* as a WSGI server does."""
+    environ = create_environ("/")
+
+    def start_response(
+        status: str, headers: t.Any, exc_info: t.Any = None
+    ) -> cabc.Callable[[bytes], object]:
+        if status != "200 OK":
+            raise RuntimeError(f"The view of a contender answered {status!r}.")
+
+        return lambda chunk: None
+
+    def call() -> None:
+        body = app(environ.copy(), start_response)
+
+        for _ in body:
+            pass
+
+        body.close()  # type: ignore[attr-defined]
+
+    return call
+
+
+def interleave(
+    calls: cabc.Mapping[str, Call], rounds: int, batch_seconds: float
+) -> dict[str, list[float]]:
+    """Return the median seconds of a call in each of *rounds*, for each of *calls*.
+
+    Every round takes all calls in a new order, a batch of each, so that whatever
+    else the machine does hits all of them alike. The collector is left on, as a
+    server leaves it: the garbage that a contender makes is part of its price.
+
+    :param batch_seconds: how long a batch takes, about; at least three calls.
+    """
+    sizes = {name: _batch_size(call, batch_seconds) for name, call in calls.items()}
+    medians: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
+
+    for _ in range(rounds):
+        shuffle(order)
+
+        gc.collect()
+
+        for name in order:
+            call = calls[name]
+            call()
+            durations = [_seconds(call) for _ in range(sizes[name])]
+            medians[name].append(statistics.median(durations))
+
+    return medians
+
+
+def _batch_size(call: Call, batch_seconds: float) -> int:
+    """Warm *call* up and return how many of it make a batch."""
+    once = statistics.median(_seconds(call) for _ in range(3))
+    return max(3, min(500, round(batch_seconds / once)))
+
+
+def _seconds(call: cabc.Callable[[], object]) -> float:
+    started = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - started) / 1e9
