@@ -64,14 +64,14 @@ class Job(t.Generic[T]):
     def __init__(
         self, task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
     ) -> None:
-        self.task = task
-        self.args = args
-        self.kwargs = kwargs
+        self.task: t.Any = task
+        self.args: tuple[t.Any, ...] = args
+        self.kwargs: dict[str, t.Any] = kwargs
         self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
         # Its place among those submitted to its scope, from 1.
-        self.index = 0
+        self.index: int = 0
         # Of the thread that runs it.
-        self.thread = 0
+        self.thread: int = 0
 
     def run(self, how: How) -> None:
         """Run the task, unless its future is cancelled.
