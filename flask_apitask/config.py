@@ -22,11 +22,11 @@ class Config:
 
     :param enabled: A scope for every request.
     :param max_workers: Most tasks of one scope that run at once.
-    :param pool_size: Most threads of the process.
+    :param pool_size: Most threads of the app in one process.
     :param timeout: Seconds the end of a scope waits, ``None`` for as long as it takes.
     :param mail_background: Flask-Mail is rerouted.
     :param mail_timeout: Seconds of every SMTP socket operation.
-    :param mail_connections: Most SMTP connections of the process.
+    :param mail_connections: Most SMTP connections of the app in one process.
     :param mail_keepalive: Seconds an idle SMTP connection is kept.
     :param mail_tls_verify: Verify the mail server's certificate, or the path of a file
         of CA certificates to verify it with.

@@ -78,7 +78,11 @@ class _MergedTaskContext:
         self._context = context.copy()
 
     def __enter__(self) -> None:
+        # With an adapter, push() routes the shared request once more, and undoes what a
+        # url_value_preprocessor did for the view.
+        adapter, self._context.url_adapter = self._context.url_adapter, None
         self._context.push()
+        self._context.url_adapter = adapter
 
     def __exit__(
         self,

@@ -48,11 +48,13 @@ class ApiTask:
 
         -   ``APITASK_ENABLED`` (``True``): a scope for every request.
         -   ``APITASK_MAX_WORKERS`` (``8``): most tasks of one request running at once.
-        -   ``APITASK_POOL_SIZE`` (``32``): most threads of the process.
+        -   ``APITASK_POOL_SIZE`` (``32``): most threads of the app in one
+            process.
         -   ``APITASK_TIMEOUT`` (``None``): seconds the end of the request waits.
         -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
-        -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the process.
+        -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the
+            app in one process.
         -   ``APITASK_MAIL_KEEPALIVE`` (``30.0``): seconds an idle connection is kept;
             ``0`` opens one per batch.
         -   ``APITASK_MAIL_TLS_VERIFY`` (``True``): verify certificate and host name, by

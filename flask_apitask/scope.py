@@ -161,8 +161,9 @@ class TaskScope(concurrent.futures.Executor):
     4.  When a wait is over, neither the scope nor its threads refer to the arguments of
         the tasks that it waited for.
 
-    Assumptions: what a job calls does not wait for a later job of the same scope. No
-    signal handler and no finalizer submits: it may interrupt who holds the lock.
+    Assumptions: what a job calls does not wait for a later job of the same scope, nor
+    in ``result()`` for one of another scope that no thread has begun. No signal handler
+    and no finalizer submits: it may interrupt who holds the lock.
 
     What could break it, and what prevents it:
 
@@ -309,11 +310,16 @@ class TaskScope(concurrent.futures.Executor):
 
         :return: What was left behind at the deadline, or ``None`` if nothing was.
         """
-        if not self._join(self._timeout, close=True) or self._timeout is None:
-            return None
+        overdue = None
 
-        overdue = Overdue(self._timeout, self._cancel_queued(), self._stuck())
-        return overdue if overdue.cancelled or overdue.running else None
+        if self._join(self._timeout, close=True) and self._timeout is not None:
+            overdue = Overdue(self._timeout, self._cancel_queued(), self._stuck())
+
+        if self._summoned and self._process is this_process():
+            # While it waits for a thread it is kept, and so is the request.
+            self._threads.dismiss(self)
+
+        return overdue if overdue and (overdue.cancelled or overdue.running) else None
 
     def serve(self, how: How) -> None:
         """Run what is queued, and have the next thread come if there is more of it.
@@ -323,14 +329,15 @@ class TaskScope(concurrent.futures.Executor):
         """
         with self._lock:
             self._summoned = False
-            job = self._take(_EVER)
+            # In a list: this frame must not keep the job while later ones run.
+            taken = [self._take(_EVER)]
             summon = self._may_summon()
 
         if summon:
             # Refused or not: this thread is about to serve the queue.
             self._threads.add(self)
 
-        self._run(job, how, _EVER)
+        self._run(taken.pop(), how, _EVER)
 
     def _join(self, timeout: float | None, *, close: bool = False) -> int:
         """Wait, and return how many of the tasks submitted so far are not done."""
@@ -359,16 +366,21 @@ class TaskScope(concurrent.futures.Executor):
             waiter = _Waiter(last, unfinished, helps)
             self._waiters.append(waiter)
 
-        while True:
-            if helps:
-                self._help(last)
+        try:
+            while True:
+                if helps:
+                    self._help(last)
 
-            waiter.sleep(limit)
+                waiter.sleep(limit)
 
-            with self._lock:
+                # Who sets it to 0 does so before waking this thread.
                 if not (helps and waiter.remaining):
-                    self._waiters.remove(waiter)
-                    return waiter.remaining
+                    break
+        finally:
+            with self._lock:
+                self._waiters.remove(waiter)
+
+        return waiter.remaining
 
     def _help(self, last: int) -> None:
         """Run what no thread has begun, up to an index."""

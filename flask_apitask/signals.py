@@ -13,11 +13,11 @@ is the :class:`~flask.Flask` app. Keyword arguments:
 
 -   ``name``: the task's name, see :func:`.task`.
 -   ``how``: ``"thread"`` on a thread of the pool, ``"helped"`` on the thread that waits
-    for the scope, ``"inline"`` where :func:`.run` was called.
+    for the scope, ``"inline"`` as a plain call, or where no thread could be had.
 -   ``submitted``, ``started``: seconds of :func:`time.monotonic`.
 
-Not sent for a plain call outside of any application context. A receiver that raises is
-logged, and the task runs all the same.
+Not sent for a plain call outside of any application context. A receiver that raises an
+:exc:`Exception` is logged, and the task runs all the same.
 """,
 )
 

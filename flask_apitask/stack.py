@@ -40,8 +40,8 @@ class AppState:
 
 # The scope of a request is kept on its app context, by its request context. A copy of
 # these contexts, in another thread or in the same, has another request context; so has
-# a nested request. Neither sees the scope, ends it or waits for it. A context variable
-# would do for neither, nor for what a task of an async view's event loop opens.
+# a nested request. Neither sees the scope, ends it or waits for it. In a context variable
+# it would be lost to the request if an asyncio task of an async view were to open it.
 #
 # The value is a dict, or None once the app context was torn down.
 _SCOPES = "_flask_apitask_scopes"
@@ -67,10 +67,11 @@ def current_scope() -> TaskScope | None:
         if block is not None:
             return block.scope
 
-    scopes = vars(app_context).get(_SCOPES)
+    scopes = vars(app_context).get(_SCOPES) or {}
+    scope: TaskScope | None = scopes.get(request_context)
 
-    if scopes and request_context in scopes:
-        return t.cast("TaskScope", scopes[request_context])
+    if scope is not None:
+        return scope
 
     return _open_request_scope(app_context, request_context)
 
@@ -82,9 +83,13 @@ def _open_request_scope(app_context: t.Any, request_context: t.Any) -> TaskScope
         return None
 
     state: AppState | None = app.extensions.get("apitask")
+
+    if state is None or not state.config.enabled:
+        return None
+
     scopes = vars(app_context).setdefault(_SCOPES, {})
 
-    if state is None or not state.config.enabled or scopes is None:
+    if scopes is None:
         return None
 
     # Another thread with the very same contexts may come first. Then its scope is the
@@ -138,9 +143,8 @@ def end_app_context_scopes(exc: BaseException | None) -> None:
     app_context = t.cast("t.Any", find_app_context())
     scopes = vars(app_context).pop(_SCOPES, None)
 
-    if scopes:
-        for scope in scopes.values():
-            end(app_context.app, scope)
+    for scope in list((scopes or {}).values()):
+        end(app_context.app, scope)
 
     if MERGED and has_request_context():
         # From Flask 3.2 on, the request is still there for what is torn down after

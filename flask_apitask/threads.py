@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import threading
 import typing as t
@@ -22,8 +23,8 @@ def this_process() -> object:
     return _process
 
 
-class Server(t.Protocol):
-    """What has work for a thread."""
+class Servable(t.Protocol):
+    """What has work for a thread: a scope."""
 
     def serve(self, how: How) -> None:
         """Do all the work there is."""
@@ -36,7 +37,7 @@ class Threads:
     at any time. It takes the first scope that waits for one, sends for the next thread
     if more wait, serves the scope, and looks for another one before it goes.
 
-    Guarantee: a scope that was added is served after that.
+    Guarantee: a scope that was added is served after that, unless it is dismissed.
 
     What could break it, and what prevents it:
 
@@ -51,7 +52,7 @@ class Threads:
     4.  *Fork.* The child has none of these threads, and a lock that nobody there may
         ever release. So all begin anew in it, before it does anything else.
 
-    :param size: Most threads of the process. The pool starts them on demand.
+    :param size: Most threads. The pool starts them on demand.
     """
 
     def __init__(self, size: int) -> None:
@@ -64,21 +65,21 @@ class Threads:
         self._pool = concurrent.futures.ThreadPoolExecutor(self._size, "apitask")
         # Guards the two below.
         self._lock = threading.Lock()
-        self._waiting: deque[Server] = deque()
+        self._waiting: deque[Servable] = deque()
         self._coming = False
 
-    def summon(self, server: Server) -> None:
+    def summon(self, scope: Servable) -> None:
         """Have a thread serve a scope, or do it here if none can be had."""
-        if not self.add(server):
+        if not self.add(scope):
             self._serve("inline")
 
-    def add(self, server: Server) -> bool:
+    def add(self, scope: Servable) -> bool:
         """Have a thread serve a scope after those that wait already.
 
         :return: Whether somebody comes.
         """
         with self._lock:
-            self._waiting.append(server)
+            self._waiting.append(scope)
 
             if self._coming:
                 return True
@@ -86,6 +87,11 @@ class Threads:
             self._coming = True
 
         return self._send()
+
+    def dismiss(self, scope: Servable) -> None:
+        """Have no thread serve a scope any more, so that nothing here refers to it."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiting.remove(scope)
 
     def submit(self, fn: cabc.Callable[[], object], /) -> None:
         """Call ``fn`` on a thread of the pool.
@@ -97,9 +103,13 @@ class Threads:
     def _send(self) -> bool:
         try:
             self.submit(self._arrive)
-        except RuntimeError:
+        except BaseException as error:
+            # Whatever it was: nobody must rely on a thread that does not come.
             with self._lock:
                 self._coming = False
+
+            if not isinstance(error, RuntimeError):
+                raise
 
             return False
 
@@ -117,14 +127,14 @@ class Threads:
                 if not self._waiting:
                     return
 
-                server = self._waiting.popleft()
+                scope = self._waiting.popleft()
                 send = bool(self._waiting) and not self._coming and how == "thread"
                 self._coming = self._coming or send
 
             if send:
                 self._send()
 
-            server.serve(how)
+            scope.serve(how)
 
 
 def _after_fork() -> None:

@@ -201,6 +201,26 @@ def test_run_in_what_is_torn_down_last(merged: None) -> None:
     assert threads == [threading.get_ident()]
 
 
+def test_request_is_not_routed_again() -> None:
+    """A task does not undo what a url_value_preprocessor did for the view."""
+    app = Flask(__name__)
+    ApiTask(app)
+
+    @app.url_value_preprocessor
+    def take_language(endpoint: str | None, values: dict[str, t.Any] | None) -> None:
+        g.language = (values or {}).pop("language")
+
+    @app.before_request
+    def start() -> None:
+        assert run(request.args.get, "q").result(PATIENCE) == "1"
+
+    @app.get("/<language>/")
+    def index() -> str:
+        return str(g.language)
+
+    assert app.test_client().get("/en/?q=1").text == "en"
+
+
 def test_task_without_a_request(merged: None) -> None:
     """Outside of a request a task has a plain app context."""
 

@@ -8,12 +8,16 @@ import textwrap
 import threading
 import typing as t
 import weakref
+from unittest import mock
 
 import pytest
 from conftest import PATIENCE
 from interleaving import HeldThreads
 from interleaving import RefusingThreads
 
+from flask_apitask import scope as scope_module
+from flask_apitask.scope import _Waiter
+from flask_apitask.scope import TaskScope
 from flask_apitask.threads import Threads
 
 if t.TYPE_CHECKING:
@@ -169,6 +173,56 @@ def test_refused_caller_serves_all_that_wait() -> None:
 
     Refusing().summon(Served("own", served))
     assert served == [("own", "inline"), ("other", "inline")]
+
+
+def test_interrupt_while_a_thread_is_sent_for() -> None:
+    """After a Ctrl-C, too, the next one who asks sends for a thread."""
+    threads = HeldThreads()
+    served: list[tuple[str, How]] = []
+    submit = threads.submit
+
+    def interrupted(fn: cabc.Callable[[], object], /) -> None:
+        raise KeyboardInterrupt
+
+    threads.submit = interrupted  # type: ignore[method-assign]
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.summon(Served("a", served))
+
+    threads.submit = submit  # type: ignore[method-assign]
+    threads.summon(Served("b", served))
+    threads.come()
+    assert served == [("a", "thread"), ("b", "thread")]
+
+
+def test_scope_that_ended_waits_for_no_thread() -> None:
+    """While no thread comes, nothing keeps the scopes that needed none."""
+    threads = HeldThreads()
+
+    scope = TaskScope(threads, max_workers=1)
+    scope.submit(int)
+    scope.end()
+    assert not threads._waiting
+    # As if it had been served in the meantime.
+    threads.dismiss(scope)
+
+
+def test_interrupted_wait_leaves_no_waiter() -> None:
+    """A wait that a Ctrl-C ends is not taken for one that can be woken."""
+    scope = TaskScope(HeldThreads(), max_workers=1)
+
+    class Interrupted(_Waiter):
+        def sleep(self, timeout: float) -> None:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(scope_module, "_Waiter", Interrupted):
+        scope.submit(int)
+
+        with pytest.raises(KeyboardInterrupt):
+            scope.wait(PATIENCE)
+
+    assert not scope._waiters
+    scope.end()
 
 
 def test_refusal_is_not_for_ever() -> None:
