@@ -40,8 +40,8 @@ class AppState:
 
 # The scope of a request is kept on its app context, by its request context. A copy of
 # these contexts, in another thread or in the same, has another request context; so has
-# a nested request. Neither sees the scope, ends it or waits for it. In a context variable
-# it would be lost to the request if an asyncio task of an async view were to open it.
+# a nested request. Neither sees the scope, ends it or waits for it. A context variable
+# that an asyncio task of an async view sets, to open it, would be lost to the request.
 #
 # The value is a dict, or None once the app context was torn down.
 _SCOPES = "_flask_apitask_scopes"
