@@ -127,7 +127,7 @@ def idle_threads() -> dict[str, int]:
     threads = {}
 
     for name in contenders.installed(contenders.CONCURRENT):
-        before = threading.active_count()
+        before = set(threading.enumerate())
         call = timing.request(
             contenders.build(name, timing.wait_for_io, BURST_TASKS, LIMITS)
         )
@@ -136,7 +136,7 @@ def idle_threads() -> dict[str, int]:
             for request in [clients.submit(call) for _ in range(BURST_REQUESTS)]:
                 request.result(WAIT_SECONDS)
 
-        threads[name] = threading.active_count() - before
+        threads[name] = len(set(threading.enumerate()) - before)
 
     return threads
 

@@ -23,25 +23,31 @@ def draw(path: pathlib.Path, result: dict[str, t.Any]) -> None:
     panels: dict[str, list[dict[str, t.Any]]] = {}
 
     for case in result["cases"]:
-        title = f"{case['server']}, {case['rtt_ms']} ms away"
+        title = f"{case['server']}\n{case['rtt_ms']} ms away"
         title += f", {case['work_ms']} ms of work" if case["work_ms"] else ""
         panels.setdefault(title, []).append(case)
 
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    columns = (len(panels) + 2) // 2
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    columns = (len(panels) + 3) // 2
+    halves = figure.add_gridspec(2, 1)
+    # Each with margins of its own.
+    rows = [figure.add_subfigure(halves[row]) for row in (0, 1)]
+    grids = [row.add_gridspec(1, columns) for row in rows]
 
-    for index, (title, cases) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(2, columns, index)
+    for index, (title, cases) in enumerate(panels.items()):
+        row, column = divmod(index, columns)
+        axes = rows[row].add_subplot(grids[row][column])
         _draw_times(axes, cases)
         axes.set_title(title, fontsize="medium")
 
-    _draw_rates(
-        figure.add_subplot(2, columns, len(panels) + 1),
-        result["throughput"]["per_second"],
-        f"{result['throughput']['mails']} mails of one request, 5 ms away",
-    )
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6)
+    rows[1].legend(handles, labels, loc="outside lower center", ncols=6)
+    # What is left of the second row, as the names take room.
+    _draw_rates(
+        rows[1].add_subplot(grids[1][len(panels) - columns :]),
+        result["throughput"]["per_second"],
+        f"{result['throughput']['mails']} mails of one request\n5 ms away",
+    )
     # The same for the same figures.
     mpl.rcParams["svg.hashsalt"] = "flask-apitask"
     figure.savefig(path, metadata={"Date": None})
