@@ -15,6 +15,7 @@ import pytest
 from conftest import PATIENCE
 from flask import current_app
 from flask import Flask
+from flask_mail import Attachment
 from flask_mail import BadHeaderError
 from flask_mail import Mail
 from flask_mail import Message
@@ -193,6 +194,17 @@ def test_order_of_initialisation(
         ({"extra_headers": {"X-Note\n": "a"}}, BadHeaderError),
         ({"body": "\ud800"}, UnicodeEncodeError),
         ({"mail_options": ["SIZE=1\r\nRSET"]}, ValueError),
+        ({"subject": "a\x0cBcc: eve@example.org"}, BadHeaderError),
+        ({"recipients": [("A\x0bBcc: eve", "ann@example.org")]}, BadHeaderError),
+        ({"attachments": [Attachment("a\nBcc: x", "text/plain", "")]}, BadHeaderError),
+        (
+            {
+                "attachments": [
+                    Attachment("a", "text/plain", "", headers={"X": "\u2028"})
+                ]
+            },
+            BadHeaderError,
+        ),
     ],
     ids=[
         "no recipients",
@@ -207,6 +219,10 @@ def test_order_of_initialisation(
         "header name",
         "body",
         "option",
+        "form feed",
+        "vertical tab",
+        "attachment",
+        "attachment header",
     ],
 )
 def test_bad_message_is_refused_in_the_view(
@@ -645,6 +661,87 @@ def test_app_that_goes_takes_its_idle_connections_along(inbox: Mailbox) -> None:
     assert "idle=1" in repr(app.extensions["apitask_mail"].pool(mail.state))
     del app, mail
     gc.collect()
+
+
+def test_send_after_the_block_is_refused(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """What is sent after a connect() block is refused, and not forgotten."""
+    app, mail = make_mail_app()
+
+    for context in (app.app_context(), app.test_request_context()):
+        with context:
+            with mail.connect() as connection:
+                pass
+
+            with pytest.raises(RuntimeError, match="Send inside of the block"):
+                connection.send(letter())
+
+
+def test_settings_that_are_text(make_mail_app: MailAppFactory, inbox: Mailbox) -> None:
+    """Settings may be text or numbers, as environment variables bring them."""
+    app, mail = make_mail_app(
+        MAIL_MAX_EMAILS="2", MAIL_PORT=str(inbox.port), APITASK_MAIL_KEEPALIVE=30
+    )
+
+    with app.app_context():
+        for number in range(5):
+            mail.send(letter(str(number)))
+
+        app.extensions["mail"].username = "shop"
+        app.extensions["mail"].password = 12345678
+
+        with pytest.raises(DeliveryError):
+            mail.send(letter())
+
+    assert inbox.subjects == ["0", "1", "2", "3", "4"]
+    assert len({id(session) for session in inbox.sessions}) == 3
+
+
+def test_former_settings_hold_for_what_was_sent_under_them(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """A message goes to the server that was set when it was sent."""
+    app, mail = make_mail_app()
+
+    with Mailbox() as other, app.test_request_context(), open_scope():
+        inbox.lock()
+        mail.send(letter("one"))
+        app.extensions["mail"].port = other.port
+        mail.send(letter("two"))
+        inbox.unlock()
+        wait()
+        assert inbox.subjects == ["one"]
+        assert other.subjects == ["two"]
+
+
+def test_suppressed_mail_is_recorded_at_once(make_mail_app: MailAppFactory) -> None:
+    """In a test the outbox has the messages in the order in which they were sent."""
+    app, mail = make_mail_app(TESTING=True)
+    subjects = [str(number) for number in range(20)]
+
+    with app.test_request_context(), mail.record_messages() as outbox:
+        for subject in subjects:
+            mail.send(letter(subject))
+
+        assert [message.subject for message in outbox] == subjects
+
+
+def test_receiver_that_sends_needs_no_second_connection(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """A receiver of the signal may send mail, with one connection in all."""
+    app, mail = make_mail_app(APITASK_MAIL_CONNECTIONS=1)
+
+    def archive(sender: Flask, message: Message, **_: t.Any) -> None:
+        if message.subject == "hello":
+            mail.send(letter("copy", "archive@example.org"))
+
+    with flask_mail.email_dispatched.connected_to(archive):
+        with app.test_request_context():
+            mail.send(letter())
+
+    assert inbox.subjects == ["hello", "copy"]
 
 
 def test_connection_outside_of_any_context_is_the_original(

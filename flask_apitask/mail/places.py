@@ -15,6 +15,10 @@ if t.TYPE_CHECKING:
     from .smtp import Connection
 
 
+# Seconds for close() to say QUIT on all idle connections, about.
+_CLOSE_TIMEOUT = 1.0
+
+
 class _Waiter:
     """One who stands in line for a connection."""
 
@@ -139,7 +143,13 @@ class Places:
                 waiter.refused = True
                 waiter.called.set()
 
+        # For all QUITs together: a stopping server has little time.
+        deadline = time.monotonic() + _CLOSE_TIMEOUT
+
         for connection in idle:
+            if time.monotonic() > deadline:
+                connection.close()
+
             self.discard(connection)
             self.give_back(None)
 

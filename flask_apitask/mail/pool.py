@@ -211,16 +211,22 @@ class Lease:
     def end(self) -> None:
         """Give the connection back. The pool's ``with`` block does it."""
         self._ended = True
-        connection = self._connection
+        connection, self._connection = self._connection, None
         own = self._places.pid == os.getpid()
+        kept = None
 
-        if not (own and self._pool.keepalive and connection and connection.usable()):
-            self._discard()
+        # Whatever happens here, a Ctrl-C say, the place is not to be lost with it.
+        try:
+            # Without a keepalive it is kept for those only who wait for one.
+            wanted = own and (self._pool.keepalive or self._places.waiting)
 
-        if own:
-            self._places.give_back(self._connection)
-
-        self._connection = None
+            if wanted and connection is not None and connection.usable():
+                kept = connection
+            elif connection is not None:
+                self._places.discard(connection)
+        finally:
+            if own:
+                self._places.give_back(kept)
 
     def _deliver(self, envelope: Envelope, kept: bool) -> None:
         try:

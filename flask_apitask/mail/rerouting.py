@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
+import re
 import typing as t
 from collections import deque
 
@@ -27,6 +27,9 @@ if t.TYPE_CHECKING:
 
     from ..config import Config
     from .pool import Lease
+
+# Before Python 3.13, email.policy ends a header at whatever str.splitlines() does.
+_LINE_BREAK = re.compile(r"[\n-\r\x1c-\x1e\x85\u2028\u2029]")
 
 Address: t.TypeAlias = "str | tuple[str, str]"
 
@@ -60,9 +63,8 @@ class Transport:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        # Guards the pool, which is made anew when the settings have changed.
-        self._lock = threading.Lock()
-        self._pool: ConnectionPool | None = None
+        # By the settings of their time: what was sent under former ones goes by them.
+        self._pools: dict[Server, ConnectionPool] = {}
 
     def pool(self, mail: t.Any) -> ConnectionPool:
         """Return the pool for what ``app.extensions["mail"]`` says by now."""
@@ -72,33 +74,35 @@ class Transport:
             port=int(mail.port or 0),
             use_tls=bool(mail.use_tls),
             use_ssl=bool(mail.use_ssl),
-            username=mail.username,
-            password=mail.password,
+            # Environment variables bring numbers where they look like some.
+            username=None if mail.username is None else str(mail.username),
+            password=None if mail.password is None else str(mail.password),
             timeout=config.mail_timeout,
             tls_verify=config.mail_tls_verify,
-            max_messages=mail.max_emails,
+            max_messages=int(mail.max_emails or 0) or None,
             debug=int(mail.debug),
         )
 
-        with self._lock:
-            former = self._pool
+        pool = self._pools.get(server)
 
-            if former is not None and former.server == server:
-                return former
-
-            pool = self._pool = ConnectionPool(
-                server, size=config.mail_connections, keepalive=config.mail_keepalive
+        if pool is None:
+            # Without a lock, which a fork could copy locked. Of two threads that come
+            # here at once, both get the pool of the first.
+            pool = self._pools.setdefault(
+                server,
+                ConnectionPool(
+                    server,
+                    size=config.mail_connections,
+                    keepalive=config.mail_keepalive,
+                ),
             )
-
-        if former is not None:
-            former.close()
 
         return pool
 
     def __del__(self) -> None:
         # An app has no end but this, so there is nobody to warn of an open pool.
-        if self._pool is not None:
-            self._pool.drop()
+        for pool in self._pools.values():
+            pool.drop()
 
 
 class RoutedConnection(flask_mail.Connection):
@@ -110,6 +114,7 @@ class RoutedConnection(flask_mail.Connection):
     """
 
     _route: _Delivery | _Background | None = None
+    _left = False
 
     def __enter__(self) -> te.Self:
         transport = _find_transport(self.mail)
@@ -120,7 +125,9 @@ class RoutedConnection(flask_mail.Connection):
         pool = None if self.mail.suppress else transport.pool(self.mail)
         scope = stack.current_scope()
         is_open = scope is not None and not scope.closed
-        self._route = _Background(pool) if is_open else _Delivery(pool)
+        # What is suppressed takes no time, and the outbox of a test is in order so.
+        in_background = is_open and pool is not None
+        self._route = _Background(pool) if in_background else _Delivery(pool)
         return self
 
     def __exit__(
@@ -132,6 +139,7 @@ class RoutedConnection(flask_mail.Connection):
         if self._route is None:
             super().__exit__(exc_type, exc_value, tb)  # type: ignore[arg-type]
         else:
+            self._left = True
             self._route.close()
 
     def send(
@@ -139,12 +147,19 @@ class RoutedConnection(flask_mail.Connection):
     ) -> None:
         """Check and render a message, and pass it on.
 
-        :raises flask_mail.BadHeaderError: There is a newline in a header. Flask-Mail
-            itself lets one through in ``cc``, ``bcc`` and ``extra_headers``.
+        :raises flask_mail.BadHeaderError: There is a line break in a header. Flask-Mail
+            lets one through in ``cc``, ``bcc``, ``extra_headers`` and attachments.
+        :raises RuntimeError: The ``with`` block that this belongs to has been left.
         :raises DeliveryError: Only without a scope: the message was not delivered.
         """
         if self._route is None:
             return super().send(message, envelope_from)
+
+        if self._left:
+            raise RuntimeError(
+                "This connection ended with the 'with mail.connect()' block that it"
+                " comes from. Send inside of the block."
+            )
 
         _refuse_newlines(message, envelope_from)
         self.host = t.cast("smtplib.SMTP", host := _Renderer())
@@ -189,14 +204,22 @@ def deliver(pool: ConnectionPool | None, letters: list[Letter]) -> None:
     :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
     failures: list[DeliveryError] = []
+    delivered: list[Letter] = []
     waiting = deque(letters)
 
     with contextlib.closing(_Delivery(pool)) as delivery:
         while waiting and (delivery.is_reachable or not failures):
+            letter = waiting.popleft()
+
             try:
-                delivery.send(waiting.popleft())
+                delivery.deliver(letter)
+                delivered.append(letter)
             except DeliveryError as error:
                 failures.append(error)
+
+    # A receiver may send mail, and must not wait for the connection used for this.
+    for letter in delivered:
+        _announce(letter)
 
     failures.extend(
         DeliveryError("It was not tried.", message_id=letter.envelope.message_id)
@@ -234,7 +257,12 @@ class _Delivery:
         return self._lease is not None and self._lease.is_connected
 
     def send(self, letter: Letter) -> None:
-        """Deliver a letter, and tell of it.
+        """Deliver a letter, and tell of it."""
+        self.deliver(letter)
+        _announce(letter)
+
+    def deliver(self, letter: Letter) -> None:
+        """Deliver a letter.
 
         :raises DeliveryError: It was not delivered to all recipients.
         """
@@ -245,10 +273,6 @@ class _Delivery:
             error.message_id = letter.envelope.message_id
             raise
 
-        app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-        # It is delivered: a receiver that fails must not make it a failure.
-        notify(flask_mail.email_dispatched, app, {"message": letter.message})
-
     def _send(self, envelope: Envelope) -> None:
         if self._pool is None:
             return
@@ -257,6 +281,12 @@ class _Delivery:
             self._lease = self._resources.enter_context(self._pool.connection())
 
         self._lease.send(envelope)
+
+
+def _announce(letter: Letter) -> None:
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    # It is delivered: a receiver that fails must not make it a failure.
+    notify(flask_mail.email_dispatched, app, {"message": letter.message})
 
 
 class _Rendered(Exception):
@@ -304,14 +334,21 @@ def _refuse_newlines(
 ) -> None:
     """Refuse what would let text of a user add headers, where Flask-Mail does not."""
     headers = message.extra_headers or {}
-    fields = [envelope_from or "", *message.cc, *message.bcc, *headers.items()]
+    fields: list[t.Any] = [envelope_from or "", message.sender or ""]
+    fields += [message.reply_to or "", *message.recipients, *message.cc, *message.bcc]
+    fields += headers.items()
+    # A subject may be folded, as Flask-Mail checks.
+    fields.append(str(message.subject or "").replace("\r\n", ""))
+
+    for attachment in message.attachments:
+        fields += [attachment.filename or "", attachment.content_type]
+        fields += attachment.headers.items()
 
     for field in fields:
-        text = "".join(map(str, field))
-
-        if "\n" in text or "\r" in text:
+        if _LINE_BREAK.search("".join(map(str, field))):
             raise flask_mail.BadHeaderError(
-                "There is a newline in a 'cc', 'bcc', extra header or envelope sender."
+                "There is a line break in an address, the subject, an extra header, an"
+                " attachment's name or headers, or the envelope's sender."
             )
 
 

@@ -119,8 +119,11 @@ class Connection(Wire):
         if self._in_order and self.pid == os.getpid():
             self._deadline = time.monotonic() + min(_QUIT_TIMEOUT, self.server.timeout)
 
-            with contextlib.suppress(ConnectionLost):
-                self.docmd("QUIT")
+            try:
+                with contextlib.suppress(ConnectionLost):
+                    self.docmd("QUIT")
+            finally:
+                self.close()
 
         self.close()
 

@@ -192,19 +192,17 @@ class Wire(smtplib.SMTP):
         failure = self._lost("there is no address")
 
         for family, kind, protocol, _, address in addresses:
-            self.sock = socket.socket(family, kind, protocol)
-            self.sock.settimeout(self.server.timeout / len(addresses))
-
             try:
+                self.sock = socket.socket(family, kind, protocol)
+                # The end of a chunk must not wait for a delayed acknowledgement.
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.sock.settimeout(self.server.timeout / len(addresses))
                 self.sock.connect(address)
                 break
             except OSError as error:
                 failure = self._lost(error)
         else:
             raise failure
-
-        # The end of a chunk does not wait for an acknowledgement that is delayed.
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
         if self.server.use_ssl:
             self._start_tls()
