@@ -260,6 +260,24 @@ def test_waiters_are_served_in_order(pools: Pools, waits: threading.Semaphore) -
     assert order == [0, 1, 2, 3, 4]
 
 
+def test_waiter_gets_a_place_that_had_no_connection(
+    server: ScriptedServer, pools: Pools, waits: threading.Semaphore
+) -> None:
+    """Who waits gets the place of one who has never sent, and opens a connection."""
+    pool = pools(size=1)
+    holder = Holder(pool, sends=False)
+    assert holder.has_it.wait(PATIENCE)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        sent = executor.submit(send, pool)
+        assert waits.acquire(timeout=PATIENCE)
+        holder.end()
+        sent.result(PATIENCE)
+
+    assert server.connects == 1
+    assert len(server.taken) == 1
+
+
 def test_waiting_has_an_end(server: ScriptedServer, pools: Pools) -> None:
     """A wait past the timeout says how many are in use, and leaves the line."""
     pool = pools(size=1, timeout=SHORT)
