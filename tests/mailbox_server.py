@@ -10,7 +10,6 @@ import typing as t
 from aiosmtpd.smtp import SMTP
 
 if t.TYPE_CHECKING:
-    import types
     from email.message import EmailMessage
 
     from aiosmtpd.smtp import Envelope
@@ -53,12 +52,7 @@ class Mailbox:
         assert self._serving.wait(_PATIENCE)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        tb: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.unlock()
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(_PATIENCE)

@@ -6,11 +6,13 @@ import dataclasses
 import enum
 import functools
 import os
+import pathlib
 import pwd
 import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 import typing as t
@@ -22,7 +24,6 @@ from flask_apitask.mail.envelope import Server
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
-    import pathlib
 
 # Seconds after which a test that waits for the other side has failed.
 PATIENCE = 10.0
@@ -549,6 +550,23 @@ def wait_until(condition: cabc.Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def run_script(script: str, *arguments: str) -> str:
+    """Run a script in an interpreter of its own, and return what it writes."""
+    here = pathlib.Path(__file__).parent
+    finished = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-W", "error", "-c", script, *arguments],
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 3,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert not finished.stderr
+    return finished.stdout
 
 
 @dataclasses.dataclass

@@ -3,10 +3,7 @@ from __future__ import annotations
 import concurrent.futures
 import gc
 import os
-import pathlib
 import socket
-import subprocess
-import sys
 import threading
 import time
 import typing as t
@@ -16,6 +13,7 @@ from smtp_servers import Certificates
 from smtp_servers import Fault
 from smtp_servers import make_envelope
 from smtp_servers import PATIENCE
+from smtp_servers import run_script
 from smtp_servers import ScriptedServer
 from smtp_servers import Stage
 
@@ -28,6 +26,7 @@ from flask_apitask.mail.wire import ConnectionLost
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
+    import pathlib
 
 # Seconds of timeout for what is to run into it.
 SHORT = 0.3
@@ -132,7 +131,7 @@ def test_a_connection_is_kept(server: ScriptedServer, pools: Pools) -> None:
     assert server.connects == 1
     assert len(server.taken) == 3
     assert f"{pool!r}" == (
-        f"<ConnectionPool 'localhost:{server.port}' in_use=0 idle=1 waiting=0 size=4>"
+        f"<ConnectionPool 'localhost:{server.port}' size=4 in_use=0 idle=1 waiting=0>"
     )
 
 
@@ -251,7 +250,7 @@ def test_waiters_are_served_in_order(pools: Pools, waits: threading.Semaphore) -
         thread.start()
         assert waits.acquire(timeout=PATIENCE)
 
-    assert "in_use=1 idle=0 waiting=5 size=1" in f"{pool!r}"
+    assert "size=1 in_use=1 idle=0 waiting=5" in f"{pool!r}"
     first.end()
 
     for thread in threads:
@@ -448,7 +447,7 @@ def test_closing(server: ScriptedServer, pools: Pools) -> None:
     assert not closer.is_alive()
     assert server.quits == 1
     pool.close()
-    assert f"{pool!r}".endswith("in_use=0 idle=0 waiting=0 size=4 closed>")
+    assert f"{pool!r}".endswith("size=4 in_use=0 idle=0 waiting=0 closed>")
 
     with pytest.raises(DeliveryError, match=r"pool of connections to .* is closed"):
         send(pool)
@@ -511,15 +510,13 @@ def test_the_second_attempt_is_the_last(server: ScriptedServer, pools: Pools) ->
     pool = pools()
     send(pool)
     server.fail(Stage.MAIL, Fault.DROP, Fault.DROP)
-    envelope = make_envelope()
 
     with pool.connection() as connection:
         with pytest.raises(ConnectionLost, match="failed at MAIL") as caught:
-            connection.send(envelope)
+            connection.send(make_envelope())
 
         connection.send(make_envelope())
 
-    assert caught.value.message_id == envelope.message_id
     assert caught.value.__cause__ is None
     assert len(server.taken) == 2
     assert server.connects == 3
@@ -540,9 +537,9 @@ def test_a_busy_server_is_asked_twice(server: ScriptedServer, pools: Pools) -> N
             connection.send(make_envelope())
 
     assert server.connects == 4
-    assert f"{caught.value}".startswith(
+    assert f"{caught.value}" == (
         f"Sending was stopped at the greeting by {pool.server} with a 421. It may allow"
-        " fewer connections or messages. Message-ID: <"
+        " fewer connections or messages."
     )
 
 
@@ -570,12 +567,11 @@ def test_a_message_whose_fate_is_unknown_is_sent_once(
     lost = make_envelope()
 
     with pool.connection() as connection:
-        with pytest.raises(DeliveryUnknown) as caught:
+        with pytest.raises(DeliveryUnknown):
             connection.send(lost)
 
         connection.send(make_envelope())
 
-    assert caught.value.message_id == lost.message_id
     assert server.complete[lost.message_id] == 1
     assert server.connects == 2
 
@@ -588,7 +584,7 @@ def test_a_refused_message_keeps_the_connection(
     server.fail(Stage.RCPT, Fault.PERMANENT)
 
     with pool.connection() as connection:
-        with pytest.raises(DeliveryError, match=r"554 5\.7\.1\. Message-ID: <"):
+        with pytest.raises(DeliveryError, match=r"554 5\.7\.1\.$"):
             connection.send(make_envelope())
 
         connection.send(make_envelope())
@@ -669,6 +665,7 @@ def test_collected_open(server: ScriptedServer) -> None:
 def test_collected_closed(server: ScriptedServer) -> None:
     """A pool that was closed, or never used, goes without a word."""
     pool = ConnectionPool(server.settings())
+    assert f"{pool!r}" == f"<ConnectionPool 'localhost:{server.port}' size=4 unused>"
     del pool
     pool = ConnectionPool(server.settings())
     send(pool)
@@ -688,23 +685,6 @@ def test_wrong_numbers(arguments: dict[str, t.Any], message: str) -> None:
     """Numbers that make no sense are refused with their value."""
     with pytest.raises(ValueError, match=message):
         ConnectionPool(Server(), **arguments)
-
-
-def run_script(script: str, *arguments: str) -> str:
-    """Run a script in an interpreter of its own, and return what it writes."""
-    here = pathlib.Path(__file__).parent
-    finished = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-W", "error", "-c", script, *arguments],
-        cwd=here,
-        env=os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE * 3,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert not finished.stderr
-    return finished.stdout
 
 
 def test_the_interpreter_exits(server: ScriptedServer) -> None:
@@ -771,7 +751,7 @@ with pool.connection() as leased:
 
 if not child:
     # After it, in a pool that looks new, while a lock of the parent is held.
-    assert "in_use=0 idle=0" in repr(pool), pool
+    assert "unused" in repr(pool), pool
     send()
     assert "in_use=0 idle=1" in repr(pool), pool
     assert [connection.sock for connection in inherited] == [None, None]

@@ -4,10 +4,10 @@ import contextlib
 import gc
 import logging
 import smtplib
-import socket
 import subprocess
 import sys
 import threading
+import time
 import typing as t
 
 import flask_mail
@@ -20,6 +20,9 @@ from flask_mail import BadHeaderError
 from flask_mail import Mail
 from flask_mail import Message
 from mailbox_server import Mailbox
+from smtp_servers import Fault
+from smtp_servers import ScriptedServer
+from smtp_servers import Stage
 
 from flask_apitask import ApiTask
 from flask_apitask import open_scope
@@ -27,12 +30,21 @@ from flask_apitask import run
 from flask_apitask import scoped
 from flask_apitask import wait
 from flask_apitask.exceptions import DeliveryError
+from flask_apitask.exceptions import DeliveryUnknown
 from flask_apitask.mail.rerouting import RoutedConnection
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 ORIGINAL = RoutedConnection.__mro__[1]
+# The modules that import Flask-Mail.
+ADAPTERS = (
+    "flask_apitask.mail",
+    "flask_apitask.mail.rerouting",
+    "flask_apitask.mail.delivery",
+)
+# Seconds of timeout for what is to run into it.
+SHORT = 0.3
 
 
 @pytest.fixture
@@ -604,27 +616,90 @@ def test_one_failure_is_one_error_with_its_message_id(
     assert "bob@" not in caplog.text
 
 
-def test_batch_gives_up_on_a_server_that_is_not_there(
-    make_mail_app: MailAppFactory, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [(Fault.PERMANENT, DeliveryError), (Fault.DROP, DeliveryUnknown)],
+)
+def test_every_error_names_its_message(
+    make_mail_app: MailAppFactory, fault: Fault, error: type[DeliveryError]
 ) -> None:
-    """A batch costs one timeout, and not one per message, if nobody answers."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    """An error has the Message-ID, whoever raises it (behaviour 26)."""
+    with ScriptedServer() as server:
+        server.fail(Stage.DOT, fault)
+        app, mail = make_mail_app(MAIL_PORT=server.port)
+
+        with app.app_context(), pytest.raises(error) as caught:
+            mail.send(message := letter())
+
+    assert type(caught.value) is error
+    assert caught.value.message_id == message.msgId
+    assert f"{caught.value}".endswith(f" Message-ID: {message.msgId}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "kept", "timeouts", "untried"),
+    [
+        (Stage.GREETING, False, 1, 3),
+        (Stage.EHLO, False, 1, 3),
+        (Stage.MAIL, False, 4, 0),
+        (Stage.MAIL, True, 5, 0),
+        (Stage.DOT, True, 4, 0),
+    ],
+)
+def test_what_a_silent_server_costs_a_batch(
+    make_mail_app: MailAppFactory,
+    caplog: pytest.LogCaptureFixture,
+    stage: Stage,
+    *,
+    kept: bool,
+    timeouts: int,
+    untried: int,
+) -> None:
+    """A batch costs one timeout if nobody lets it in, and else one per message."""
+    with ScriptedServer() as server:
         app, mail = make_mail_app(
-            MAIL_PORT=silent.getsockname()[1], APITASK_MAIL_TIMEOUT=0.3
+            MAIL_PORT=server.port,
+            APITASK_MAIL_TIMEOUT=SHORT,
+            APITASK_MAIL_KEEPALIVE=30 * kept,
         )
+
+        with app.app_context():
+            mail.send(letter())
+
+        server.fail(stage, *[Fault.SILENCE] * 5)
+        began = time.monotonic()
 
         with app.test_request_context(), mail.connect() as connection:
             for number in range(4):
                 connection.send(letter(str(number)))
 
-        silent.settimeout(0)
-        silent.accept()[0].close()
+        assert 0 <= time.monotonic() - began - timeouts * SHORT < 2 * SHORT
 
-        with pytest.raises(BlockingIOError):
-            silent.accept()
-
+    assert server.connects == timeouts + (not kept)
     assert len(caplog.records) == 1
     assert "4 of 4 messages were not delivered" in caplog.text
+    assert caplog.text.count("It was not tried.") == untried
+
+
+def test_what_a_batch_costs_that_gets_no_connection(
+    make_mail_app: MailAppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A batch waits once for a connection, and not once per message."""
+    app, mail = make_mail_app(APITASK_MAIL_CONNECTIONS=1, APITASK_MAIL_TIMEOUT=SHORT)
+    sent: list[Message] = []
+    began = time.monotonic()
+
+    with app.extensions["apitask_mail"].pool(mail.state).connection():
+        with app.test_request_context(), mail.connect() as connection:
+            for number in range(3):
+                sent.append(letter(str(number)))
+                connection.send(sent[-1])
+
+    assert SHORT <= time.monotonic() - began < SHORT * 3
+    assert len(caplog.records) == 1
+    assert "3 of 3 messages were not delivered" in caplog.text
+    assert caplog.text.count("It was not tried.") == 2
+    assert all(message.msgId in caplog.text for message in sent)
 
 
 def test_settings_that_changed_are_used(
@@ -786,7 +861,7 @@ def test_unverified_tls_is_said_at_start_up(
 
 def test_flask_mail_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The flag without Flask-Mail fails at start-up, with the remedy."""
-    for module in ("flask_apitask.mail", "flask_apitask.mail.rerouting"):
+    for module in ADAPTERS:
         monkeypatch.delitem(sys.modules, module)
 
     monkeypatch.setitem(sys.modules, "flask_mail", None)
@@ -807,7 +882,7 @@ def test_import_error_of_another_module_is_not_hidden(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only a missing Flask-Mail is called that."""
-    for module in ("flask_apitask.mail", "flask_apitask.mail.rerouting"):
+    for module in ADAPTERS:
         monkeypatch.delitem(sys.modules, module)
 
     monkeypatch.setitem(sys.modules, "flask_apitask.mail.pool", None)

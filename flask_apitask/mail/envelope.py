@@ -4,9 +4,17 @@ import dataclasses
 import re
 import smtplib
 import ssl
+import typing as t
+import weakref
 
 _FOLD = re.compile(r"\r?\n(?=[ \t])")
 _UNFIT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+
+# Those in use, by what they trust. To load a trust store takes some 30 ms and, for as
+# long as it is there, most of a megabyte: too much for every pool to have its own.
+_contexts: t.Final[weakref.WeakValueDictionary[bool | str, ssl.SSLContext]] = (
+    weakref.WeakValueDictionary()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +94,24 @@ class Server:
         return f"the mail server at '{self.host}:{self.port}'"
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Make the context for connections to this server, ``None`` without TLS.
+        """Return the context for connections to this server, ``None`` without TLS.
 
-        It takes some milliseconds, so make one for all.
+        It is shared with servers that are trusted for the same reason.
 
         :raises ValueError: The CA file can't be read.
         """
         if not (self.use_tls or self.use_ssl):
             return None
 
+        context = _contexts.get(self.tls_verify)
+
+        if context is None:
+            # Two threads may make one at the same time. Both will do.
+            context = _contexts[self.tls_verify] = self._make_context()
+
+        return context
+
+    def _make_context(self) -> ssl.SSLContext:
         cafile = self.tls_verify if isinstance(self.tls_verify, str) else None
 
         try:

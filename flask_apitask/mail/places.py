@@ -78,6 +78,12 @@ class Places:
         self.closer: threading.Thread | None = None
         self.closed = False
 
+    def __str__(self) -> str:
+        return (
+            f"in_use={self.in_use} idle={len(self.idle)} waiting={len(self.waiting)}"
+            f"{' closed' if self.closed else ''}"
+        )
+
     def take(self, server: Server) -> Connection | None:
         """Take a place, and the connection used last if one is idle."""
         with self.lock:

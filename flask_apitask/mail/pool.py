@@ -9,7 +9,6 @@ import typing as t
 import warnings
 import weakref
 
-from ..exceptions import DeliveryError
 from .places import Places
 from .smtp import Connection
 from .wire import ConnectionLost
@@ -120,12 +119,10 @@ class ConnectionPool:
         return places
 
     def __repr__(self) -> str:
-        places = self._places.get(os.getpid()) or Places(self.size, self.keepalive)
+        places = self._places.get(os.getpid(), "unused")
         return (
             f"<ConnectionPool '{self.server.host}:{self.server.port}'"
-            f" in_use={places.in_use} idle={len(places.idle)}"
-            f" waiting={len(places.waiting)} size={self.size}"
-            f"{' closed' if places.closed else ''}>"
+            f" size={self.size} {places}>"
         )
 
     def drop(self) -> None:
@@ -197,7 +194,7 @@ class Lease:
             if not (kept or error.busy):
                 raise
 
-            logger.debug("%s Trying again on a new one.", error)
+            logger.debug("%s It is tried again: %s", error, envelope.message_id)
         else:
             return
 
@@ -229,15 +226,11 @@ class Lease:
                 self._places.give_back(kept)
 
     def _deliver(self, envelope: Envelope, kept: bool) -> None:
-        try:
-            if not kept:
-                self._discard()
-                self._connection = self._pool.open_connection(self._places)
+        if not kept:
+            self._discard()
+            self._connection = self._pool.open_connection(self._places)
 
-            t.cast("Connection", self._connection).deliver(envelope)
-        except DeliveryError as error:
-            error.message_id = envelope.message_id
-            raise
+        t.cast("Connection", self._connection).deliver(envelope)
 
     def _discard(self) -> None:
         connection, self._connection = self._connection, None

@@ -102,7 +102,7 @@ class Connection(Wire):
         self._stage = "the message"
         # A ConnectionLost up to here says that the line with the dot did not get out.
         self.send(finish(content))
-        self._check_end(envelope)
+        self._check_end()
         refused = [reply for reply in replies[1:-1] if not _is_positive(reply)]
 
         if refused:
@@ -277,7 +277,7 @@ class Connection(Wire):
 
         raise DeliveryError(f"{what} was refused by {self.server}: {_codes(refused)}.")
 
-    def _check_end(self, envelope: Envelope) -> None:
+    def _check_end(self) -> None:
         """Raise if the server did not take the message, or if nobody can tell."""
         self._stage = "the end of the message"
 
@@ -293,8 +293,7 @@ class Connection(Wire):
             raise DeliveryUnknown(
                 f"The message may or may not be delivered: {lost} It was complete by"
                 " then, so it is not sent again. Look for it in the log of the server,"
-                " and allow a slow server a longer timeout.",
-                message_id=envelope.message_id,
+                " and allow a slow server a longer timeout."
             ) from None
 
         if not _is_positive(reply):

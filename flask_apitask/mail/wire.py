@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import selectors
 import smtplib
 import socket
 import ssl
@@ -13,8 +14,11 @@ import typing as t
 from ..exceptions import DeliveryError
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     from .envelope import Server
 
+T = t.TypeVar("T")
 Reply: t.TypeAlias = "tuple[int, bytes]"
 
 # Bytes written under one timeout. It is the most that a TLS record holds: SSLSocket's
@@ -140,16 +144,8 @@ class Wire(smtplib.SMTP):
             if len(self._received) > limit:
                 raise self._lost("its answer has no end")
 
-            # With a new timeout for each recv() a trickle could go on for ever.
-            left = deadline - time.monotonic()
-
-            if left <= 0:
-                raise self._lost(TimeoutError())
-
-            self._socket.settimeout(left)
-
             try:
-                received = self._socket.recv(4096)
+                received = self._in_time(lambda sock: sock.recv(4096), deadline)
             except OSError as error:
                 raise self._lost(error) from None
 
@@ -161,6 +157,25 @@ class Wire(smtplib.SMTP):
         line = bytes(self._received[:end])
         del self._received[:end]
         return line
+
+    def _in_time(self, read: cabc.Callable[[socket.socket], T], deadline: float) -> T:
+        """Do something that reads, until it is done or the time is up.
+
+        A timeout of the socket starts anew for each recv(), and in gevent's TLS for
+        each part of a record or of a handshake: a trickle could go on for ever.
+        """
+        sock = self._socket
+        sock.settimeout(0)
+
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                return read(sock)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                with selectors.DefaultSelector() as selector:
+                    selector.register(sock, selectors.EVENT_READ)
+                    selector.select(left)
+
+        raise TimeoutError
 
     def _has_news(self) -> bool:
         """Tell whether something came that nothing has asked for, such as the end.
@@ -209,12 +224,15 @@ class Wire(smtplib.SMTP):
 
     def _start_tls(self) -> None:
         self._stage = "the TLS handshake"
-        self._socket.settimeout(self.server.timeout)
+        deadline = time.monotonic() + self.server.timeout
 
         try:
-            self.sock = t.cast("ssl.SSLContext", self._context).wrap_socket(
-                self._socket, server_hostname=self.server.host
+            self.sock = sock = t.cast("ssl.SSLContext", self._context).wrap_socket(
+                self._socket,
+                server_hostname=self.server.host,
+                do_handshake_on_connect=False,
             )
+            self._in_time(lambda _: sock.do_handshake(), deadline)
         except ssl.SSLCertVerificationError as error:
             raise DeliveryError(
                 f"The certificate of {self.server} is not to be trusted:"
