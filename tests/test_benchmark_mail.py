@@ -128,6 +128,7 @@ def test_the_relay_counts_round_trips(ends: Ends) -> None:
     assert ends.relay.flights == 3
 
 
+@pytest.mark.speed
 def test_mail_takes_the_time_that_it_should(tmp_path: pathlib.Path) -> None:
     """No measure of the mail transport is off by more than a factor of two.
 

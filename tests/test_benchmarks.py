@@ -13,6 +13,7 @@ ROOT: t.Final = pathlib.Path(__file__).parents[1]
 WAIT_SECONDS: t.Final = 120.0
 
 
+@pytest.mark.speed
 def test_dispatch_costs_what_it_should(tmp_path: pathlib.Path) -> None:
     """No measure of the cost of dispatch is off by more than a factor of two."""
     for module in ("flask_executor", "trio"):
