@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import ssl
 import threading
 import typing as t
 
@@ -24,6 +26,8 @@ class Config:
     :param max_workers: Most tasks of one scope that run at once.
     :param pool_size: Most threads of the app in one process.
     :param timeout: Seconds the end of a scope waits, ``None`` for as long as it takes.
+    :param wait: When it is waited for the tasks of a request: in its teardown, or when
+        the server closes the response.
     :param mail_background: Flask-Mail is rerouted.
     :param mail_timeout: Seconds of every SMTP socket operation.
     :param mail_connections: Most SMTP connections of the app in one process.
@@ -36,6 +40,7 @@ class Config:
     max_workers: int = 8
     pool_size: int = 32
     timeout: float | None = None
+    wait: t.Literal["teardown", "close"] = "teardown"
     mail_background: bool = False
     mail_timeout: float = 10.0
     mail_connections: int = 4
@@ -75,6 +80,16 @@ def read_flag(key: str, value: object) -> bool:
             return flag
 
     raise ValueError(f"{key} is {value!r}, but must be True or False.")
+
+
+def read_word(key: str, value: object, first: str, second: str) -> str:
+    """Read one of two words."""
+    word = value.strip().lower() if isinstance(value, str) else None
+
+    if word in {first, second}:
+        return word
+
+    raise ValueError(f"{key} is {value!r}, but must be {first!r} or {second!r}.")
 
 
 def read_count(key: str, value: object) -> int:
@@ -133,6 +148,15 @@ def read_keepalive(key: str, value: object) -> float:
 def read_trust(key: str, value: object) -> bool | str:
     """Read ``True``, ``False``, or the path of a readable file of CA certificates."""
     if isinstance(value, str | os.PathLike) and os.path.isfile(value):
+        try:
+            ssl.create_default_context(cafile=value)
+        except OSError as error:
+            raise ValueError(
+                f"{key} is {value!r}, but no CA certificate can be read from it:"
+                f" {error}. Name a file in PEM format, in which each certificate stands"
+                " below a line '-----BEGIN CERTIFICATE-----'."
+            ) from error
+
         return os.fspath(value)
 
     try:
@@ -159,6 +183,7 @@ _READERS: dict[str, cabc.Callable[[str, object], t.Any]] = {
     "max_workers": read_count,
     "pool_size": read_count,
     "timeout": read_timeout,
+    "wait": functools.partial(read_word, first="teardown", second="close"),
     "mail_background": read_flag,
     "mail_timeout": read_seconds,
     "mail_connections": read_count,

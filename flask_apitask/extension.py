@@ -8,10 +8,12 @@ import typing as t
 
 from flask import current_app
 
+from . import endings
 from . import stack
 from .config import Config
 from .config import read_count
 from .config import read_timeout
+from .config import read_word
 from .threads import Threads
 
 if t.TYPE_CHECKING:
@@ -51,6 +53,8 @@ class ApiTask:
         -   ``APITASK_POOL_SIZE`` (``32``): most threads of the app in one
             process.
         -   ``APITASK_TIMEOUT`` (``None``): seconds the end of the request waits.
+        -   ``APITASK_WAIT`` (``"teardown"``): when the request waits; ``"close"`` is
+            after the response was sent.
         -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
         -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the
@@ -78,9 +82,11 @@ class ApiTask:
 
         app.extensions["apitask"] = stack.AppState(config, Threads(config.pool_size))
 
-        if config.enabled:
-            app.teardown_request(stack.end_request_scope)
-            app.teardown_appcontext(stack.end_app_context_scopes)
+        if config.enabled and config.wait == "close":
+            endings.connect(app)
+
+        app.teardown_request(endings.end_request_scope)
+        app.teardown_appcontext(endings.end_app_context_scopes)
 
 
 @t.overload
@@ -174,7 +180,7 @@ def open_scope(
         yield scope
     finally:
         stack.leave_block(block)
-        stack.end(block.app, scope)
+        endings.end(block.app, scope)
 
 
 @t.overload
@@ -183,7 +189,10 @@ def scoped(view: cabc.Callable[P, T], /) -> cabc.Callable[P, T]: ...
 
 @t.overload
 def scoped(
-    *, max_workers: int | None = None, timeout: float | None = None
+    *,
+    max_workers: int | None = None,
+    timeout: float | None = None,
+    wait: t.Literal["return", "close"] = "return",
 ) -> cabc.Callable[[cabc.Callable[P, T]], cabc.Callable[P, T]]: ...
 
 
@@ -193,6 +202,7 @@ def scoped(
     *,
     max_workers: int | None = None,
     timeout: float | None = None,
+    wait: t.Literal["return", "close"] = "return",
 ) -> t.Any:
     """Give one view, or any function, a scope of its own.
 
@@ -206,12 +216,17 @@ def scoped(
     :param view: A function, sync or ``async def``.
     :param max_workers: As for :func:`open_scope`.
     :param timeout: As for :func:`open_scope`.
-    :raises ValueError: A limit is not a positive number.
+    :param wait: When it is waited for the tasks: ``"return"``, or ``"close"`` for after
+        the response to the request was sent, where there is a request.
+    :raises ValueError: A limit is not a positive number, or ``wait`` is another word.
     """
     _read_limits(max_workers, timeout, Config())
+    at_close = read_word("wait", wait, "return", "close") == "close"
 
     if view is None:
-        return functools.partial(scoped, max_workers=max_workers, timeout=timeout)
+        return functools.partial(
+            scoped, max_workers=max_workers, timeout=timeout, wait=wait
+        )
 
     if inspect.iscoroutinefunction(view):
 
@@ -223,15 +238,24 @@ def scoped(
                 return await view(*args, **kwargs)
             finally:
                 stack.leave_block(block)
-                # On another thread, as the tasks may need the view's event loop.
-                await asyncio.to_thread(stack.end, block.app, scope)
+
+                if not (at_close and endings.leave_to_response(block.app, scope)):
+                    # On another thread, as the tasks may need the view's event loop.
+                    await asyncio.to_thread(endings.end, block.app, scope)
 
         return async_view
 
     @functools.wraps(view)
     def sync_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
-        with open_scope(max_workers=max_workers, timeout=timeout):
+        block, scope = _open_block(max_workers, timeout)
+
+        try:
             return view(*args, **kwargs)
+        finally:
+            stack.leave_block(block)
+
+            if not (at_close and endings.leave_to_response(block.app, scope)):
+                endings.end(block.app, scope)
 
     return sync_view
 

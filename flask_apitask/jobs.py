@@ -70,17 +70,10 @@ class BoundJob(Job[T]):
 
         try:
             with task_context(self._app):
-                return t.cast(
-                    "T",
-                    call_observed(
-                        self._app,
-                        how,
-                        self._submitted,
-                        self.task,
-                        self.args,
-                        self.kwargs,
-                    ),
+                result: T = call_observed(
+                    self._app, how, self._submitted, self.task, self.args, self.kwargs
                 )
+                return result
         except BaseException as error:
             duration = time.monotonic() - started
             message = f"failed after {duration:.3f} s"

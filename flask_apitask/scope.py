@@ -44,11 +44,13 @@ class Overdue(t.NamedTuple):
     :param cancelled: The names of tasks that no thread had begun. They never run.
     :param running: The names of tasks that still run, each with the stack, as text,
         that its thread was in.
+    :param held: How many threads of the pool are held by such tasks now, of any scope.
     """
 
     timeout: float
     cancelled: list[str]
     running: list[tuple[str, str]]
+    held: int
 
 
 class Job(t.Generic[T]):
@@ -220,7 +222,7 @@ class TaskScope(concurrent.futures.Executor):
     @property
     def closed(self) -> bool:
         """Whether further tasks are refused. They are in a forked child, too."""
-        return self._closed or self._process is not this_process()
+        return self._closed or self._process.forked
 
     def submit(
         self, fn: cabc.Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -293,7 +295,7 @@ class TaskScope(concurrent.futures.Executor):
         :param wait: Block until the tasks are done.
         :param cancel_futures: Cancel those that no thread has begun.
         """
-        if self._process is not this_process():
+        if self._process.forked:
             return
 
         with self._lock:
@@ -313,9 +315,9 @@ class TaskScope(concurrent.futures.Executor):
         overdue = None
 
         if self._join(self._timeout, close=True) and self._timeout is not None:
-            overdue = Overdue(self._timeout, self._cancel_queued(), self._stuck())
+            overdue = self._give_up(self._timeout)
 
-        if self._summoned and self._process is this_process():
+        if self._summoned and not self._process.forked:
             # While it waits for a thread it is kept, and so is the request.
             self._threads.dismiss(self)
 
@@ -341,7 +343,9 @@ class TaskScope(concurrent.futures.Executor):
 
     def _join(self, timeout: float | None, *, close: bool = False) -> int:
         """Wait, and return how many of the tasks submitted so far are not done."""
-        if self._process is not this_process():
+        process = self._process
+
+        if process.forked:
             return 0
 
         limit = -1 if timeout is None else min(max(0, timeout), threading.TIMEOUT_MAX)
@@ -350,11 +354,11 @@ class TaskScope(concurrent.futures.Executor):
         with self._lock:
             self._closed = self._closed or close
             last = self._submitted
+            job = self._take(last) if helps else None
 
-        if helps:
-            self._help(last)
+        self._run(job, "helped", last)
 
-        if self._process is not this_process():
+        if self._process.forked:
             return 0
 
         with self._lock:
@@ -367,27 +371,29 @@ class TaskScope(concurrent.futures.Executor):
             self._waiters.append(waiter)
 
         try:
-            while True:
-                if helps:
-                    self._help(last)
-
-                waiter.sleep(limit)
-
-                # Who sets it to 0 does so before waking this thread.
-                if not (helps and waiter.remaining):
-                    break
+            return self._sleep(waiter, limit)
         finally:
-            with self._lock:
-                self._waiters.remove(waiter)
+            if not self._process.forked:
+                with self._lock:
+                    self._waiters.remove(waiter)
 
-        return waiter.remaining
+    def _sleep(self, waiter: _Waiter, limit: float) -> int:
+        """Sleep and help by turns, and return how many are not done."""
+        while True:
+            if waiter.helps:
+                with self._lock:
+                    job = self._take(waiter.last)
 
-    def _help(self, last: int) -> None:
-        """Run what no thread has begun, up to an index."""
-        with self._lock:
-            job = self._take(last)
+                self._run(job, "helped", waiter.last)
 
-        self._run(job, "helped", last)
+                if self._process.forked:
+                    return 0
+
+            waiter.sleep(limit)
+
+            # Who sets it to 0 does so before waking this thread.
+            if not (waiter.helps and waiter.remaining):
+                return waiter.remaining
 
     def _count_unfinished(self, last: int) -> int:
         """Count the jobs up to an index that are not done. Needs the lock."""
@@ -424,7 +430,7 @@ class TaskScope(concurrent.futures.Executor):
 
     def _finish(self, job: Job[t.Any], last: float) -> Job[t.Any] | None:
         """Give back the slot of a job that is done; take the next up to an index."""
-        if self._process is not this_process():
+        if self._process.forked:
             # The job has forked. What else there is to do is its parent's.
             return None
 
@@ -474,18 +480,23 @@ class TaskScope(concurrent.futures.Executor):
 
         return names
 
-    def _stuck(self) -> list[tuple[str, str]]:
-        """Return the names and the stacks of the tasks that run."""
+    def _give_up(self, timeout: float) -> Overdue:
+        """Cancel what is queued, and have others in place of the threads that run."""
+        cancelled = self._cancel_queued()
+
         with self._lock:
             running = list(self._running)
 
         frames = sys._current_frames()
 
         try:
-            return [stuck for job in running if (stuck := job.describe(frames))]
+            stuck = [found for job in running if (found := job.describe(frames))]
         finally:
             # This frame is one of them: no cycle through it.
             del frames
+
+        held = self._threads.replace({job.thread for job in running})
+        return Overdue(timeout, cancelled, stuck, held)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"

@@ -6,18 +6,13 @@ import functools
 import time
 import typing as t
 
-from flask import has_request_context
-
 from .context import Block
 from .context import current_block
 from .context import find_app_context
 from .context import find_request_context
-from .context import MERGED
 from .exceptions import ScopeClosed
 from .jobs import BoundJob
 from .jobs import call_observed
-from .jobs import find_endpoint
-from .jobs import log_failure
 from .scope import TaskScope
 from .tasks import check_task
 
@@ -26,7 +21,6 @@ if t.TYPE_CHECKING:
     from flask import Request
 
     from .config import Config
-    from .scope import Overdue
     from .threads import Threads
 
 
@@ -44,7 +38,7 @@ class AppState:
 # that an asyncio task of an async view sets, to open it, would be lost to the request.
 #
 # The value is a dict, or None once the app context was torn down.
-_SCOPES = "_flask_apitask_scopes"
+SCOPES = "_flask_apitask_scopes"
 
 
 def current_scope() -> TaskScope | None:
@@ -67,7 +61,7 @@ def current_scope() -> TaskScope | None:
         if block is not None:
             return block.scope
 
-    scopes = vars(app_context).get(_SCOPES) or {}
+    scopes = vars(app_context).get(SCOPES) or {}
     scope: TaskScope | None = scopes.get(request_context)
 
     if scope is not None:
@@ -87,7 +81,7 @@ def _open_request_scope(app_context: t.Any, request_context: t.Any) -> TaskScope
     if state is None or not state.config.enabled:
         return None
 
-    scopes = vars(app_context).setdefault(_SCOPES, {})
+    scopes = vars(app_context).setdefault(SCOPES, {})
 
     if scopes is None:
         return None
@@ -122,36 +116,6 @@ def run_task(
     return future
 
 
-def end_request_scope(exc: BaseException | None) -> None:
-    """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
-    app_context = t.cast("t.Any", find_app_context())
-    scopes = vars(app_context).get(_SCOPES)
-
-    if scopes:
-        scope = scopes.pop(find_request_context(), None)
-
-        if scope is not None:
-            end(app_context.app, scope)
-
-
-def end_app_context_scopes(exc: BaseException | None) -> None:
-    """End what :func:`end_request_scope` did not come to end.
-
-    For :meth:`flask.Flask.teardown_appcontext`. Before Flask 3.2, a function registered
-    for ``teardown_request`` that raises keeps those registered before it from running.
-    """
-    app_context = t.cast("t.Any", find_app_context())
-    scopes = vars(app_context).pop(_SCOPES, None)
-
-    for scope in list((scopes or {}).values()):
-        end(app_context.app, scope)
-
-    if MERGED and has_request_context():
-        # From Flask 3.2 on, the request is still there for what is torn down after
-        # this. Nobody would end a scope that is opened now.
-        vars(app_context)[_SCOPES] = None
-
-
 def open_block(
     app: Flask, max_workers: int, timeout: float | None
 ) -> tuple[Block, TaskScope]:
@@ -176,14 +140,6 @@ def leave_block(block: Block) -> None:
         current_block.set(block.outer)
 
 
-def end(app: Flask, scope: TaskScope) -> None:
-    """End a scope, and log what it left behind at its deadline."""
-    overdue = scope.end()
-
-    if overdue is not None:
-        _report(app, overdue)
-
-
 def _find_block(app: Flask, request: Request | None) -> Block | None:
     """Return the innermost block that may be seen from here."""
     block = current_block.get()
@@ -205,22 +161,3 @@ def _make_scope(
     state: AppState = app.extensions["apitask"]
     bind = functools.partial(BoundJob, app, Block(app, None, request))
     return TaskScope(state.threads, max_workers=max_workers, timeout=timeout, bind=bind)
-
-
-def _report(app: Flask, overdue: Overdue) -> None:
-    for name in overdue.cancelled:
-        message = f"was cancelled: not begun within {overdue.timeout} s"
-        log_failure(app, name, message, None, 0.0)
-
-    if overdue.running:
-        app.logger.warning(
-            "Went on without %d task(s) not done after %s s. They are in:\n\n%s",
-            len(overdue.running),
-            overdue.timeout,
-            "\n".join(f"{name!r}:\n{stack}" for name, stack in overdue.running),
-            extra={
-                "action": "apitask",
-                "task_names": [name for name, _ in overdue.running],
-                "endpoint": find_endpoint(),
-            },
-        )

@@ -1,25 +1,39 @@
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
+import atexit
+import itertools
 import os
 import threading
 import typing as t
 import weakref
 from collections import deque
 
+from .uwsgi import threads_go_on
+
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 How = t.Literal["thread", "helped", "inline"]
 
-# Stands for the process that this module runs in. A forked child has another one.
-_process = object()
+
+class Process:
+    """Stands for the process that made it; in a forked child, for the parent.
+
+    :param forked: Whether this is a child.
+    """
+
+    __slots__ = ("forked",)
+
+    def __init__(self) -> None:
+        self.forked = False
+
+
+_process = Process()
 _all: weakref.WeakSet[Threads] = weakref.WeakSet()
 
 
-def this_process() -> object:
-    """Return what stands for this process, and for none of its forked children."""
+def this_process() -> Process:
+    """Return what stands for the process that calls."""
     return _process
 
 
@@ -30,48 +44,71 @@ class Servable(t.Protocol):
         """Do all the work there is."""
 
 
+class Worker:
+    """A thread, and what it sleeps on while there is nothing to do."""
+
+    __slots__ = ("asleep", "thread")
+
+    def __init__(self) -> None:
+        self.asleep = threading.Lock()
+        self.asleep.acquire()
+        self.thread: threading.Thread | None = None
+
+
 class Threads:
-    """Lend the threads of one stdlib thread pool to any number of scopes.
+    """Lend a limited number of threads, started on demand, to any number of scopes.
 
     To wake a thread costs more than to run a small task. So at most one is on its way
     at any time. It takes the first scope that waits for one, sends for the next thread
-    if more wait, serves the scope, and looks for another one before it goes.
+    if more wait, serves the scope, and looks for another one before it sleeps.
 
-    Guarantee: a scope that was added is served after that, unless it is dismissed.
+    They are daemons, as nothing else lets a process end whose task is stuck. What a
+    daemon would lose, the exit of the interpreter waits for (:meth:`end`).
+
+    Guarantees:
+
+    1.  A scope that was added is served after that, unless it is dismissed.
+    2.  At most ``size`` threads serve, and at most as many are held besides by tasks
+        that were given up (:meth:`replace`).
 
     What could break it, and what prevents it:
 
-    1.  *Lost scope.* The last thread finds none that waits and goes, one is added, and
-        nobody is sent for. So who adds looks for ``_coming`` in the same step, under
-        the lock, and who arrives clears it before it looks for a scope.
-    2.  *Nobody comes.* The pool refuses: the interpreter shuts down, or the system has
-        no thread left. Others may have relied on the one who is refused. So that one
-        serves all that wait, on the spot.
-    3.  *A pool that refuses and keeps.* The stdlib's may raise after it has queued the
-        call. A thread that comes all the same finds nothing, or serves what there is.
+    1.  *Lost scope.* The last thread finds none that waits and sleeps, one is added,
+        and nobody is sent for. So while scopes wait, a thread is on its way or all of
+        them serve: who adds, who arrives and who goes to sleep looks and decides in one
+        step under the lock.
+    2.  *Nobody comes.* The system has no thread left, or the interpreter exits. Others
+        may have relied on the one who is refused. So that one serves all that wait, on
+        the spot.
+    3.  *A thread that comes though its start failed.* A Ctrl-C may hit who starts it.
+        It serves what there is, and counts from then on.
     4.  *Fork.* The child has none of these threads, and a lock that nobody there may
         ever release. So all begin anew in it, before it does anything else.
 
-    :param size: Most threads. The pool starts them on demand.
+    :param size: Most threads.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
+        self._numbers = itertools.count()
         self.begin()
         _all.add(self)
 
     def begin(self) -> None:
-        """Forget all threads and calls. Nobody else may use this object meanwhile."""
-        self._pool = concurrent.futures.ThreadPoolExecutor(self._size, "apitask")
-        # Guards the two below.
+        """Forget all threads and scopes. Nobody else may use this object meanwhile."""
+        # Guards all below.
         self._lock = threading.Lock()
         self._waiting: deque[Servable] = deque()
         self._coming = False
+        self._workers: set[Worker] = set()
+        self._asleep: list[Worker] = []
+        self._overdue: set[Worker] = set()
+        self._ended = False
 
     def summon(self, scope: Servable) -> None:
         """Have a thread serve a scope, or do it here if none can be had."""
         if not self.add(scope):
-            self._serve("inline")
+            self._serve(None)
 
     def add(self, scope: Servable) -> bool:
         """Have a thread serve a scope after those that wait already.
@@ -84,29 +121,129 @@ class Threads:
             if self._coming:
                 return True
 
-            self._coming = True
+            worker = self._choose()
 
-        return self._send()
+            if worker is None:
+                return not self._ended
+
+        return self._send(worker)
 
     def dismiss(self, scope: Servable) -> None:
         """Have no thread serve a scope any more, so that nothing here refers to it."""
-        with self._lock, contextlib.suppress(ValueError):
-            self._waiting.remove(scope)
+        with self._lock:
+            if scope in self._waiting:
+                self._waiting.remove(scope)
 
-    def submit(self, fn: cabc.Callable[[], object], /) -> None:
-        """Call ``fn`` on a thread of the pool.
+    def replace(self, identifiers: cabc.Container[int | None]) -> int:
+        """Have others in place of threads that may be held for ever.
+
+        Each counts again as soon as it is done with its task.
+
+        :param identifiers: Of threads, whether they are of this pool or not.
+        :return: How many are held in all.
+        """
+        with self._lock:
+            for worker in self._workers.difference(self._asleep):
+                if worker.thread is not None and worker.thread.ident in identifiers:
+                    self._overdue.add(worker)
+
+            held = len(self._overdue)
+            more = self._waiting and not self._coming
+            following = self._choose() if more else None
+
+        if following is not None:
+            self._send(following)
+
+        return held
+
+    def end(self) -> None:
+        """Lend no more threads, and wait for those that serve; for the process's exit.
+
+        Not for those that a task holds that was given up.
+        """
+        with self._lock:
+            self._ended = True
+            awaited = self._workers - self._overdue
+
+            while self._asleep:
+                self._asleep.pop().asleep.release()
+
+        for worker in awaited:
+            # One that another thread is about to start cannot be joined.
+            if worker.thread is not None and worker.thread.is_alive():
+                worker.thread.join()
+
+    def rouse(self, worker: Worker) -> None:
+        """Wake a thread, or start it if it is new.
 
         :raises RuntimeError: None can be had.
         """
-        self._pool.submit(fn)
+        if worker.thread is not None:
+            worker.asleep.release()
+            return
 
-    def _send(self) -> bool:
+        if not threads_go_on():
+            raise RuntimeError("No thread but those of requests runs on this server.")
+
+        thread = threading.Thread(
+            target=_live,
+            args=(weakref.ref(self), worker),
+            name=f"apitask_{next(self._numbers)}",
+            daemon=True,
+        )
+        worker.thread = thread
+        thread.start()
+
+    def work(self, worker: Worker) -> bool:
+        """Serve the scopes that wait.
+
+        :return: Whether the thread is to sleep until more do, and then come again.
+        """
+        with self._lock:
+            self._coming = False
+
+        return self._serve(worker)
+
+    def _serve(self, worker: Worker | None) -> bool:
+        while True:
+            with self._lock:
+                if worker is not None:
+                    self._overdue.discard(worker)
+
+                if not self._waiting:
+                    return worker is not None and self._keep(worker)
+
+                scope = self._waiting.popleft()
+                more = worker and self._waiting and not self._coming
+                following = self._choose() if more else None
+
+            if following is not None:
+                self._send(following)
+
+            scope.serve("inline" if worker is None else "thread")
+
+    def _choose(self) -> Worker | None:
+        """Return who is sent for next, if not all of them serve. Needs the lock."""
+        if self._asleep:
+            worker = self._asleep.pop()
+        elif self._counted() < self._size and not self._ended:
+            worker = Worker()
+            self._workers.add(worker)
+        else:
+            return None
+
+        self._coming = True
+        return worker
+
+    def _send(self, worker: Worker) -> bool:
+        """Wake a thread, or start it, and return whether it comes."""
         try:
-            self.submit(self._arrive)
+            self.rouse(worker)
         except BaseException as error:
             # Whatever it was: nobody must rely on a thread that does not come.
             with self._lock:
                 self._coming = False
+                self._workers.discard(worker)
 
             if not isinstance(error, RuntimeError):
                 raise
@@ -115,35 +252,62 @@ class Threads:
 
         return True
 
-    def _arrive(self) -> None:
-        with self._lock:
-            self._coming = False
+    def _keep(self, worker: Worker) -> bool:
+        """Put a thread to sleep, unless there are enough. Needs the lock."""
+        self._workers.add(worker)
 
-        self._serve("thread")
+        if self._ended or self._counted() > self._size:
+            self._workers.discard(worker)
+            return False
 
-    def _serve(self, how: How) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    return
+        self._asleep.append(worker)
+        return True
 
-                scope = self._waiting.popleft()
-                send = bool(self._waiting) and not self._coming and how == "thread"
-                self._coming = self._coming or send
+    def _counted(self) -> int:
+        """Count the threads that the limit is for. Needs the lock."""
+        return len(self._workers) - min(len(self._overdue), self._size)
 
-            if send:
-                self._send()
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} size={self._size} threads={len(self._workers)}"
+            f" asleep={len(self._asleep)} overdue={len(self._overdue)}>"
+        )
 
-            scope.serve(how)
+    def __del__(self) -> None:
+        # They find it gone, and end.
+        for worker in self._asleep:
+            worker.asleep.release()
+
+
+def _live(reference: weakref.ref[Threads], worker: Worker) -> None:
+    """Work and sleep by turns. No thread that sleeps keeps the pool."""
+    while True:
+        threads = reference()
+
+        if threads is None or not threads.work(worker):
+            return
+
+        del threads
+        worker.asleep.acquire()
 
 
 def _after_fork() -> None:
     global _process
-    _process = object()
+    _process.forked = True
+    _process = Process()
 
     for threads in _all:
         threads.begin()
 
+
+def _end_all() -> None:
+    for threads in list(_all):
+        threads.end()
+
+
+# Before any function of atexit, as the standard library's pool does it. A child of
+# multiprocessing calls those that are registered here, and none of atexit's.
+getattr(threading, "_register_atexit", atexit.register)(_end_all)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

@@ -15,6 +15,8 @@ from flask_apitask.threads import Threads
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+    from flask_apitask.threads import Worker
+
 T = t.TypeVar("T")
 
 
@@ -22,11 +24,11 @@ class HeldThreads(Threads):
     """A pool whose threads are all busy, until a test lets one come."""
 
     def __init__(self) -> None:
-        super().__init__(1)
+        super().__init__(100)
         self.calls: list[cabc.Callable[[], object]] = []
 
-    def submit(self, fn: cabc.Callable[[], object], /) -> None:
-        self.calls.append(fn)
+    def rouse(self, worker: Worker) -> None:
+        self.calls.append(functools.partial(self.work, worker))
 
     def come(self) -> None:
         """Let one thread come, and wait until it has gone home."""
@@ -34,13 +36,13 @@ class HeldThreads(Threads):
 
 
 class RefusingThreads(Threads):
-    """A pool that has been shut down."""
+    """A pool of a system that starts no more threads."""
 
     def __init__(self) -> None:
         super().__init__(1)
 
-    def submit(self, fn: cabc.Callable[[], object], /) -> None:
-        raise RuntimeError("cannot schedule new futures after shutdown")
+    def rouse(self, worker: Worker) -> None:
+        raise RuntimeError("can't start new thread")
 
 
 class GapLock:
@@ -225,13 +227,13 @@ class _SwitchLock:
 class ScheduledThreads(Threads):
     """A pool of the threads of a schedule.
 
-    :param size: Most threads. With none of them, what is submitted never begins.
-    :param refusals: How often of three times a call is refused. One that is refused may
-        come all the same, as with the standard library's pool.
+    :param size: Most threads. With none of them, nobody ever comes.
+    :param refusals: How often of three times a thread is refused. One that is refused
+        may come all the same, as one does whose start was interrupted.
     """
 
     def __init__(self, schedule: Schedule, size: int, refusals: int) -> None:
-        super().__init__(1)
+        super().__init__(max(1, size))
         self._schedule = schedule
         self._refusals = refusals
         self._lock = schedule.make_lock()
@@ -240,12 +242,12 @@ class ScheduledThreads(Threads):
         for _ in range(size):
             schedule.spawn(self._work, idle=True)
 
-    def submit(self, fn: cabc.Callable[[], object], /) -> None:
+    def rouse(self, worker: Worker) -> None:
         self._schedule.pause()
         refused = self._schedule.choose(range(3)) < self._refusals
 
         if not refused or self._schedule.choose([False, True]):
-            self._calls.append(fn)
+            self._calls.append(functools.partial(self.work, worker))
 
         if refused:
             raise RuntimeError("can't start new thread")

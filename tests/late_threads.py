@@ -13,13 +13,15 @@ if t.TYPE_CHECKING:
 
     from flask import Flask
 
+    from flask_apitask.threads import Worker
+
 T = t.TypeVar("T")
 
 
 class LateThreads(Threads):
     """Threads that never come, so that nothing but a wait gets a task done."""
 
-    def submit(self, fn: cabc.Callable[[], object], /) -> None:
+    def rouse(self, worker: Worker) -> None:
         pass
 
 

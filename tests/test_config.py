@@ -9,6 +9,7 @@ import threading
 import typing as t
 
 import pytest
+import trustme
 from flask import Flask
 
 from flask_apitask import ApiTask
@@ -24,6 +25,7 @@ TIMEOUT = (
 )
 SECONDS = "must be a number of seconds above 0."
 KEEPALIVE = "must be a number of seconds, or 0 for one connection per batch."
+WAIT = "must be 'teardown' or 'close'."
 TRUST = "must be True, False, or the path of a file of CA certificates."
 
 ALLOWED = {
@@ -31,6 +33,7 @@ ALLOWED = {
     "max_workers": COUNT,
     "pool_size": COUNT,
     "timeout": TIMEOUT,
+    "wait": WAIT,
     "mail_background": FLAG,
     "mail_timeout": SECONDS,
     "mail_connections": COUNT,
@@ -67,6 +70,7 @@ GOOD: dict[str, list[tuple[object, object]]] = {
         (threading.TIMEOUT_MAX * 2, None),
         (threading.TIMEOUT_MAX, threading.TIMEOUT_MAX),
     ],
+    WAIT: [("teardown", "teardown"), ("close", "close"), (" Close ", "close")],
     SECONDS: [*GOOD_SECONDS],
     KEEPALIVE: [*GOOD_SECONDS, (0, 0.0), ("0", 0.0)],
     TRUST: [*GOOD_FLAGS],
@@ -78,6 +82,7 @@ BAD: dict[str, list[object]] = {
     FLAG: [None, 2, -1, 1.0, "", "maybe", "2", [], b"true"],
     COUNT: [*NO_NUMBERS, None, 0, 0.5, 1.5, "0", "2.5", math.inf, "inf", TOO_BIG],
     TIMEOUT: [*NO_NUMBERS, 0, 0.0, "0", -0.5, -math.inf],
+    WAIT: [None, True, 0, "", "return", "response", ["close"], b"close"],
     SECONDS: [*NO_NUMBERS, None, "none", 0, "0", math.inf, "inf", TOO_BIG],
     KEEPALIVE: [*NO_NUMBERS, None, "none", -0.1, math.inf, TOO_BIG],
     TRUST: [None, 2, "", "maybe", "/no/such/file.pem", pathlib.Path("/"), []],
@@ -96,6 +101,7 @@ def test_defaults() -> None:
         max_workers=8,
         pool_size=32,
         timeout=None,
+        wait="teardown",
         mail_background=False,
         mail_timeout=10.0,
         mail_connections=4,
@@ -132,9 +138,22 @@ def test_certificates_from_a_file(
 ) -> None:
     """Mail servers are verified with the file of certificates that is named."""
     path = tmp_path / "ca.pem"
-    path.write_text("certificates")
+    trustme.CA().cert_pem.write_to_path(str(path))
     config = Config.from_mapping({"APITASK_MAIL_TLS_VERIFY": kind(path)})
     assert config.mail_tls_verify == str(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no PEM\n", b"\x30\x82\x01\x0a\x00"])
+def test_file_without_certificates(content: bytes, tmp_path: pathlib.Path) -> None:
+    """A file that is none of certificates stops the set-up, and not the first mail."""
+    path = tmp_path / "ca.pem"
+    path.write_bytes(content)
+
+    with pytest.raises(ValueError, match="no CA certificate can be read") as caught:
+        Config.from_mapping({"APITASK_MAIL_TLS_VERIFY": path})
+
+    assert f"{caught.value}".startswith(f"APITASK_MAIL_TLS_VERIFY is {path!r}, but ")
+    assert "Name a file in PEM format" in f"{caught.value}"
 
 
 def test_config_is_frozen() -> None:
@@ -155,6 +174,7 @@ def test_values_from_the_environment(
         "MAX_WORKERS": "2",
         "POOL_SIZE": "6",
         "TIMEOUT": "2.5",
+        "WAIT": "close",
         "MAIL_TIMEOUT": "3",
         "MAIL_CONNECTIONS": "1",
         "MAIL_KEEPALIVE": "0",
@@ -170,6 +190,7 @@ def test_values_from_the_environment(
         max_workers=2,
         pool_size=6,
         timeout=2.5,
+        wait="close",
         mail_timeout=3.0,
         mail_connections=1,
         mail_keepalive=0.0,

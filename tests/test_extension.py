@@ -181,7 +181,6 @@ def test_disabled_run_is_a_plain_call(make_app: AppFactory) -> None:
 
     assert app.test_client().get("/").status_code == 200
     assert seen == [None, threading.get_ident()]
-    assert not app.teardown_request_funcs
 
 
 def test_blueprint_and_library_code_find_the_scope(make_app: AppFactory) -> None:

@@ -17,13 +17,14 @@ PACKAGE = pathlib.Path(flask_apitask.__file__).parent
 
 # From the bottom up. A module imports from the rows below its own, and no other.
 LAYERS = (
-    {"exceptions", "signals", "threads"},
-    {"config", "mail.envelope", "tasks"},
+    {"exceptions", "signals", "uwsgi"},
+    {"config", "mail.envelope", "tasks", "threads"},
     {"mail.wire", "scope"},
     {"context", "mail.smtp"},
-    {"jobs"},
+    {"closing", "jobs"},
     {"mail.places", "stack"},
     {"mail.pool"},
+    {"endings", "mail.delivery"},
     {"mail.rerouting"},
     {"mail"},
     {"extension"},
@@ -34,9 +35,12 @@ LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 # What else than the standard library a module may know.
 LIBRARIES = {
     "signals": {"blinker"},
+    "closing": {"flask"},
     "context": {"flask"},
     "jobs": {"blinker", "flask"},
+    "endings": {"flask"},
     "stack": {"flask"},
+    "mail.delivery": {"flask", "flask_mail"},
     "mail.rerouting": {"flask", "flask_mail", "typing_extensions"},
     "extension": {"flask"},
 }
@@ -45,6 +49,8 @@ LIBRARIES = {
 FOREIGN_PRIVATE_NAMES = {
     "_current_frames": "documented by Python: what every thread is doing",
     "_get_current_object": "documented by Werkzeug: the object behind a proxy",
+    "_register_atexit": "Python's own thread pool ends by it: atexit comes too late for"
+    " what a task needs, and not at all in a child of multiprocessing; optional",
     "_request": "Flask >= 3.2: without it, the end of a task's context is not the end"
     " of the request; nothing public takes it away (test_merged_context.py)",
 }

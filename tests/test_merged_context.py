@@ -21,7 +21,7 @@ from flask_apitask import ApiTask
 from flask_apitask import context
 from flask_apitask import open_scope
 from flask_apitask import run
-from flask_apitask import stack
+from flask_apitask import endings
 
 if t.TYPE_CHECKING:
     import contextlib
@@ -84,9 +84,10 @@ def merged(monkeypatch: pytest.MonkeyPatch) -> None:
     if MERGED:
         return
 
-    monkeypatch.setattr(context, "_request_context", flask.globals.app_ctx)
+    find = flask.globals.app_ctx._get_current_object  # type: ignore[attr-defined]
+    monkeypatch.setattr(context, "_get_request_context", find)
 
-    for module in (context, stack):
+    for module in (context, endings):
         monkeypatch.setattr(module, "MERGED", True)
         monkeypatch.setattr(module, "has_request_context", has_merged_request)
 

@@ -26,6 +26,7 @@ from flask_apitask import TaskScope
 from flask_apitask.scope import Job
 from flask_apitask.threads import How
 from flask_apitask.threads import Threads
+from flask_apitask.threads import Worker
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -82,11 +83,11 @@ class LastThreads(HeldThreads):
 
     refusing = False
 
-    def submit(self, fn: cabc.Callable[..., object], /, *args: t.Any) -> None:
+    def rouse(self, worker: Worker) -> None:
         if self.refusing:
             raise RuntimeError("can't start new thread")
 
-        super().submit(fn, *args)
+        super().rouse(worker)
 
 
 def make_scope(
@@ -533,11 +534,11 @@ def test_helper_leaves_and_no_thread_is_to_be_had() -> None:
 
 
 def test_refused_after_a_thread_took_it() -> None:
-    """A pool that queues a call and then fails to start a thread does no harm."""
+    """A thread that comes though its start has failed does no harm."""
 
     class Overtaken(HeldThreads):
-        def submit(self, fn: cabc.Callable[[], object], /) -> None:
-            super().submit(fn)
+        def rouse(self, worker: Worker) -> None:
+            super().rouse(worker)
             raise RuntimeError("can't start new thread")
 
     threads = Overtaken()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import typing as t
 import weakref
 from unittest import mock
@@ -24,6 +25,7 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from flask_apitask.threads import How
+    from flask_apitask.threads import Worker
 
 forks = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="no process forks on this system"
@@ -48,8 +50,29 @@ def run_script(script: str, *, allow_fork: bool = False) -> str:
     return done.stdout
 
 
+class Served:
+    """Something to serve, that notes who was served, and how."""
+
+    def __init__(self, name: str, served: list[tuple[str, How]]) -> None:
+        self.name = name
+        self.served = served
+
+    def serve(self, how: How) -> None:
+        self.served.append((self.name, how))
+
+
+class Calling:
+    """Something to serve, that calls a function."""
+
+    def __init__(self, fn: cabc.Callable[[], object]) -> None:
+        self.fn = fn
+
+    def serve(self, how: How) -> None:
+        self.fn()
+
+
 def test_threads_are_started_on_demand() -> None:
-    """The first call makes the pool; it starts no more threads than are needed."""
+    """No more threads are started than are needed, and the size is the most."""
     before = threading.active_count()
     threads = Threads(2)
     assert threading.active_count() == before
@@ -65,12 +88,12 @@ def test_threads_are_started_on_demand() -> None:
 
         called.release()
 
-    threads.submit(functools.partial(call, False))
+    threads.summon(Calling(functools.partial(call, False)))
     assert called.acquire(timeout=PATIENCE)
     assert threading.active_count() == before + 1
 
     for _ in range(4):
-        threads.submit(functools.partial(call, True))
+        threads.summon(Calling(functools.partial(call, True)))
 
     for _ in range(4):
         assert called.acquire(timeout=PATIENCE)
@@ -79,19 +102,26 @@ def test_threads_are_started_on_demand() -> None:
     assert set(names) == {"apitask_0", "apitask_1"}
 
 
-def test_threads_hold_the_process() -> None:
-    """A thread is not a daemon, which the interpreter would cut off at its exit."""
-    threads = Threads(1)
-    daemon: list[bool] = []
-    called = threading.Event()
+def test_thread_that_sleeps_is_woken() -> None:
+    """A thread that has nothing to do is used again, before another one is started."""
+    threads = Threads(2)
+    used: list[int] = []
 
-    def call() -> None:
-        daemon.append(threading.current_thread().daemon)
-        called.set()
+    for _ in range(20):
+        called = threading.Event()
 
-    threads.submit(call)
-    assert called.wait(PATIENCE)
-    assert daemon == [False]
+        def call(called: threading.Event = called) -> None:
+            used.append(threading.get_ident())
+            called.set()
+
+        threads.summon(Calling(call))
+        assert called.wait(PATIENCE)
+
+        while not threads._asleep:
+            time.sleep(0)
+
+    assert len(set(used)) == 1
+    assert repr(threads) == "<Threads size=2 threads=1 asleep=1 overdue=0>"
 
 
 def test_threads_end_with_their_last_reference() -> None:
@@ -104,7 +134,7 @@ def test_threads_end_with_their_last_reference() -> None:
         used.append(threading.current_thread())
         called.set()
 
-    threads.submit(call)
+    threads.summon(Calling(call))
     assert called.wait(PATIENCE)
     gone = threading.Event()
     weakref.finalize(threads, gone.set)
@@ -112,17 +142,6 @@ def test_threads_end_with_their_last_reference() -> None:
     assert gone.wait(PATIENCE)
     used[0].join(PATIENCE)
     assert not used[0].is_alive()
-
-
-class Served:
-    """Something to serve, that notes who was served, and how."""
-
-    def __init__(self, name: str, served: list[tuple[str, How]]) -> None:
-        self.name = name
-        self.served = served
-
-    def serve(self, how: How) -> None:
-        self.served.append((self.name, how))
 
 
 def test_one_thread_is_on_its_way_at_a_time() -> None:
@@ -166,10 +185,10 @@ def test_refused_caller_serves_all_that_wait() -> None:
     served: list[tuple[str, How]] = []
 
     class Refusing(RefusingThreads):
-        def submit(self, fn: cabc.Callable[[], object], /) -> None:
+        def rouse(self, worker: Worker) -> None:
             # Another one asks between the two steps of the one that is refused.
             assert self.add(Served("other", served))
-            super().submit(fn)
+            super().rouse(worker)
 
     Refusing().summon(Served("own", served))
     assert served == [("own", "inline"), ("other", "inline")]
@@ -179,17 +198,17 @@ def test_interrupt_while_a_thread_is_sent_for() -> None:
     """After a Ctrl-C, too, the next one who asks sends for a thread."""
     threads = HeldThreads()
     served: list[tuple[str, How]] = []
-    submit = threads.submit
+    rouse = threads.rouse
 
-    def interrupted(fn: cabc.Callable[[], object], /) -> None:
+    def interrupted(worker: Worker) -> None:
         raise KeyboardInterrupt
 
-    threads.submit = interrupted  # type: ignore[method-assign]
+    threads.rouse = interrupted  # type: ignore[method-assign]
 
     with pytest.raises(KeyboardInterrupt):
         threads.summon(Served("a", served))
 
-    threads.submit = submit  # type: ignore[method-assign]
+    threads.rouse = rouse  # type: ignore[method-assign]
     threads.summon(Served("b", served))
     threads.come()
     assert served == [("a", "thread"), ("b", "thread")]
@@ -230,16 +249,16 @@ def test_refusal_is_not_for_ever() -> None:
     threads = HeldThreads()
     served: list[tuple[str, How]] = []
     refuse = [True]
-    submit = threads.submit
+    rouse = threads.rouse
 
-    def submit_or_refuse(fn: cabc.Callable[[], object], /) -> None:
+    def rouse_or_refuse(worker: Worker) -> None:
         if refuse:
             refuse.clear()
             raise RuntimeError("can't start new thread")
 
-        submit(fn)
+        rouse(worker)
 
-    threads.submit = submit_or_refuse  # type: ignore[method-assign]
+    threads.rouse = rouse_or_refuse  # type: ignore[method-assign]
     assert not threads.add(Served("a", served))
     threads.summon(Served("b", served))
     threads.come()
@@ -532,7 +551,7 @@ def test_fork_in_a_task() -> None:
         from flask_apitask.threads import Threads
 
         class LateThreads(Threads):
-            def submit(self, fn):
+            def rouse(self, worker):
                 pass
 
         children = []
@@ -575,24 +594,16 @@ def test_multiprocessing_in_a_view() -> None:
     assert printed.splitlines() == ["parent's task", "exit code 0"]
 
 
-def test_refusal_after_shutdown() -> None:
-    """A pool that is shut down refuses with the error that a scope expects."""
-    threads = Threads(1)
-    threads.submit(int)
-    threads._pool.shutdown()
-
-    with pytest.raises(RuntimeError, match="cannot schedule new futures"):
-        threads.submit(int)
-
-
 def test_no_thread_is_left_in_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system starts no more threads, the error is one a scope expects."""
+    """Where the system starts no more threads, the one who asked does the work."""
 
     def refuse(self: threading.Thread) -> t.NoReturn:
         raise RuntimeError("can't start new thread")
 
     threads = Threads(1)
+    served: list[tuple[str, How]] = []
     monkeypatch.setattr(threading.Thread, "start", refuse)
-
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        threads.submit(int)
+    threads.summon(Served("a", served))
+    assert served == [("a", "inline")]
+    monkeypatch.undo()
+    assert repr(threads) == "<Threads size=1 threads=0 asleep=0 overdue=0>"
