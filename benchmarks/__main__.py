@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-for script in ("dispatch", "load", "growth", "mail", "report", "measures"):
+for script in ("dispatch", "load", "growth", "mail", "sizing", "report", "measures"):
     print(f"\n== {script}", flush=True)
     command = [sys.executable, "-m", f"benchmarks.{script}", *sys.argv[1:]]
 

@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 # Later than the index of any job.
 _EVER = float("inf")
 
-_NO_STACK = "  (no stack: it is just beginning, or runs on no thread of the system)\n"
+_NO_STACK = "  (no stack: it runs on no thread of the system)\n"
 
 
 class Overdue(t.NamedTuple):
@@ -82,7 +82,6 @@ class Job(t.Generic[T]):
         here refers to the task, its arguments or its outcome any more.
         """
         future = self.future
-        self.thread = threading.get_ident()
 
         if not future.set_running_or_notify_cancel():
             del self.task, self.args, self.kwargs, self.future
@@ -425,6 +424,7 @@ class TaskScope(concurrent.futures.Executor):
             return None
 
         job = self._queue.popleft()
+        job.thread = threading.get_ident()
         self._running.add(job)
         return job
 

@@ -37,7 +37,8 @@ def task(name: str) -> cabc.Callable[[F], F]:
         def send_welcome(user_id): ...
 
     :param name: Low-cardinality: ``"mailer.welcome"``, never with an id in it.
-    :raises TypeError: The name is missing, as in a bare ``@task``.
+    :raises TypeError: The name is missing, as in a bare ``@task``, or the function
+        can't be named.
     """
     if not name or callable(name):
         raise TypeError(
@@ -46,7 +47,14 @@ def task(name: str) -> cabc.Callable[[F], F]:
         )
 
     def decorator(fn: F) -> F:
-        fn.task_name = name  # type: ignore[attr-defined]
+        try:
+            fn.task_name = name  # type: ignore[attr-defined]
+        except AttributeError:
+            raise TypeError(
+                f"{fn!r} takes no name: bound methods and built-in functions don't."
+                " Name the function where it is defined, or a functools.partial of it."
+            ) from None
+
         return fn
 
     return decorator

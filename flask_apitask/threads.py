@@ -25,7 +25,7 @@ class Process:
     __slots__ = ("forked",)
 
     def __init__(self) -> None:
-        self.forked = False
+        self.forked: bool = False
 
 
 _process = Process()
@@ -47,11 +47,15 @@ class Servable(t.Protocol):
 class Worker:
     """A thread, and what it sleeps on while there is nothing to do."""
 
-    __slots__ = ("asleep", "thread")
+    __slots__ = ("asleep", "let_go", "thread")
 
     def __init__(self) -> None:
-        self.asleep = threading.Lock()
+        self.asleep: threading.Lock = threading.Lock()
         self.asleep.acquire()
+        # Set while the exit need not wait for it: it is not started, has ended or was
+        # given up.
+        self.let_go = threading.Event()
+        self.let_go.set()
         self.thread: threading.Thread | None = None
 
 
@@ -146,6 +150,7 @@ class Threads:
             for worker in self._workers.difference(self._asleep):
                 if worker.thread is not None and worker.thread.ident in identifiers:
                     self._overdue.add(worker)
+                    worker.let_go.set()
 
             held = len(self._overdue)
             more = self._waiting and not self._coming
@@ -159,19 +164,17 @@ class Threads:
     def end(self) -> None:
         """Lend no more threads, and wait for those that serve; for the process's exit.
 
-        Not for those that a task holds that was given up.
+        Not for those that a task holds that was given up, or is meanwhile.
         """
         with self._lock:
             self._ended = True
-            awaited = self._workers - self._overdue
+            awaited = list(self._workers)
 
             while self._asleep:
                 self._asleep.pop().asleep.release()
 
         for worker in awaited:
-            # One that another thread is about to start cannot be joined.
-            if worker.thread is not None and worker.thread.is_alive():
-                worker.thread.join()
+            worker.let_go.wait()
 
     def rouse(self, worker: Worker) -> None:
         """Wake a thread, or start it if it is new.
@@ -191,6 +194,13 @@ class Threads:
             name=f"apitask_{next(self._numbers)}",
             daemon=True,
         )
+
+        with self._lock:
+            if self._ended:
+                raise RuntimeError("No thread is started while the process exits.")
+
+            worker.let_go.clear()
+
         worker.thread = thread
         thread.start()
 
@@ -207,8 +217,8 @@ class Threads:
     def _serve(self, worker: Worker | None) -> bool:
         while True:
             with self._lock:
-                if worker is not None:
-                    self._overdue.discard(worker)
+                if worker and self._returns_too_many(worker):
+                    return False
 
                 if not self._waiting:
                     return worker is not None and self._keep(worker)
@@ -221,6 +231,23 @@ class Threads:
                 self._send(following)
 
             scope.serve("inline" if worker is None else "thread")
+
+    def _returns_too_many(self, worker: Worker) -> bool:
+        """Count a thread again that was given up, unless there are enough without it.
+
+        Needs the lock.
+        """
+        if worker not in self._overdue:
+            return False
+
+        self._overdue.remove(worker)
+        worker.let_go.clear()
+
+        if self._counted() <= self._size:
+            return False
+
+        self._workers.remove(worker)
+        return True
 
     def _choose(self) -> Worker | None:
         """Return who is sent for next, if not all of them serve. Needs the lock."""
@@ -244,6 +271,8 @@ class Threads:
             with self._lock:
                 self._coming = False
                 self._workers.discard(worker)
+
+            worker.let_go.set()
 
             if not isinstance(error, RuntimeError):
                 raise
@@ -281,14 +310,12 @@ class Threads:
 
 def _live(reference: weakref.ref[Threads], worker: Worker) -> None:
     """Work and sleep by turns. No thread that sleeps keeps the pool."""
-    while True:
-        threads = reference()
-
-        if threads is None or not threads.work(worker):
-            return
-
-        del threads
-        worker.asleep.acquire()
+    try:
+        while (threads := reference()) is not None and threads.work(worker):
+            del threads
+            worker.asleep.acquire()
+    finally:
+        worker.let_go.set()
 
 
 def _after_fork() -> None:

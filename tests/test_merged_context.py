@@ -19,9 +19,9 @@ from late_threads import make_late
 
 from flask_apitask import ApiTask
 from flask_apitask import context
+from flask_apitask import endings
 from flask_apitask import open_scope
 from flask_apitask import run
-from flask_apitask import endings
 
 if t.TYPE_CHECKING:
     import contextlib

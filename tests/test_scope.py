@@ -819,7 +819,7 @@ def test_task_is_done_while_it_is_reported() -> None:
 
 
 def test_stack_of_a_task_that_is_just_beginning() -> None:
-    """A task that a thread has taken and not begun is reported without a stack."""
+    """A task that a thread has taken and not begun is reported with its stack."""
     threads = HeldThreads()
     taken = threading.Event()
     ended = threading.Event()
@@ -839,10 +839,17 @@ def test_stack_of_a_task_that_is_just_beginning() -> None:
     worker.join(PATIENCE)
     assert overdue is not None
     assert [name for name, _ in overdue.running] == ["test_scope.nothing"]
-    assert overdue.running[0][1] == (
-        "  (no stack: it is just beginning, or runs on no thread of the system)\n"
-    )
+    assert "in serve" in overdue.running[0][1]
     assert future.done()
+
+
+def test_stack_of_a_task_on_no_thread_of_the_system() -> None:
+    """A task that a greenlet runs is reported without a stack."""
+    job: Job[None] = Job(nothing, (), {})
+    assert job.describe({}) == (
+        "test_scope.nothing",
+        "  (no stack: it runs on no thread of the system)\n",
+    )
 
 
 @pytest.mark.parametrize("how", ["thread", "helped", "inline", "cancelled"])

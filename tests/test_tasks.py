@@ -82,6 +82,13 @@ def test_task_needs_a_name(name: t.Any) -> None:
     )
 
 
+@pytest.mark.parametrize("fn", [len, [].append, pytest.MonkeyPatch().undo])
+def test_task_that_takes_no_name(fn: t.Any) -> None:
+    """A callable without attributes is refused, with what to name instead."""
+    with pytest.raises(TypeError, match=r"takes no name: .* functools.partial of it"):
+        task("any.name")(fn)
+
+
 def test_names() -> None:
     """A task has the name it was given, or that of the code it is."""
     names: list[tuple[t.Any, str]] = [

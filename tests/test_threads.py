@@ -17,6 +17,7 @@ from interleaving import HeldThreads
 from interleaving import RefusingThreads
 
 from flask_apitask import scope as scope_module
+from flask_apitask import threads as threads_module
 from flask_apitask.scope import _Waiter
 from flask_apitask.scope import TaskScope
 from flask_apitask.threads import Threads
@@ -606,4 +607,14 @@ def test_no_thread_is_left_in_the_system(monkeypatch: pytest.MonkeyPatch) -> Non
     threads.summon(Served("a", served))
     assert served == [("a", "inline")]
     monkeypatch.undo()
+    assert repr(threads) == "<Threads size=1 threads=0 asleep=0 overdue=0>"
+
+
+def test_server_that_lets_no_thread_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a thread would freeze between requests, the one who asked does the work."""
+    monkeypatch.setattr(threads_module, "threads_go_on", lambda: False)
+    threads = Threads(1)
+    served: list[tuple[str, How]] = []
+    threads.summon(Served("a", served))
+    assert served == [("a", "inline")]
     assert repr(threads) == "<Threads size=1 threads=0 asleep=0 overdue=0>"

@@ -9,6 +9,7 @@ import typing as t
 import warnings
 import weakref
 
+from ..uwsgi import threads_go_on
 from .places import Places
 from .smtp import Connection
 from .wire import ConnectionLost
@@ -214,8 +215,10 @@ class Lease:
 
         # Whatever happens here, a Ctrl-C say, the place is not to be lost with it.
         try:
-            # Without a keepalive it is kept for those only who wait for one.
-            wanted = own and (self._pool.keepalive or self._places.waiting)
+            # Without a keepalive it is kept for those only who wait for one, and so it
+            # is where no thread could close it in time.
+            keeps = self._pool.keepalive and threads_go_on()
+            wanted = own and (keeps or self._places.waiting)
 
             if wanted and connection is not None and connection.usable():
                 kept = connection
