@@ -54,7 +54,7 @@ class Worker:
         self.asleep.acquire()
         # Set while the exit need not wait for it: it is not started, has ended or was
         # given up.
-        self.let_go = threading.Event()
+        self.let_go: threading.Event = threading.Event()
         self.let_go.set()
         self.thread: threading.Thread | None = None
 

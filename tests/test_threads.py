@@ -573,6 +573,44 @@ def test_fork_in_a_task() -> None:
 
 
 @forks
+def test_fork_in_a_task_after_the_wait_began() -> None:
+    """The same where the waiting thread found nothing free at first."""
+    printed = run_script(
+        """
+        import os
+        from flask_apitask.scope import TaskScope
+        from flask_apitask.threads import Threads
+
+        class LateThreads(Threads):
+            def rouse(self, worker):
+                pass
+
+        children = []
+        scope = TaskScope(LateThreads(1), max_workers=1)
+        take, rounds = scope._take, []
+
+        def take_late(last):
+            # Nothing is free in the first round.
+            rounds.append(last)
+            return None if len(rounds) == 1 else take(last)
+
+        scope._take = take_late
+        scope.submit(lambda: children.append(os.fork()))
+        scope.submit(print, "second", flush=True)
+        scope.wait()
+
+        if not children[0]:
+            os._exit(0)
+
+        assert os.waitpid(children[0], 0)[1] == 0
+        scope.end()
+        """,
+        allow_fork=True,
+    )
+    assert printed == "second\n"
+
+
+@forks
 def test_multiprocessing_in_a_view() -> None:
     """A child that multiprocessing forks can run tasks, and ends."""
     printed = run_script(
