@@ -47,7 +47,8 @@ class Closing:
         self._closed = True
 
         for end in _drain(self._ends):
-            self._context.run(end)
+            # In a copy, as another thread may be in this one.
+            self._context.copy().run(end)
 
 
 def hook(request_context: object, response: Response) -> None:

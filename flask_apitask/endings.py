@@ -106,8 +106,11 @@ def end_request_scope(exc: BaseException | None) -> None:
     if error is None or isinstance(error, GeneratorExit):
         at_close = closing.find_closing(request_context)
 
-    for scope in (left or {}).pop(request_context, ()):
-        _end_with(at_close, app, scope)
+    were_left = (left or {}).get(request_context, [])
+
+    # One by one: the safety net finds the others if a wait is interrupted.
+    while were_left:
+        _end_with(at_close, app, were_left.pop(0))
 
     scope = (scopes or {}).pop(request_context, None)
 

@@ -338,6 +338,10 @@ class TaskScope(concurrent.futures.Executor):
             # Refused or not: this thread is about to serve the queue.
             self._threads.add(self)
 
+            if self._closed and not self._queue:
+                # It has ended meanwhile, and was dismissed before it was added.
+                self._threads.dismiss(self)
+
         self._run(taken.pop(), how, _EVER)
 
     def _join(self, timeout: float | None, *, close: bool = False) -> int:
@@ -495,7 +499,7 @@ class TaskScope(concurrent.futures.Executor):
             # This frame is one of them: no cycle through it.
             del frames
 
-        held = self._threads.replace({job.thread for job in running})
+        held = self._threads.replace(self)
         return Overdue(timeout, cancelled, stuck, held)
 
     def __repr__(self) -> str:

@@ -10,9 +10,6 @@ from collections import deque
 
 from .uwsgi import threads_go_on
 
-if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
 How = t.Literal["thread", "helped", "inline"]
 
 
@@ -47,15 +44,17 @@ class Servable(t.Protocol):
 class Worker:
     """A thread, and what it sleeps on while there is nothing to do."""
 
-    __slots__ = ("asleep", "let_go", "thread")
+    __slots__ = ("asleep", "let_go", "scope", "thread")
 
     def __init__(self) -> None:
         self.asleep: threading.Lock = threading.Lock()
         self.asleep.acquire()
-        # Set while the exit need not wait for it: it is not started, has ended or was
-        # given up.
+        # Set while the exit need not wait for it: it has not come yet, has ended or its
+        # task was given up.
         self.let_go: threading.Event = threading.Event()
         self.let_go.set()
+        # What it serves now.
+        self.scope: Servable | None = None
         self.thread: threading.Thread | None = None
 
 
@@ -71,9 +70,13 @@ class Threads:
 
     Guarantees:
 
-    1.  A scope that was added is served after that, unless it is dismissed.
+    1.  A scope that was added is served after that, unless it is dismissed. Where a
+        thread in place of one that is held can't be started, it waits for the next.
     2.  At most ``size`` threads serve, and at most as many are held besides by tasks
         that were given up (:meth:`replace`).
+
+    Assumption: no signal handler raises in the few lines between the choice of a thread
+    and its waking.
 
     What could break it, and what prevents it:
 
@@ -103,7 +106,7 @@ class Threads:
         # Guards all below.
         self._lock = threading.Lock()
         self._waiting: deque[Servable] = deque()
-        self._coming = False
+        self._coming: Worker | None = None
         self._workers: set[Worker] = set()
         self._asleep: list[Worker] = []
         self._overdue: set[Worker] = set()
@@ -138,17 +141,17 @@ class Threads:
             if scope in self._waiting:
                 self._waiting.remove(scope)
 
-    def replace(self, identifiers: cabc.Container[int | None]) -> int:
+    def replace(self, scope: Servable) -> int:
         """Have others in place of threads that may be held for ever.
 
         Each counts again as soon as it is done with its task.
 
-        :param identifiers: Of threads, whether they are of this pool or not.
+        :param scope: The one that they serve.
         :return: How many are held in all.
         """
         with self._lock:
-            for worker in self._workers.difference(self._asleep):
-                if worker.thread is not None and worker.thread.ident in identifiers:
+            for worker in self._workers:
+                if worker.scope is scope:
                     self._overdue.add(worker)
                     worker.let_go.set()
 
@@ -210,20 +213,32 @@ class Threads:
         :return: Whether the thread is to sleep until more do, and then come again.
         """
         with self._lock:
-            self._coming = False
+            if self._coming is worker:
+                self._coming = None
+
+            # Again, if its start or its waking has failed, and it comes all the same.
+            self._workers.add(worker)
+            worker.let_go.clear()
 
         return self._serve(worker)
 
     def _serve(self, worker: Worker | None) -> bool:
         while True:
             with self._lock:
-                if worker and self._returns_too_many(worker):
-                    return False
+                if worker is not None:
+                    worker.scope = None
+
+                    if self._returns_too_many(worker):
+                        return False
 
                 if not self._waiting:
                     return worker is not None and self._keep(worker)
 
                 scope = self._waiting.popleft()
+
+                if worker is not None:
+                    worker.scope = scope
+
                 more = worker and self._waiting and not self._coming
                 following = self._choose() if more else None
 
@@ -259,7 +274,7 @@ class Threads:
         else:
             return None
 
-        self._coming = True
+        self._coming = worker
         return worker
 
     def _send(self, worker: Worker) -> bool:
@@ -269,10 +284,10 @@ class Threads:
         except BaseException as error:
             # Whatever it was: nobody must rely on a thread that does not come.
             with self._lock:
-                self._coming = False
-                self._workers.discard(worker)
-
-            worker.let_go.set()
+                if self._coming is worker:
+                    self._coming = None
+                    self._workers.discard(worker)
+                    worker.let_go.set()
 
             if not isinstance(error, RuntimeError):
                 raise
@@ -283,8 +298,6 @@ class Threads:
 
     def _keep(self, worker: Worker) -> bool:
         """Put a thread to sleep, unless there are enough. Needs the lock."""
-        self._workers.add(worker)
-
         if self._ended or self._counted() > self._size:
             self._workers.discard(worker)
             return False

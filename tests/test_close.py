@@ -329,6 +329,27 @@ def test_closing_twice_is_harmless() -> None:
     assert done == ["task"]
 
 
+def test_what_comes_while_another_thread_closes() -> None:
+    """What is added while another thread is in the wait of a close ends at once."""
+    closing = Closing()
+    begun, gate = threading.Event(), threading.Event()
+    ended: list[str] = []
+
+    def wait() -> None:
+        begun.set()
+        assert gate.wait(PATIENCE)
+
+    closing.add(wait)
+    thread = threading.Thread(target=closing.close, daemon=True)
+    thread.start()
+    assert begun.wait(PATIENCE)
+    closing.add(lambda: ended.append("late"))
+    assert ended == ["late"]
+    gate.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
 def test_what_comes_after_the_close_ends_at_once() -> None:
     """A closing that was closed calls what is added to it, in its own context."""
     variable = contextvars.ContextVar[str]("variable")

@@ -1091,3 +1091,19 @@ def test_a_folded_name_is_no_line_break() -> None:
         connection.deliver(make_envelope("A long\n name <ada@example.com>"))
 
     assert server.taken[0].recipients == ("ada@example.com",)
+
+
+def test_tls_that_has_to_write_before_it_reads() -> None:
+    """A read for which TLS must write first goes on as soon as it can."""
+    wants = [ssl.SSLWantWriteError(), None]
+
+    def read(sock: socket.socket) -> str:
+        want = wants.pop(0)
+
+        if want is not None:
+            raise want
+
+        return "read"
+
+    with ScriptedServer() as server, connect(server.settings()) as connection:
+        assert connection._in_time(read, time.monotonic() + PATIENCE) == "read"

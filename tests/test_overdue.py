@@ -8,10 +8,12 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import typing as t
 
 import pytest
 from conftest import PATIENCE
+from interleaving import HeldThreads
 from interleaving import run_in_thread
 from late_threads import in_time
 from test_threads import Calling
@@ -37,6 +39,10 @@ if t.TYPE_CHECKING:
 
 # Seconds. It is short, as tests are stuck for as long.
 DEADLINE = 0.1
+
+
+def nothing() -> None:
+    pass
 
 
 class Trap:
@@ -482,9 +488,10 @@ def test_no_more_than_the_size_serve_after_a_return() -> None:
         assert event.wait(PATIENCE)
         done.release()
 
-    threads.summon(Calling(functools.partial(use, trap)))
+    stuck = Calling(functools.partial(use, trap))
+    threads.summon(stuck)
     wait_until(lambda: len(used) == 1)
-    assert threads.replace({used[0].ident}) == 1
+    assert threads.replace(stuck) == 1
     # Of these two, one is served by the thread in its place, and one waits.
     for _ in range(2):
         threads.summon(Calling(functools.partial(use, gate)))
@@ -503,10 +510,10 @@ def test_no_more_than_the_size_serve_after_a_return() -> None:
 def test_thread_that_sleeps_is_not_replaced() -> None:
     """A thread that is done with its task before it is given up is not held."""
     threads = Threads(1)
-    used: list[int] = []
-    threads.summon(Calling(lambda: used.append(threading.get_ident())))
+    called = Calling(nothing)
+    threads.summon(called)
     wait_until(lambda: "asleep=1" in repr(threads))
-    assert threads.replace(set(used)) == 0
+    assert threads.replace(called) == 0
     assert repr(threads) == "<Threads size=1 threads=1 asleep=1 overdue=0>"
 
 
@@ -586,3 +593,95 @@ def test_exit_begins_before_the_deadline() -> None:
         assert begun.wait(10)
         """)
     assert sorted(printed) == ["WARNING ['stuck']", "ok"]
+
+
+def test_thread_that_serves_another_scope_is_not_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thread that has left an overdue task while that was reported is not held."""
+    threads = Threads(1)
+    trap, gate, serving = threading.Event(), threading.Event(), threading.Event()
+    format_stack = traceback.format_stack
+
+    def format_late(frame: types.FrameType) -> list[str]:
+        trap.set()
+        assert serving.wait(PATIENCE)
+        return format_stack(frame)
+
+    def work() -> None:
+        serving.set()
+        assert gate.wait(PATIENCE)
+
+    late = TaskScope(threads, max_workers=1, timeout=DEADLINE)
+    late.submit(trap.wait, PATIENCE)
+
+    with TaskScope(threads, max_workers=1) as scope:
+        scope.submit(work)
+        monkeypatch.setattr(traceback, "format_stack", format_late)
+        late.end()
+        gate.set()
+        assert "overdue=0" in repr(threads)
+
+
+def test_end_waits_for_a_thread_whose_start_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A thread that comes though a Ctrl-C hit its start counts, and is waited for."""
+    threads = Threads(1)
+    served, ended = threading.Event(), threading.Event()
+    begun, gate = threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        monkeypatch.undo()
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.summon(Calling(served.set))
+
+    assert served.wait(PATIENCE)
+    wait_until(lambda: "threads=1 asleep=1" in repr(threads))
+
+    def work() -> None:
+        begun.set()
+        assert gate.wait(PATIENCE)
+        assert not ended.is_set()
+
+    threads.summon(Calling(work))
+    assert begun.wait(PATIENCE)
+
+    def end() -> None:
+        threads.end()
+        ended.set()
+
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    assert not ended.wait(0.1)
+    gate.set()
+    assert ended.wait(PATIENCE)
+
+
+def test_scope_that_ends_while_it_is_served_waits_for_no_thread() -> None:
+    """A scope that a thread adds once more when it has just ended is not kept."""
+
+    class Ending(HeldThreads):
+        late = False
+
+        def add(self, scope: t.Any) -> bool:
+            if self.late:
+                self.late = False
+                run_in_thread(scope.end)
+
+            return super().add(scope)
+
+    threads = Ending()
+    waiting: list[int] = []
+    scope = TaskScope(threads, max_workers=2, timeout=0.0)
+    scope.submit(lambda: waiting.append(len(threads._waiting)))
+    scope.submit(nothing)
+    threads.late = True
+    threads.come()
+    assert waiting == [0]

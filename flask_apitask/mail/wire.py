@@ -171,9 +171,13 @@ class Wire(smtplib.SMTP):
             try:
                 return read(sock)
             except (BlockingIOError, ssl.SSLWantReadError):
-                with selectors.DefaultSelector() as selector:
-                    selector.register(sock, selectors.EVENT_READ)
-                    selector.select(left)
+                event = selectors.EVENT_READ
+            except ssl.SSLWantWriteError:
+                event = selectors.EVENT_WRITE
+
+            with selectors.DefaultSelector() as selector:
+                selector.register(sock, event)
+                selector.select(left)
 
         raise TimeoutError
 
