@@ -106,11 +106,12 @@ def end_request_scope(exc: BaseException | None) -> None:
     if error is None or isinstance(error, GeneratorExit):
         at_close = closing.find_closing(request_context)
 
-    were_left = (left or {}).get(request_context, [])
+    if left and request_context in left:
+        # One by one: the safety net finds the others if a wait is interrupted.
+        while left[request_context]:
+            _end_with(at_close, app, left[request_context].pop(0))
 
-    # One by one: the safety net finds the others if a wait is interrupted.
-    while were_left:
-        _end_with(at_close, app, were_left.pop(0))
+        del left[request_context]
 
     scope = (scopes or {}).pop(request_context, None)
 

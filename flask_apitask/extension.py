@@ -237,9 +237,7 @@ def scoped(
             try:
                 return await view(*args, **kwargs)
             finally:
-                stack.leave_block(block)
-
-                if not (at_close and endings.leave_to_response(block.app, scope)):
+                if not _leave(block, scope, at_close):
                     # On another thread, as the tasks may need the view's event loop.
                     await asyncio.to_thread(endings.end, block.app, scope)
 
@@ -252,12 +250,16 @@ def scoped(
         try:
             return view(*args, **kwargs)
         finally:
-            stack.leave_block(block)
-
-            if not (at_close and endings.leave_to_response(block.app, scope)):
+            if not _leave(block, scope, at_close):
                 endings.end(block.app, scope)
 
     return sync_view
+
+
+def _leave(block: Block, scope: TaskScope, at_close: bool) -> bool:
+    """Leave a decorated function, and return whether its scope ends later."""
+    stack.leave_block(block)
+    return at_close and endings.leave_to_response(block.app, scope)
 
 
 def _open_block(

@@ -346,6 +346,7 @@ class TaskScope(concurrent.futures.Executor):
 
     def _join(self, timeout: float | None, *, close: bool = False) -> int:
         """Wait, and return how many of the tasks submitted so far are not done."""
+        # To be looked at once more below, after tasks that may fork.
         process = self._process
 
         if process.forked:

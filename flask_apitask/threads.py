@@ -124,14 +124,10 @@ class Threads:
         """
         with self._lock:
             self._waiting.append(scope)
-
-            if self._coming:
-                return True
-
             worker = self._choose()
 
             if worker is None:
-                return not self._ended
+                return self._coming is not None or not self._ended
 
         return self._send(worker)
 
@@ -156,8 +152,7 @@ class Threads:
                     worker.let_go.set()
 
             held = len(self._overdue)
-            more = self._waiting and not self._coming
-            following = self._choose() if more else None
+            following = self._choose()
 
         if following is not None:
             self._send(following)
@@ -236,11 +231,11 @@ class Threads:
 
                 scope = self._waiting.popleft()
 
+                following = None
+
                 if worker is not None:
                     worker.scope = scope
-
-                more = worker and self._waiting and not self._coming
-                following = self._choose() if more else None
+                    following = self._choose()
 
             if following is not None:
                 self._send(following)
@@ -265,7 +260,10 @@ class Threads:
         return True
 
     def _choose(self) -> Worker | None:
-        """Return who is sent for next, if not all of them serve. Needs the lock."""
+        """Return who is sent for next, if anybody is. Needs the lock."""
+        if self._coming or not self._waiting:
+            return None
+
         if self._asleep:
             worker = self._asleep.pop()
         elif self._counted() < self._size and not self._ended:

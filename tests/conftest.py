@@ -21,6 +21,18 @@ if t.TYPE_CHECKING:
 PATIENCE = 10.0
 
 
+def wait_until(condition: cabc.Callable[[], bool], patience: float = PATIENCE) -> None:
+    """Wait for what another thread or process does, and can't tell us.
+
+    :param patience: Seconds after which it has failed.
+    """
+    patient_until = time.monotonic() + patience
+
+    while not condition():
+        assert time.monotonic() < patient_until, "it has not come about"
+        time.sleep(0.01)
+
+
 class AppFactory(t.Protocol):
     """Make an app with the extension; keywords are keys of its configuration."""
 

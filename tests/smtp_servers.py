@@ -14,10 +14,10 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import typing as t
 
 import trustme
+from conftest import wait_until
 
 from flask_apitask.mail.envelope import Envelope
 from flask_apitask.mail.envelope import Server
@@ -541,15 +541,6 @@ postlog unix-dgram n - n - 1 postlogd
             return sock.recv(3) == b"220"
 
         return False
-
-
-def wait_until(condition: cabc.Callable[[], bool]) -> None:
-    """Wait for something that another process does, which can't tell us."""
-    end = time.monotonic() + PATIENCE
-
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def run_script(script: str, *arguments: str) -> str:

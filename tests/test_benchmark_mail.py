@@ -12,6 +12,7 @@ import typing as t
 
 import pytest
 from conftest import PATIENCE
+from conftest import wait_until
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -103,12 +104,8 @@ def test_the_relay_keeps_the_order(ends: Ends) -> None:
         server.shutdown(socket.SHUT_WR)
         assert client.recv(1) == b""
 
-    patient_until = time.monotonic() + PATIENCE
-
     # It closes its own sockets right after it has passed on the second end.
-    while ends.relay.open:
-        assert time.monotonic() < patient_until
-        time.sleep(0.01)
+    wait_until(lambda: not ends.relay.open)
 
 
 def test_the_relay_counts_round_trips(ends: Ends) -> None:

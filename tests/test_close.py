@@ -49,6 +49,7 @@ from flask_apitask import ScopeClosed
 from flask_apitask import scoped
 from flask_apitask import task_finished
 from flask_apitask.closing import Closing
+from flask_apitask.context import find_request_context
 from flask_apitask.context import MERGED
 
 if t.TYPE_CHECKING:
@@ -327,6 +328,24 @@ def test_closing_twice_is_harmless() -> None:
     exchange.close()
 
     assert done == ["task"]
+
+
+def test_outer_context_keeps_no_request(make_app: AppFactory) -> None:
+    """An app context around a request does not keep what its view has left."""
+    app = make_app()
+    references: list[weakref.ref[t.Any]] = []
+
+    @app.get("/")
+    @scoped(wait="close")
+    def index() -> str:
+        run(int)
+        references.append(weakref.ref(find_request_context()))
+        return "ok"
+
+    with app.app_context():
+        app.test_client().get("/").close()
+        gc.collect()
+        assert references[0]() is None
 
 
 def test_what_comes_while_another_thread_closes() -> None:

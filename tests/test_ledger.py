@@ -15,6 +15,7 @@ import typing as t
 import ledger
 import pytest
 import wsgi_servers_native  # noqa: F401
+from conftest import wait_until
 from ledger import Load
 from ledger_mail import MailServer
 from ledger_mail import reserve_port
@@ -22,8 +23,6 @@ from ledger_report import Report
 from wsgi_servers import serve
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
     from wsgi_servers import Server
 
 pytestmark = pytest.mark.servers
@@ -191,18 +190,9 @@ class Run:
         return server
 
 
-def wait_until(condition: cabc.Callable[[], bool]) -> None:
-    """Wait for a server, for longer than it gives its workers for their end."""
-    until = time.monotonic() + ledger.PATIENCE
-
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def kill_worker(server: Server, dice: random.Random) -> None:
     """Kill a worker, once there is one."""
-    wait_until(lambda: bool(server.workers()))
+    wait_until(lambda: bool(server.workers()), ledger.PATIENCE)
 
     # It may have come to its own end, or the last one killed may be in the list yet.
     with contextlib.suppress(ProcessLookupError, IndexError):
@@ -213,7 +203,7 @@ def reload(server: Server) -> None:
     """Replace the workers, and wait until the old ones are gone."""
     former = set(server.workers())
     server.signal(signal.SIGHUP)
-    wait_until(lambda: former.isdisjoint(server.workers()))
+    wait_until(lambda: former.isdisjoint(server.workers()), ledger.PATIENCE)
 
 
 def play(kind: str, event: Event, folder: pathlib.Path, *, mail: str = OURS) -> Row:

@@ -8,11 +8,11 @@ import tempfile
 import typing as t
 
 import pytest
+from conftest import wait_until
 from smtp_servers import Certificates
 from smtp_servers import make_envelope
 from smtp_servers import PATIENCE
 from smtp_servers import Postfix
-from smtp_servers import wait_until
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.mail.pool import ConnectionPool

@@ -7,12 +7,12 @@ import socket
 import sys
 import textwrap
 import threading
-import time
 import traceback
 import typing as t
 
 import pytest
 from conftest import PATIENCE
+from conftest import wait_until
 from interleaving import HeldThreads
 from interleaving import run_in_thread
 from late_threads import in_time
@@ -88,14 +88,6 @@ class Trap:
     def _holds(self, thread: threading.Thread) -> bool:
         frame = sys._current_frames()[t.cast("int", thread.ident)]
         return frame.f_code is self._hold.__code__
-
-
-def wait_until(condition: cabc.Callable[[], bool]) -> None:
-    patient_until = time.monotonic() + PATIENCE
-
-    while not condition():
-        assert time.monotonic() < patient_until
-        time.sleep(0)
 
 
 @contextlib.contextmanager
@@ -201,12 +193,7 @@ def expect_state(app: Flask, threads: int, asleep: int, overdue: int) -> None:
         f"<Threads size={pool._size} threads={threads} asleep={asleep}"
         f" overdue={overdue}>"
     )
-    patient_until = time.monotonic() + PATIENCE
-
-    while repr(pool) != state and time.monotonic() < patient_until:
-        time.sleep(0)
-
-    assert repr(pool) == state
+    wait_until(lambda: repr(pool) == state)
 
 
 def test_stuck_threads_are_named_and_replaced(

@@ -14,10 +14,10 @@ import typing as t
 
 import pytest
 import wsgi_servers_native  # noqa: F401
+from conftest import wait_until
 from gate import Gate
 from mailbox_server import Mailbox
 from servers_app import CHUNK
-from smtp_servers import wait_until
 from wsgi_servers import KINDS
 from wsgi_servers import serve
 
@@ -94,9 +94,13 @@ class Site:
 
 @contextlib.contextmanager
 def start(
-    kind: str, folder: pathlib.Path, *options: str, **config: str
+    kind: str,
+    folder: pathlib.Path,
+    *options: str,
+    app: str = "servers_app:app",
+    **config: str,
 ) -> cabc.Iterator[Site]:
-    """Serve the app for a block; keywords are keys of its configuration."""
+    """Serve an app for a block; other keywords are keys of its configuration."""
     journal = folder / "journal"
     journal.touch()
 
@@ -109,7 +113,7 @@ def start(
         }
         env = {f"FLASK_{key}": value for key, value in keys.items()}
 
-        with serve(kind, "servers_app:app", env=env, options=options) as server:
+        with serve(kind, app, env=env, options=options) as server:
             yield Site(server, gate, mailbox, journal)
 
 

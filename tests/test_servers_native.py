@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import http.client
 import signal
-import time
 import typing as t
 
 import pytest
+import test_servers
 import wsgi_servers_native  # noqa: F401  it adds its kinds
-from gate import Gate
-from mailbox_server import Mailbox
-from smtp_servers import wait_until
+from conftest import wait_until
 from test_servers import ask
 from test_servers import is_silent
 from test_servers import PATIENCE
 from test_servers import read
 from test_servers import Site
-from wsgi_servers import serve
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
     import pathlib
 
 pytestmark = pytest.mark.servers
@@ -37,21 +33,7 @@ STOP: t.Final = {"mod_wsgi": signal.SIGWINCH}
 RELOAD: t.Final = {"mod_wsgi": signal.SIGUSR1}
 
 
-@contextlib.contextmanager
-def start(
-    kind: str, folder: pathlib.Path, *options: str, **config: str
-) -> cabc.Iterator[Site]:
-    """Serve the app for a block; keywords are keys of its configuration."""
-    journal = folder / "journal"
-    journal.touch()
-
-    with contextlib.closing(Gate()) as gate, Mailbox() as mailbox:
-        ports = {"GATE_PORT": f"{gate.port}", "MAIL_PORT": f"{mailbox.port}"}
-        keys = {**ports, "JOURNAL": f"{journal}", **config}
-        env = {f"FLASK_{key}": value for key, value in keys.items()}
-
-        with serve(kind, "native_app:app", env=env, options=options) as server:
-            yield Site(server, gate, mailbox, journal)
+start = functools.partial(test_servers.start, app="native_app:app")
 
 
 def recycle(kind: str) -> list[str]:
@@ -90,14 +72,9 @@ def test_threads_of_uwsgi(kind: str, tmp_path: pathlib.Path) -> None:
             assert ask(client, "POST", "/mail/order") == (200, "order")
 
         assert len(site.mailbox.messages) == 2
-        patient_until = time.monotonic() + PATIENCE
-
         # Nobody could close a connection that is kept between requests. The mail server
         # may notice a moment later that it was closed.
-        while frozen and site.mailbox.transports and time.monotonic() < patient_until:
-            time.sleep(0.01)
-
-        assert bool(site.mailbox.transports) != frozen
+        wait_until(lambda: bool(site.mailbox.transports) != frozen)
         assert site.server.output().count(WARNING) == frozen
 
 

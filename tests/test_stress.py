@@ -12,9 +12,9 @@ import typing as t
 
 import pytest
 from conftest import PATIENCE
+from conftest import wait_until
 from stress_load import Load
 from stress_load import POOL_SIZE
-from test_overdue import wait_until
 from test_threads import ALLOW_FORK
 from test_threads import forks
 
@@ -93,7 +93,7 @@ def test_fork_in_the_middle() -> None:
     printed = run_load(
         """
         import os, signal, threading, traceback
-        from test_overdue import wait_until
+        from conftest import wait_until
 
         # The watch of faulthandler is a thread, and does not come along to a child.
         faulthandler.cancel_dump_traceback_later()

@@ -6,13 +6,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import typing as t
 import weakref
 from unittest import mock
 
 import pytest
 from conftest import PATIENCE
+from conftest import wait_until
 from interleaving import HeldThreads
 from interleaving import RefusingThreads
 
@@ -118,8 +118,7 @@ def test_thread_that_sleeps_is_woken() -> None:
         threads.summon(Calling(call))
         assert called.wait(PATIENCE)
 
-        while not threads._asleep:
-            time.sleep(0)
+        wait_until(lambda: bool(threads._asleep))
 
     assert len(set(used)) == 1
     assert repr(threads) == "<Threads size=2 threads=1 asleep=1 overdue=0>"
@@ -543,10 +542,14 @@ def test_fork_in_a_view(block: str) -> None:
 
 
 @forks
-def test_fork_in_a_task() -> None:
-    """A child that returns from a task leaves those after it to the parent."""
+@pytest.mark.parametrize("busy", [0, 1])
+def test_fork_in_a_task(busy: int) -> None:
+    """A child that returns from a task leaves those after it to the parent.
+
+    Also where the waiting thread has found nothing free in its first round of help.
+    """
     printed = run_script(
-        """
+        f"""
         import os
         from flask_apitask.scope import TaskScope
         from flask_apitask.threads import Threads
@@ -555,46 +558,15 @@ def test_fork_in_a_task() -> None:
             def rouse(self, worker):
                 pass
 
-        children = []
-        scope = TaskScope(LateThreads(1), max_workers=1)
-        scope.submit(lambda: children.append(os.fork()))
-        scope.submit(print, "second", flush=True)
-        scope.wait()
+        class BusyScope(TaskScope):
+            rounds = 0
 
-        if not children[0]:
-            os._exit(0)
-
-        assert os.waitpid(children[0], 0)[1] == 0
-        scope.end()
-        """,
-        allow_fork=True,
-    )
-    assert printed == "second\n"
-
-
-@forks
-def test_fork_in_a_task_after_the_wait_began() -> None:
-    """The same where the waiting thread found nothing free at first."""
-    printed = run_script(
-        """
-        import os
-        from flask_apitask.scope import TaskScope
-        from flask_apitask.threads import Threads
-
-        class LateThreads(Threads):
-            def rouse(self, worker):
-                pass
+            def _take(self, last):
+                self.rounds += 1
+                return super()._take(last) if self.rounds > {busy} else None
 
         children = []
-        scope = TaskScope(LateThreads(1), max_workers=1)
-        take, rounds = scope._take, []
-
-        def take_late(last):
-            # Nothing is free in the first round.
-            rounds.append(last)
-            return None if len(rounds) == 1 else take(last)
-
-        scope._take = take_late
+        scope = BusyScope(LateThreads(1), max_workers=1)
         scope.submit(lambda: children.append(os.fork()))
         scope.submit(print, "second", flush=True)
         scope.wait()

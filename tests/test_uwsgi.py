@@ -5,9 +5,9 @@ import types
 import typing as t
 
 import pytest
+from conftest import wait_until
 from mailbox_server import Mailbox
 from smtp_servers import make_envelope
-from smtp_servers import wait_until
 
 from flask_apitask.mail.envelope import Server
 from flask_apitask.mail.pool import ConnectionPool

@@ -69,7 +69,14 @@ async def async_view(name: str) -> int:
     return len(name)
 
 
+@scoped(wait="close")
+def view_that_answers_first(name: str) -> int:
+    return len(name)
+
+
 async def views_keep_their_signatures() -> None:
+    assert_type(view_that_answers_first("a"), int)
+    scoped(wait="later")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
     assert_type(view("a"), int)
     assert_type(await async_view("a"), int)
     view(1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

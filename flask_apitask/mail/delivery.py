@@ -79,7 +79,7 @@ class Transport:
 class Background:
     """Collects letters, and delivers them by one task of the current scope."""
 
-    def __init__(self, pool: ConnectionPool | None) -> None:
+    def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
         self._letters: list[Letter] = []
 
@@ -92,7 +92,7 @@ class Background:
 
 
 @task("flask_mail.send")
-def deliver(pool: ConnectionPool | None, letters: list[Letter]) -> None:
+def deliver(pool: ConnectionPool, letters: list[Letter]) -> None:
     """Deliver letters in order.
 
     One that is refused does not stop the others. A server that can't be reached does:

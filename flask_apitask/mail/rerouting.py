@@ -69,8 +69,11 @@ class RoutedConnection(flask_mail.Connection):
         scope = stack.current_scope()
         is_open = scope is not None and not scope.closed
         # What is suppressed takes no time, and the outbox of a test is in order so.
-        in_background = is_open and pool is not None
-        self._route = Background(pool) if in_background else Delivery(pool)
+        if pool is None or not is_open:
+            self._route = Delivery(pool)
+        else:
+            self._route = Background(pool)
+
         return self
 
     def __exit__(
