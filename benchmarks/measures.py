@@ -1,4 +1,4 @@
-"""Print what was measured against the measures that the project set itself.
+"""Write and print what was measured against the measures that the project set itself.
 
 Fails only if something is off by more than a factor of two: the machine may be noisy.
 What can't fail is a peer that pays one wake-up, and hardly more, for its only task. How
@@ -130,10 +130,12 @@ def _peers(figures: cabc.Iterable[str]) -> list[str]:
 
 
 def main() -> None:
-    """Print a table of everything in the output folder for this Python version."""
+    """Tabulate everything in the output folder for this Python version."""
     options = results.arguments(__doc__)
     measures = evaluate(read(options.output, results.PYTHON))
-    print(show(measures))
+    table = show(measures)
+    options.output.joinpath(f"measures-{results.PYTHON}.txt").write_text(table + "\n")
+    print(table)
 
     if any(measure.is_far_off() for measure in measures):
         sys.exit(f"A measure is off by more than a factor of {NOISE_FACTOR:g}.")

@@ -10,7 +10,29 @@ import typing as t
 import pytest
 
 ROOT: t.Final = pathlib.Path(__file__).parents[1]
+FIGURES: t.Final = ROOT / "docs" / "benchmarks"
 WAIT_SECONDS: t.Final = 120.0
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.13"])
+def test_published_measures_are_those_of_the_published_figures(
+    monkeypatch: pytest.MonkeyPatch, python: str
+) -> None:
+    """The table in the docs is what the figures beside it come to."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import measures
+
+    table = measures.show(measures.evaluate(measures.read(FIGURES, python)))
+    assert (FIGURES / f"measures-{python}.txt").read_text() == table + "\n"
+
+
+@pytest.mark.parametrize(
+    "plot", sorted(FIGURES.glob("*.svg")), ids=lambda path: path.name
+)
+def test_published_plots_are_shown(plot: pathlib.Path) -> None:
+    """No plot is kept that no page shows."""
+    pages = FIGURES.parent.rglob("*.md")
+    assert any(f"benchmarks/{plot.name}" in page.read_text("utf-8") for page in pages)
 
 
 @pytest.mark.speed
