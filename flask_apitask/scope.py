@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 
 from .exceptions import ScopeClosed
+from .futures import TaskFuture
 from .tasks import call_task
 from .tasks import check_task
 from .tasks import task_name
@@ -69,7 +70,7 @@ class Job(t.Generic[T]):
         self.task: t.Any = task
         self.args: tuple[t.Any, ...] = args
         self.kwargs: dict[str, t.Any] = kwargs
-        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self.future: TaskFuture[T] = TaskFuture()
         # Its place among those submitted to its scope, from 1.
         self.index: int = 0
         # Of the thread that runs it.

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import time
@@ -11,12 +10,15 @@ from .context import current_block
 from .context import find_app_context
 from .context import find_request_context
 from .exceptions import ScopeClosed
+from .futures import TaskFuture
 from .jobs import BoundJob
 from .jobs import call_observed
 from .scope import TaskScope
 from .tasks import check_task
 
 if t.TYPE_CHECKING:
+    import concurrent.futures
+
     from flask import Flask
     from flask import Request
 
@@ -110,7 +112,7 @@ def run_task(
     check_task(task)
     app_context = find_app_context()
     app = None if app_context is None else app_context.app
-    future: concurrent.futures.Future[t.Any] = concurrent.futures.Future()
+    future: TaskFuture[t.Any] = TaskFuture()
     submitted = time.monotonic()
     future.set_result(call_observed(app, "inline", submitted, task, args, kwargs))
     return future

@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(flask_apitask.__file__).parent
 
 # From the bottom up. A module imports from the rows below its own, and no other.
 LAYERS = (
-    {"exceptions", "signals", "uwsgi"},
+    {"exceptions", "futures", "signals", "uwsgi"},
     {"config", "mail.envelope", "tasks", "threads"},
     {"mail.wire", "scope"},
     {"context", "mail.smtp"},
@@ -47,6 +47,7 @@ LIBRARIES = {
 
 # Private names of other packages: which one is used, and why it may be.
 FOREIGN_PRIVATE_NAMES = {
+    "_base": "where the standard library has its future's first state",
     "_current_frames": "documented by Python: what every thread is doing",
     "_get_current_object": "documented by Werkzeug: the object behind a proxy",
     "_register_atexit": "Python's own thread pool ends by it: atexit comes too late for"

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import typing as t
+
+import pytest
+
+from flask_apitask.futures import TaskFuture
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+PATIENCE = 20.0
+
+Future: t.TypeAlias = "concurrent.futures.Future[t.Any]"
+
+
+@pytest.fixture
+def executor() -> cabc.Iterator[concurrent.futures.Executor]:
+    """Give the test threads that wait for its futures."""
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+class Sleepers:
+    """Count the threads that are about to sleep on a future's condition variable."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._asleep = threading.Semaphore(0)
+        wait = threading.Condition.wait
+
+        def observed(condition: threading.Condition, timeout: float | None) -> bool:
+            # The future's lock is held until the thread sleeps.
+            self._asleep.release()
+            return wait(condition, timeout)
+
+        # Only what is made from here on waits so; the semaphore's own was made before.
+        class Observed(threading.Condition):
+            wait = observed  # type: ignore[assignment]
+
+        monkeypatch.setattr(threading, "Condition", Observed)
+
+    def await_one(self) -> None:
+        """Return when one more thread holds its future's lock, about to sleep."""
+        assert self._asleep.acquire(timeout=PATIENCE)
+
+
+def test_has_the_attributes_of_the_standard_future() -> None:
+    """What the standard library's methods read is set as its own class sets it."""
+    future: Future = TaskFuture()
+    standard_future: Future = concurrent.futures.Future()
+    ours, standard = vars(future), vars(standard_future)
+    assert ours.keys() == standard.keys()
+    del ours["_condition"], standard["_condition"]
+    assert ours == standard
+
+
+def test_unawaited_future_has_no_condition_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A future that no thread waits for is completed and read without one."""
+    monkeypatch.delattr(threading, "Condition")
+    future = TaskFuture[int]()
+    assert future.set_running_or_notify_cancel()
+    future.set_result(1)
+    assert future.result() == 1
+
+
+def test_all_waiting_threads_are_woken(
+    executor: concurrent.futures.Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that wait for the result, or the exception, are woken by the outcome."""
+    future = TaskFuture[int]()
+    # The pool's own condition variables are not to be counted.
+    started = threading.Barrier(4)
+
+    def wait_with(method: cabc.Callable[[float], object]) -> object:
+        started.wait(PATIENCE)
+        return method(PATIENCE)
+
+    waits = [
+        executor.submit(wait_with, method)
+        for method in (future.result, future.result, future.exception)
+    ]
+    sleepers = Sleepers(monkeypatch)
+    started.wait(PATIENCE)
+
+    for _ in waits:
+        sleepers.await_one()
+
+    future.set_result(1)
+    assert [wait.result(PATIENCE) for wait in waits] == [1, 1, None]
+
+
+def test_waiting_thread_learns_of_the_cancellation(
+    executor: concurrent.futures.Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that waits is told when the future is cancelled."""
+    future = TaskFuture[int]()
+    started = threading.Barrier(2)
+
+    def read() -> int:
+        started.wait(PATIENCE)
+        return future.result(PATIENCE)
+
+    wait = executor.submit(read)
+    sleepers = Sleepers(monkeypatch)
+    started.wait(PATIENCE)
+    sleepers.await_one()
+    assert future.cancel()
+
+    with pytest.raises(concurrent.futures.CancelledError):
+        wait.result(PATIENCE)
+
+
+@pytest.mark.parametrize("read", [TaskFuture.result, TaskFuture.exception])
+def test_wait_ends_at_the_timeout(
+    read: cabc.Callable[[Future, float], object],
+) -> None:
+    """A wait that is too short raises, and the future goes on."""
+    future = TaskFuture[int]()
+
+    for _ in range(2):
+        with pytest.raises(concurrent.futures.TimeoutError):
+            read(future, 0.001)
+
+    future.set_result(1)
+    assert future.result() == 1
+
+
+def test_module_functions_wait_for_it(executor: concurrent.futures.Executor) -> None:
+    """``wait`` and ``as_completed`` take it, with standard futures or without."""
+    ours = TaskFuture[int]()
+    mixed: list[Future] = [ours, executor.submit(int, "2")]
+    first = next(concurrent.futures.as_completed(mixed, PATIENCE))
+    assert first.result() == 2
+    executor.submit(ours.set_result, 1)
+    done, _ = concurrent.futures.wait(mixed, PATIENCE)
+    assert {future.result() for future in done} == {1, 2}
+
+
+def test_event_loop_waits_for_it(executor: concurrent.futures.Executor) -> None:
+    """``asyncio.wrap_future`` takes it."""
+    future = TaskFuture[int]()
+
+    async def await_it() -> int:
+        wrapped = asyncio.wrap_future(future)
+        executor.submit(future.set_result, 1)
+        return await asyncio.wait_for(wrapped, PATIENCE)
+
+    assert asyncio.run(await_it()) == 1
+
+
+def test_lock_is_reentrant() -> None:
+    """A signal handler may look at a future that its thread has the lock of."""
+    future = TaskFuture[int]()
+
+    with future._condition:
+        assert not future.done()
+        assert "pending" in repr(future)
