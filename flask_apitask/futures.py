@@ -11,7 +11,7 @@ T = t.TypeVar("T")
 class _LateCondition:
     """A condition variable that is no more than its lock until a thread waits.
 
-    Most futures are never waited for: the scope is, and by then they are done.
+    A future needs none that is read when its scope has been waited for.
     """
 
     __slots__ = ("_condition", "_lock")
@@ -52,7 +52,7 @@ class TaskFuture(concurrent.futures.Future[T]):
 
     All its methods are the standard library's, as are :func:`concurrent.futures.wait`
     and what else works with one. Only its attributes are set here, and not by that
-    class's own ``__init__``, which makes one for each: most of what a future costs.
+    class's own ``__init__``, which makes one for each.
     """
 
     def __init__(self) -> None:

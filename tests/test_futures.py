@@ -3,16 +3,20 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+import types
 import typing as t
 
 import pytest
+from conftest import PATIENCE
 
+from flask_apitask import futures
 from flask_apitask.futures import TaskFuture
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-PATIENCE = 20.0
+# Of a thread that has to be woken: it sees by itself, later, that the future is done.
+LONG = 2 * PATIENCE
 
 Future: t.TypeAlias = "concurrent.futures.Future[t.Any]"
 
@@ -25,22 +29,20 @@ def executor() -> cabc.Iterator[concurrent.futures.Executor]:
 
 
 class Sleepers:
-    """Count the threads that are about to sleep on a future's condition variable."""
+    """Count the threads that are about to sleep until a future is done."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._asleep = threading.Semaphore(0)
-        wait = threading.Condition.wait
+        self._asleep = asleep = threading.Semaphore(0)
 
-        def observed(condition: threading.Condition, timeout: float | None) -> bool:
-            # The future's lock is held until the thread sleeps.
-            self._asleep.release()
-            return wait(condition, timeout)
+        class Condition(threading.Condition):
+            def wait(self, timeout: float | None = None) -> bool:
+                # The future's lock is held until the thread sleeps.
+                asleep.release()
+                return super().wait(timeout)
 
-        # Only what is made from here on waits so; the semaphore's own was made before.
-        class Observed(threading.Condition):
-            wait = observed  # type: ignore[assignment]
-
-        monkeypatch.setattr(threading, "Condition", Observed)
+        # Not in the library's own module: the pool of these threads uses that, too.
+        names = types.SimpleNamespace(RLock=threading.RLock, Condition=Condition)
+        monkeypatch.setattr(futures, "threading", names)
 
     def await_one(self) -> None:
         """Return when one more thread holds its future's lock, about to sleep."""
@@ -72,20 +74,10 @@ def test_all_waiting_threads_are_woken(
     executor: concurrent.futures.Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Threads that wait for the result, or the exception, are woken by the outcome."""
-    future = TaskFuture[int]()
-    # The pool's own condition variables are not to be counted.
-    started = threading.Barrier(4)
-
-    def wait_with(method: cabc.Callable[[float], object]) -> object:
-        started.wait(PATIENCE)
-        return method(PATIENCE)
-
-    waits = [
-        executor.submit(wait_with, method)
-        for method in (future.result, future.result, future.exception)
-    ]
     sleepers = Sleepers(monkeypatch)
-    started.wait(PATIENCE)
+    future = TaskFuture[int]()
+    reads = (future.result, future.result, future.exception)
+    waits = [executor.submit(read, LONG) for read in reads]
 
     for _ in waits:
         sleepers.await_one()
@@ -98,16 +90,9 @@ def test_waiting_thread_learns_of_the_cancellation(
     executor: concurrent.futures.Executor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread that waits is told when the future is cancelled."""
-    future = TaskFuture[int]()
-    started = threading.Barrier(2)
-
-    def read() -> int:
-        started.wait(PATIENCE)
-        return future.result(PATIENCE)
-
-    wait = executor.submit(read)
     sleepers = Sleepers(monkeypatch)
-    started.wait(PATIENCE)
+    future = TaskFuture[int]()
+    wait = executor.submit(future.result, LONG)
     sleepers.await_one()
     assert future.cancel()
 

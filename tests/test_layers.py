@@ -47,7 +47,8 @@ LIBRARIES = {
 
 # Private names of other packages: which one is used, and why it may be.
 FOREIGN_PRIVATE_NAMES = {
-    "_base": "where the standard library has its future's first state",
+    "_base": "where the standard library has its future's first state; TaskFuture sets"
+    " that class's private attributes, too, to be made for less (test_futures.py)",
     "_current_frames": "documented by Python: what every thread is doing",
     "_get_current_object": "documented by Werkzeug: the object behind a proxy",
     "_register_atexit": "Python's own thread pool ends by it: atexit comes too late for"
