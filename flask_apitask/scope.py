@@ -11,6 +11,7 @@ from collections import deque
 
 from .exceptions import ScopeClosed
 from .futures import TaskFuture
+from .locks import BargingLock
 from .tasks import call_task
 from .tasks import check_task
 from .tasks import task_name
@@ -210,7 +211,7 @@ class TaskScope(concurrent.futures.Executor):
         self._bind = bind
         # Guards all below. Held for bookkeeping only: never while a task, a callback
         # of a future or the pool runs.
-        self._lock = threading.Lock()
+        self._lock = BargingLock()
         self._queue: deque[Job[t.Any]] = deque()
         self._running: set[Job[t.Any]] = set()
         self._waiters: list[_Waiter] = []

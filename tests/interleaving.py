@@ -9,6 +9,7 @@ from unittest import mock
 
 from conftest import PATIENCE
 
+from flask_apitask import locks as locks_module
 from flask_apitask import scope as scope_module
 from flask_apitask.threads import Threads
 
@@ -103,7 +104,7 @@ class _Actor:
 class Schedule:
     """Run threads strictly one at a time, and switch between them at random.
 
-    They may be switched where they take a lock of the scope module, where they pause,
+    They may be switched where they take a lock of the scope, where they pause,
     and nowhere else; so a seed always gives the same interleaving. That nobody can go
     on any more, though a thread has not returned, is a deadlock and fails the test.
 
@@ -148,7 +149,10 @@ class Schedule:
         namespace.Lock = functools.partial(_SwitchLock, self)
 
         try:
-            with mock.patch.object(scope_module, "threading", namespace):
+            with (
+                mock.patch.object(scope_module, "threading", namespace),
+                mock.patch.object(locks_module, "threading", namespace),
+            ):
                 while ready := [a for a in self._all if not a.finished and a.ready()]:
                     self.choose(ready).turn.release()
                     assert self._back.acquire(timeout=PATIENCE), "a thread hangs"
@@ -201,7 +205,7 @@ class _SwitchLock:
         self._held = False
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        if timeout < 0:
+        if blocking and timeout < 0:
             self._schedule.pause(lambda: not self._held)
         else:
             self._schedule.pause()

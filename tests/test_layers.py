@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(flask_apitask.__file__).parent
 
 # From the bottom up. A module imports from the rows below its own, and no other.
 LAYERS = (
-    {"exceptions", "futures", "signals", "uwsgi"},
+    {"exceptions", "futures", "locks", "signals", "uwsgi"},
     {"config", "mail.envelope", "tasks", "threads"},
     {"mail.wire", "scope"},
     {"context", "mail.smtp"},

@@ -422,7 +422,7 @@ def test_scope_in_a_forked_child() -> None:
         scope.submit(gate)
         queued = scope.submit(print, "in the parent", flush=True)
         begun.wait(10)
-        scope._lock.acquire()
+        scope._lock.__enter__()
         child = os.fork()
 
         if not child:
@@ -441,7 +441,7 @@ def test_scope_in_a_forked_child() -> None:
             gc.collect()
             sys.exit()
 
-        scope._lock.release()
+        scope._lock.__exit__()
         assert os.waitpid(child, 0)[1] == 0
         opened.set()
         scope.wait()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import contextlib
+import threading
+import typing as t
+
+
+class BargingLock:
+    """A lock that is never handed to a thread that sleeps.
+
+    :class:`threading.Lock` belongs to one that sleeps on it as soon as it is released.
+    That one still has to wait for the interpreter, and then holds up whoever has the
+    interpreter and needs the lock again: two threads with small tasks change places at
+    each of them (a *lock convoy*). Here, who is woken has to try again when it runs.
+
+    Not for long waits: a thread may be overtaken any number of times.
+
+    What could break it, and what prevents it:
+
+    1.  *Lost wake-up.* The lock is released between the failed try of a thread and its
+        sleep. So the thread can be woken before it tries, and who releases looks after
+        that for one to wake.
+    2.  *A wake-up for nobody.* The thread that it is meant for has the lock by then, or
+        was interrupted by a signal handler that raises. The first looks for one to wake
+        when it releases; the second wakes one at once.
+
+    Assumption, as for :class:`threading.Condition`: no signal handler raises in the
+    instant between the lock being taken and the block that it guards.
+    """
+
+    __slots__ = ("_lock", "_sleepers")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # What each sleeps on, first come first. A list's methods are atomic.
+        self._sleepers: list[threading.Lock] = []
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(False):
+            self._sleep_and_try()
+
+    def __exit__(self, *exc_info: t.Any) -> None:
+        self._lock.release()
+
+        if self._sleepers:
+            self._wake()
+
+    def _sleep_and_try(self) -> None:
+        while True:
+            asleep = threading.Lock()
+            asleep.acquire()
+            self._sleepers.append(asleep)
+
+            try:
+                if self._lock.acquire(False):
+                    self._forget(asleep)
+                    return
+
+                asleep.acquire()
+            except BaseException:
+                self._forget(asleep)
+                self._wake()
+                raise
+
+    def _forget(self, asleep: threading.Lock) -> None:
+        # It is not there any more if it was woken.
+        with contextlib.suppress(ValueError):
+            self._sleepers.remove(asleep)
+
+    def _wake(self) -> None:
+        # Another thread may have come first and left none.
+        with contextlib.suppress(IndexError):
+            self._sleepers.pop(0).release()
