@@ -144,7 +144,7 @@ def test_is_not_handed_to_a_thread_that_does_not_run(sleeps: Sleeps) -> None:
 
 @pytest.mark.parametrize("moment", ["on_sleeping", "on_waking"])
 def test_interrupted_thread_keeps_no_wake_up(sleeps: Sleeps, moment: str) -> None:
-    """Another thread gets the lock that a thread slept on when it was interrupted."""
+    """Others get the lock that a thread slept on when it was interrupted."""
     interrupted, go_on = threading.Event(), threading.Event()
     lock = BargingLock()
 
@@ -157,6 +157,8 @@ def test_interrupted_thread_keeps_no_wake_up(sleeps: Sleeps, moment: str) -> Non
     setattr(sleeps, moment, interrupt)
 
     with lock:
+        earlier = Visitor(lock, "earlier")
+        sleeps.await_one()
         first = Visitor(lock, "first")
         sleeps.await_one()
 
@@ -164,10 +166,13 @@ def test_interrupted_thread_keeps_no_wake_up(sleeps: Sleeps, moment: str) -> Non
             assert interrupted.wait(PATIENCE)
             go_on.set()
             assert not first.has_entered()
+            # The earlier one was woken instead, in vain, and sleeps again.
+            sleeps.await_one()
 
         second = Visitor(lock, "second")
         sleeps.await_one()
 
     go_on.set()
     assert not first.has_entered()
+    assert earlier.has_entered()
     assert second.has_entered()
