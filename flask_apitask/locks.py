@@ -46,21 +46,22 @@ class BargingLock:
             self._wake()
 
     def _sleep_and_try(self) -> None:
-        while True:
-            asleep = threading.Lock()
-            asleep.acquire()
-            self._sleepers.append(asleep)
+        asleep = threading.Lock()
+        asleep.acquire()
 
-            try:
+        try:
+            while True:
+                self._sleepers.append(asleep)
+
                 if self._lock.acquire(False):
                     self._forget(asleep)
                     return
 
                 asleep.acquire()
-            except BaseException:
-                self._forget(asleep)
-                self._wake()
-                raise
+        except BaseException:
+            self._forget(asleep)
+            self._wake()
+            raise
 
     def _forget(self, asleep: threading.Lock) -> None:
         # It is not there any more if it was woken.
