@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import typing as t
 
 
 class BargingLock:
@@ -28,19 +27,23 @@ class BargingLock:
     instant between the lock being taken and the block that it guards.
     """
 
-    __slots__ = ("_lock", "_sleepers")
+    __slots__ = ("_sleepers", "_token")
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Its one item is had by who has the lock. To take it is cheaper than a try of
+        # a threading.Lock.
+        self._token: list[None] = [None]
         # What each sleeps on, first come first. A list's methods are atomic.
         self._sleepers: list[threading.Lock] = []
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(False):
+        try:
+            self._token.pop()
+        except IndexError:
             self._sleep_and_try()
 
-    def __exit__(self, *exc_info: t.Any) -> None:
-        self._lock.release()
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self._token.append(None)
 
         if self._sleepers:
             self._wake()
@@ -53,7 +56,7 @@ class BargingLock:
             while True:
                 self._sleepers.append(asleep)
 
-                if self._lock.acquire(False):
+                if self._try():
                     self._forget(asleep)
                     return
 
@@ -62,6 +65,14 @@ class BargingLock:
             self._forget(asleep)
             self._wake()
             raise
+
+    def _try(self) -> bool:
+        try:
+            self._token.pop()
+        except IndexError:
+            return False
+
+        return True
 
     def _forget(self, asleep: threading.Lock) -> None:
         # It is not there any more if it was woken.

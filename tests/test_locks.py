@@ -87,20 +87,39 @@ class Visitor(threading.Thread):
         return self._entered
 
 
+class SwitchToken(list[None]):
+    """The token of a lock, at which threads are switched."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__([None])
+        self._pause = schedule.pause
+
+    def pop(self, index: t.SupportsIndex = -1) -> None:
+        self._pause()
+
+        try:
+            super().pop(index)
+        finally:
+            self._pause()
+
+    def append(self, item: None) -> None:
+        self._pause()
+        super().append(item)
+        self._pause()
+
+
 def test_one_at_a_time_and_none_for_ever() -> None:
     """In no interleaving are two threads in at once, or does one sleep for ever."""
 
     def program(schedule: Schedule) -> cabc.Callable[[], None]:
-        lock: list[BargingLock] = []
+        lock = BargingLock()
+        lock._token = SwitchToken(schedule)
         inside: list[int] = []
         entered: list[int] = []
 
         def visit() -> None:
-            if not lock:
-                lock.append(BargingLock())
-
             for _ in range(3):
-                with lock[0]:
+                with lock:
                     inside.append(1)
                     schedule.pause()
                     assert len(inside) == 1

@@ -441,7 +441,7 @@ def test_scope_in_a_forked_child() -> None:
             gc.collect()
             sys.exit()
 
-        scope._lock.__exit__()
+        scope._lock.__exit__(None, None, None)
         assert os.waitpid(child, 0)[1] == 0
         opened.set()
         scope.wait()
