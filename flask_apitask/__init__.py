@@ -3,14 +3,14 @@ from __future__ import annotations
 from .exceptions import ApiTaskError as ApiTaskError
 from .exceptions import ScopeClosed as ScopeClosed
 from .extension import ApiTask as ApiTask
-from .extension import current_scope as current_scope
 from .extension import open_scope as open_scope
-from .extension import run as run
 from .extension import scoped as scoped
-from .extension import wait as wait
 from .scope import TaskScope as TaskScope
 from .signals import task_finished as task_finished
 from .signals import task_started as task_started
+from .stack import current_scope as current_scope
+from .stack import run as run
+from .stack import wait as wait
 from .tasks import Task as Task
 from .tasks import task as task
 

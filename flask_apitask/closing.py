@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import sys
 import typing as t
 import weakref
 from collections import deque
@@ -63,18 +64,26 @@ def hook(request_context: object, response: Response) -> None:
 
     closing = Closing()
     pending.append(closing)
-    vars(request_context)[_CLOSING] = weakref.ref(closing)
+    setattr(request_context, _CLOSING, weakref.ref(closing))
 
 
 def unhook(request_context: object) -> None:
     """Forget a response that will not be the one that is sent."""
-    vars(request_context).pop(_CLOSING, None)
+    setattr(request_context, _CLOSING, None)
 
 
 def find_closing(request_context: object) -> Closing | None:
-    """Return the closing of a request whose response is hooked, and not closed yet."""
-    reference: weakref.ref[Closing] | None = vars(request_context).get(_CLOSING)
-    return None if reference is None else reference()
+    """Return the closing of a request whose response is hooked, and is to be closed."""
+    reference: weakref.ref[Closing] | None = getattr(request_context, _CLOSING, None)
+
+    if reference is None:
+        return None
+
+    error = sys.exc_info()[1]
+    # With an exception on its way, the server will have no response to close. But this
+    # one is raised where it closes a generator that has the request's context.
+    is_sent = error is None or isinstance(error, GeneratorExit)
+    return reference() if is_sent else None
 
 
 def _close(pending: deque[Closing]) -> None:

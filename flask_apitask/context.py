@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import contextvars
+import functools
+import operator
 import typing as t
 
 import flask
 from flask import has_request_context
 from flask.ctx import AppContext
+from flask.globals import _cv_app
 from flask.globals import app_ctx
 
 if t.TYPE_CHECKING:
@@ -21,35 +24,43 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED = hasattr(AppContext, "has_request")
 
-# These return the current context, and raise RuntimeError where there is none. They are
-# called in every request: a function around them would be half of what that costs.
-get_app_context: cabc.Callable[[], t.Any]
-get_app_context = app_ctx._get_current_object  # type: ignore[attr-defined]
-_request_context: t.Any = app_ctx if MERGED else flask.globals.request_ctx
-_get_request_context: cabc.Callable[[], t.Any] = _request_context._get_current_object
+# Of a request context: the push of it that was torn down.
+_OVER = "_flask_apitask_over"
 
 
-def find_app_context() -> t.Any | None:
-    """Return the current app context, or ``None`` outside of one."""
-    try:
-        return get_app_context()
-    except RuntimeError:
-        return None
+def _find_merged_context() -> t.Any | None:
+    return find_app_context() if has_request_context() else None
 
 
-def find_request_context() -> t.Any | None:
-    """Return what Flask pushed for the current request, or ``None`` outside of one.
+# They return the current app context, and what Flask pushed for the current request, or
+# None. A copy of the latter, by copy_current_request_context(), is another object. Each
+# task and each request's end looks for them, and Flask's proxies take longer for it.
+find_app_context: cabc.Callable[[], t.Any | None]
+find_app_context = functools.partial(_cv_app.get, None)
+find_request_context: cabc.Callable[[], t.Any | None]
+find_request_context = (
+    _find_merged_context
+    if MERGED
+    else functools.partial(flask.globals._cv_request.get, None)
+)
 
-    A copy made by :func:`flask.copy_current_request_context` is another object, though
-    its request is the same.
-    """
-    if MERGED and not has_request_context():
-        return None
 
-    try:
-        return _get_request_context()
-    except RuntimeError:
-        return None
+def mark_over(request_context: t.Any) -> None:
+    """Note that a request is torn down, though what comes after this still sees it."""
+    # It may be pushed anew: Flask 3.1.3 does so for the body of stream_with_context().
+    push = MERGED or request_context._cv_tokens[-1][0]
+    setattr(request_context, _OVER, push)
+
+
+def is_over(request_context: t.Any) -> bool:
+    """Return whether nobody would end a scope that is opened in a request now."""
+    over = getattr(request_context, _OVER, None)
+
+    if MERGED:
+        return over is not None
+
+    pushes = request_context._cv_tokens
+    return not pushes or pushes[-1][0] is over
 
 
 class Block(t.NamedTuple):
@@ -72,13 +83,8 @@ current_block: contextvars.ContextVar[Block | None] = contextvars.ContextVar(
 )
 
 
-def task_context(app: Flask) -> contextlib.AbstractContextManager[object]:
-    """Push an app context of a task's own, under which ``request`` stays visible.
-
-    Its ``g`` is empty, and ``teardown_appcontext`` functions run at its end, but no
-    ``teardown_request`` functions.
-    """
-    if MERGED and has_request_context() and app_ctx.app is app:
+def _merged_task_context(app: Flask) -> contextlib.AbstractContextManager[object]:
+    if has_request_context() and app_ctx.app is app:
         return _MergedTaskContext(app_ctx)
 
     return app.app_context()
@@ -107,3 +113,10 @@ class _MergedTaskContext:
         # the uploads. Not to pop would leave a reference cycle through the app.
         self._context._request = None
         self._context.pop(exc_value)
+
+
+# It makes an app context of a task's own, under which the request stays visible: its g
+# is empty, and teardown_appcontext functions run at its end, but none of those for
+# teardown_request.
+task_context: cabc.Callable[[Flask], contextlib.AbstractContextManager[object]]
+task_context = _merged_task_context if MERGED else operator.methodcaller("app_context")

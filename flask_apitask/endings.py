@@ -1,32 +1,36 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import sys
 import typing as t
 
 from flask import got_request_exception
-from flask import has_request_context
 from flask import request_finished
 
 from . import closing
+from .binding import find_endpoint
+from .binding import log_failure
 from .context import find_request_context
-from .context import get_app_context
+from .context import is_over
+from .context import mark_over
 from .context import MERGED
-from .jobs import find_endpoint
-from .jobs import log_failure
-from .stack import SCOPES
+from .threads import this_process
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     from flask import Flask
     from flask import Response
 
+    from .config import Config
     from .scope import Overdue
     from .scope import TaskScope
-    from .stack import AppState
 
-# Scopes that a view has left already, but that end with the response: kept on the app
-# context as those of requests are, each value a list.
+# Of a request context: its own scope, and those that a view has left already, but that
+# end with the response. A copy of the context, in another thread or in the same, has
+# none of them; nor has that of a nested request. Neither sees a scope, ends it or waits
+# for it. A context variable would be lost if an asyncio task of an async view set it.
+# Not by way of vars(): a context whose dict was asked for is slower from then on.
+SCOPE = "_flask_apitask_scope"
 _LEFT = "_flask_apitask_left"
 
 
@@ -41,14 +45,13 @@ def connect(app: Flask) -> None:
 
 def _hook_response(app: Flask, response: Response, **extra: object) -> None:
     """Hook a response; for :data:`flask.request_finished`."""
-    app_context = vars(get_app_context())
     request_context = find_request_context()
-    hooks = request_context in (app_context.get(_LEFT) or ())
+    hooks = hasattr(request_context, _LEFT)
 
     if _answers_first(app):
         # A task may come later, in the body or in a teardown function. But without one
         # a file is best left to the server, which may have its own way to send it.
-        opened = request_context in (app_context.get(SCOPES) or ())
+        opened = hasattr(request_context, SCOPE)
         hooks = hooks or opened or not response.direct_passthrough
 
     if hooks:
@@ -65,23 +68,74 @@ def _unhook_response(app: Flask, **extra: object) -> None:
 
 
 def _answers_first(app: Flask) -> bool:
-    state: AppState = app.extensions["apitask"]
-    return state.config.wait == "close"
+    config: Config = app.extensions["apitask"].config
+    return config.wait == "close"
+
+
+def keep(request_context: object, scope: TaskScope) -> TaskScope:
+    """Keep a scope until the end of the request, and return the one that is kept.
+
+    Another thread with the very same context may have come first.
+    """
+    with this_process().lock:
+        kept: TaskScope | None = getattr(request_context, SCOPE, None)
+
+        if kept is not None:
+            return kept
+
+        if not hasattr(request_context, _LEFT):
+            _guard(request_context)
+
+        setattr(request_context, SCOPE, scope)
+        return scope
 
 
 def leave_to_response(app: Flask, scope: TaskScope) -> bool:
     """Have a scope end with the response to the current request, if there is one."""
-    app_context = vars(get_app_context())
     request_context = find_request_context()
-    is_over = app_context.get(SCOPES, {}) is None
 
-    if request_context is None or request_context.app is not app or is_over:
+    if request_context is None or request_context.app is not app:
+        return False
+
+    if is_over(request_context):
         return False
 
     connect(app)
     scope.shutdown(wait=False)
-    app_context.setdefault(_LEFT, {}).setdefault(request_context, []).append(scope)
+
+    with this_process().lock:
+        left: list[TaskScope] = getattr(request_context, _LEFT, [])
+
+        if not (left or hasattr(request_context, SCOPE)):
+            _guard(request_context)
+
+        setattr(request_context, _LEFT, [*left, scope])
+
     return True
+
+
+def _guard(request_context: t.Any) -> None:
+    """Have what is kept for a request ended though another's teardown function fails.
+
+    Before Flask 3.2, a function registered for ``teardown_request`` that raises keeps
+    those registered before it from running. One for ``teardown_appcontext`` would run,
+    but it is a price that each request pays, with tasks or without, and each task.
+    """
+    if not MERGED:
+        pop = request_context.pop
+        request_context.pop = functools.partial(_pop, request_context, pop)
+
+
+def _pop(request_context: t.Any, pop: cabc.Callable[..., None], *args: t.Any) -> None:
+    try:
+        pop(*args)
+    finally:
+        if not request_context._cv_tokens:
+            # It refers to itself by this.
+            del request_context.pop
+
+            if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
+                _end_all(request_context, None)
 
 
 def end_request_scope(exc: BaseException | None) -> None:
@@ -89,34 +143,33 @@ def end_request_scope(exc: BaseException | None) -> None:
 
     Or have them end with the response, if they shall and if there is one.
     """
-    app_context = get_app_context()
-    scopes = app_context.__dict__.get(SCOPES)
-    left = app_context.__dict__.get(_LEFT)
-
-    if not (scopes or left):
-        return
-
-    app: Flask = app_context.app
     request_context = find_request_context()
-    error = sys.exc_info()[1]
-    at_close = None
+    mark_over(request_context)
 
-    # With an exception on its way, the server will have no response to close. But this
-    # one is raised where it closes a generator that has the request's context.
-    if error is None or isinstance(error, GeneratorExit):
-        at_close = closing.find_closing(request_context)
+    if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
+        _end_all(request_context, closing.find_closing(request_context))
 
-    if left and request_context in left:
-        # One by one: the safety net finds the others if a wait is interrupted.
-        while left[request_context]:
-            _end_with(at_close, app, left[request_context].pop(0))
 
-        del left[request_context]
+def _end_all(request_context: t.Any, at_close: closing.Closing | None) -> None:
+    app: Flask = request_context.app
+    left: list[TaskScope] | None = getattr(request_context, _LEFT, None)
 
-    scope = (scopes or {}).pop(request_context, None)
+    if left is not None:
+        # One by one: the guard finds the others if a wait is interrupted.
+        while left:
+            _end_with(at_close, app, left.pop(0))
+
+        delattr(request_context, _LEFT)
+
+    scope: TaskScope | None = getattr(request_context, SCOPE, None)
 
     if scope is not None:
-        _end_with(at_close if _answers_first(app) else None, app, scope)
+        delattr(request_context, SCOPE)
+
+        if at_close is not None and not _answers_first(app):
+            at_close = None
+
+        _end_with(at_close, app, scope)
 
 
 def _end_with(at_close: closing.Closing | None, app: Flask, scope: TaskScope) -> None:
@@ -125,28 +178,6 @@ def _end_with(at_close: closing.Closing | None, app: Flask, scope: TaskScope) ->
     else:
         scope.shutdown(wait=False)
         at_close.add(functools.partial(end, app, scope))
-
-
-def end_app_context_scopes(exc: BaseException | None) -> None:
-    """End what :func:`end_request_scope` did not come to end.
-
-    For :meth:`flask.Flask.teardown_appcontext`. Before Flask 3.2, a function registered
-    for ``teardown_request`` that raises keeps those registered before it from running.
-    """
-    app_context = get_app_context()
-    scopes = app_context.__dict__.pop(SCOPES, None)
-    left = app_context.__dict__.pop(_LEFT, None)
-
-    if scopes or left:
-        were_left = itertools.chain(*(left or {}).values())
-
-        for scope in [*were_left, *(scopes or {}).values()]:
-            end(app_context.app, scope)
-
-    if MERGED and has_request_context():
-        # From Flask 3.2 on, the request is still there for what is torn down after
-        # this. Nobody would end a scope that is opened now.
-        app_context.__dict__[SCOPES] = None
 
 
 def end(app: Flask, scope: TaskScope) -> None:

@@ -18,13 +18,11 @@ from .threads import Threads
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
-    import concurrent.futures
 
     from flask import Flask
 
     from .context import Block
     from .scope import TaskScope
-    from .tasks import Task
 
 P = t.ParamSpec("P")
 T = t.TypeVar("T")
@@ -86,76 +84,6 @@ class ApiTask:
             endings.connect(app)
 
         app.teardown_request(endings.end_request_scope)
-        app.teardown_appcontext(endings.end_app_context_scopes)
-
-
-@t.overload
-def run(
-    task: cabc.Callable[P, cabc.Coroutine[t.Any, t.Any, T]],
-    /,
-    *args: P.args,
-    **kwargs: P.kwargs,
-) -> concurrent.futures.Future[T]: ...
-
-
-@t.overload
-def run(
-    task: cabc.Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-) -> concurrent.futures.Future[T]: ...
-
-
-@t.overload
-def run(task: Task[T], /) -> concurrent.futures.Future[T]: ...
-
-
-def run(
-    task: t.Any, /, *args: t.Any, **kwargs: t.Any
-) -> concurrent.futures.Future[t.Any]:
-    """Start a task that the current request, or ``with`` block, waits for.
-
-    It runs on a thread, in an app context of its own, with the caller's request and
-    context variables. What it raises is logged and kept in the future; the response
-    is not touched.
-
-    Where there is no scope (outside of a request, inside another task, after the
-    request's scope was ended) the task is called here and now, in the caller's own
-    context, and what it raises goes to the caller.
-
-    Not for work that must survive the process, be retried, or take longer than the
-    client cares to wait: that belongs in a task queue.
-
-    :param task: A callable, sync or ``async def``, or a :class:`Task`.
-    :param args: Its positional arguments.
-    :param kwargs: Its keyword arguments; none is taken by :func:`run` itself.
-    :raises TypeError: ``task`` can't be called.
-    :return: The future of what the task returns, finished already after a plain call.
-    """
-    return stack.run_task(task, args, kwargs)
-
-
-def wait(timeout: float | None = None) -> None:
-    """Block until the tasks that the current scope was given so far are done.
-
-    A barrier, not an end: more can be started after it. What the tasks raised is in
-    their futures and in the log, and is not raised here. Does nothing where there is
-    no scope. Not needed at the end of a view: the request waits by itself.
-
-    :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
-    :raises TimeoutError: Some are not done yet; they go on.
-    """
-    scope = stack.current_scope()
-
-    if scope is not None:
-        scope.wait(timeout)
-
-
-def current_scope() -> TaskScope | None:
-    """Return the scope that :func:`run` submits to here, if there is one.
-
-    Use it as the executor that it is: ``loop.run_in_executor(current_scope(), ...)``.
-    """
-    scope = stack.current_scope()
-    return None if scope is None or scope.closed else scope
 
 
 @contextlib.contextmanager
@@ -259,7 +187,12 @@ def scoped(
 def _leave(block: Block, scope: TaskScope, at_close: bool) -> bool:
     """Leave a decorated function, and return whether its scope ends later."""
     stack.leave_block(block)
-    return at_close and endings.leave_to_response(block.app, scope)
+
+    # A response is not for what a task does: that one ends before.
+    if not at_close or stack.is_in_task():
+        return False
+
+    return endings.leave_to_response(block.app, scope)
 
 
 def _open_block(

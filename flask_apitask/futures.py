@@ -1,43 +1,32 @@
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import threading
 import typing as t
 from concurrent.futures._base import PENDING
 
 T = t.TypeVar("T")
 
+_logger = logging.getLogger(__name__)
 
-class _LateCondition:
+# A lock's class, whatever function makes one: gevent has another in its place.
+_RLock: t.Any = type(threading.RLock())
+
+
+class _LateCondition(_RLock):  # type: ignore[misc]
     """A condition variable that is no more than its lock until a thread waits.
 
     A future needs none that is read when its scope has been waited for.
     """
 
-    __slots__ = ("_condition", "_lock")
-
-    def __init__(self) -> None:
-        # What gevent puts in its place is found at run time only.
-        self._lock = threading.RLock()
-        # Guarded by the lock, as is all that calls the two methods that need it.
-        self._condition: threading.Condition | None = None
-
-    def __enter__(self) -> bool:
-        return self._lock.__enter__()
-
-    def __exit__(self, *exc_info: t.Any) -> None:
-        self._lock.__exit__(*exc_info)
-
-    def acquire(self) -> None:
-        self._lock.acquire()
-
-    def release(self) -> None:
-        self._lock.release()
+    # Guarded by the lock, as is all that calls the two methods that need it.
+    _condition: threading.Condition | None = None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait as :meth:`threading.Condition.wait` does. Needs the lock."""
         if self._condition is None:
-            self._condition = threading.Condition(self._lock)
+            self._condition = threading.Condition(self)
 
         return self._condition.wait(timeout)
 
@@ -45,14 +34,16 @@ class _LateCondition:
         """Wake those that wait. Needs the lock."""
         if self._condition is not None:
             self._condition.notify_all()
+            # It refers to this. Who wakes has it, and nobody waits after the outcome.
+            del self._condition
 
 
 class TaskFuture(concurrent.futures.Future[T]):
     """A standard future that makes its condition variable only if a thread waits.
 
-    All its methods are the standard library's, as are :func:`concurrent.futures.wait`
-    and what else works with one. Only its attributes are set here, and not by that
-    class's own ``__init__``, which makes one for each.
+    Its methods are the standard library's, as are :func:`concurrent.futures.wait` and
+    what else works with one. Its attributes are set here, and not by that class's own
+    ``__init__``, which makes one for each.
     """
 
     def __init__(self) -> None:
@@ -62,3 +53,14 @@ class TaskFuture(concurrent.futures.Future[T]):
         self._exception = None
         self._waiters: list[t.Any] = []
         self._done_callbacks: list[t.Any] = []
+
+    def _invoke_callbacks(self) -> None:
+        """Call the callbacks. One that raises holds up nobody.
+
+        The standard library logs an :exc:`Exception`, and lets all else through.
+        """
+        for callback in self._done_callbacks:
+            try:
+                callback(self)
+            except BaseException:
+                _logger.exception("A callback of a task's future failed.")

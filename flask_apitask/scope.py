@@ -1,42 +1,32 @@
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 import sys
 import threading
-import traceback
 import typing as t
 import warnings
 from collections import deque
 
 from .exceptions import ScopeClosed
-from .futures import TaskFuture
+from .jobs import bind
+from .jobs import Job
 from .locks import BargingLock
-from .tasks import call_task
 from .tasks import check_task
 from .tasks import task_name
 from .threads import this_process
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
-    from types import FrameType
 
+    from .jobs import Binder
     from .threads import How
     from .threads import Threads
 
 P = t.ParamSpec("P")
 T = t.TypeVar("T")
 
-Binder: t.TypeAlias = (
-    "cabc.Callable[[t.Any, tuple[t.Any, ...], dict[str, t.Any]], Job[t.Any]]"
-)
-
-_logger = logging.getLogger(__name__)
-
 # Later than the index of any job.
 _EVER = float("inf")
-
-_NO_STACK = "  (no stack: it runs on no thread of the system)\n"
 
 
 class Overdue(t.NamedTuple):
@@ -53,64 +43,6 @@ class Overdue(t.NamedTuple):
     cancelled: list[str]
     running: list[tuple[str, str]]
     held: int
-
-
-class Job(t.Generic[T]):
-    """A task, its arguments and its future: what a scope queues, and runs once.
-
-    :param task: A callable or a :class:`Task`.
-    :param args: Its positional arguments.
-    :param kwargs: Its keyword arguments.
-    """
-
-    __slots__ = ("args", "future", "index", "kwargs", "task", "thread")
-
-    def __init__(
-        self, task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
-    ) -> None:
-        self.task: t.Any = task
-        self.args: tuple[t.Any, ...] = args
-        self.kwargs: dict[str, t.Any] = kwargs
-        self.future: TaskFuture[T] = TaskFuture()
-        # Its place among those submitted to its scope, from 1.
-        self.index: int = 0
-        # Of the thread that runs it.
-        self.thread: int = 0
-
-    def run(self, how: How) -> None:
-        """Run the task, unless its future is cancelled.
-
-        Who waits may go on as soon as the scope counts the job as done. By then nothing
-        here refers to the task, its arguments or its outcome any more.
-        """
-        future = self.future
-
-        if not future.set_running_or_notify_cancel():
-            del self.task, self.args, self.kwargs, self.future
-            return
-
-        try:
-            result = self.call(how)
-        except BaseException as error:
-            del self.task, self.args, self.kwargs, self.future
-            _contain(future.set_exception, error)
-            # The traceback refers to this frame: no cycle from it to the exception.
-            del future
-        else:
-            del self.task, self.args, self.kwargs, self.future
-            _contain(future.set_result, result)
-
-    def call(self, how: How) -> T:
-        """Call the task; what it raises goes to the future."""
-        result: T = call_task(self.task, self.args, self.kwargs)
-        return result
-
-    def describe(self, frames: cabc.Mapping[int, FrameType]) -> tuple[str, str] | None:
-        """Return the task's name and its stack in a snapshot, unless it is done."""
-        frame = frames.get(self.thread)
-        stack = "".join(traceback.format_stack(frame)) if frame else _NO_STACK
-        task = getattr(self, "task", None)
-        return None if task is None else (task_name(task), stack)
 
 
 class _Waiter:
@@ -194,7 +126,7 @@ class TaskScope(concurrent.futures.Executor):
     :param threads: Where the threads come from.
     :param max_workers: Most tasks that run at once.
     :param timeout: Seconds that :meth:`end` waits, ``None`` for as long as it takes.
-    :param bind: Makes the job of a task and its arguments, in the submitting thread.
+    :param bind: Binds a task to its arguments, in the submitting thread.
     """
 
     def __init__(
@@ -203,7 +135,7 @@ class TaskScope(concurrent.futures.Executor):
         *,
         max_workers: int,
         timeout: float | None = None,
-        bind: Binder = Job,
+        bind: Binder = bind,
     ) -> None:
         self._threads = threads
         self._max_workers = max_workers
@@ -216,6 +148,7 @@ class TaskScope(concurrent.futures.Executor):
         self._running: set[Job[t.Any]] = set()
         self._waiters: list[_Waiter] = []
         self._submitted = 0
+        self._unfinished = 0
         self._summoned = False
         self._closed = False
         self._process = this_process()
@@ -234,20 +167,27 @@ class TaskScope(concurrent.futures.Executor):
         :raises TypeError: ``fn`` can't be called.
         :raises ScopeClosed: The scope has ended. :func:`.run` makes a plain call then.
         """
-        check_task(fn)
+        return self.submit_call(fn, args, kwargs)
 
-        if self.closed:
+    def submit_call(
+        self, fn: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
+    ) -> concurrent.futures.Future[t.Any]:
+        """Do as :meth:`submit` does, with arguments that are packed already."""
+        if not callable(fn):
+            check_task(fn)
+
+        if self._process.forked:
             raise self._refusal(fn)
 
-        job = self._bind(fn, args, kwargs)
-        future: concurrent.futures.Future[T] = job.future
+        job: Job[t.Any] = Job(fn, self._bind(fn, args, kwargs))
+        future: concurrent.futures.Future[t.Any] = job.future
 
         with self._lock:
             summon = closed = self._closed
 
             if not closed:
-                self._submitted += 1
-                job.index = self._submitted
+                self._submitted = job.index = self._submitted + 1
+                self._unfinished += 1
                 self._queue.append(job)
                 summon = self._may_summon()
 
@@ -318,11 +258,11 @@ class TaskScope(concurrent.futures.Executor):
         if self._join(self._timeout, close=True) and self._timeout is not None:
             overdue = self._give_up(self._timeout)
 
-        if self._summoned and not self._process.forked:
+        if self._summoned:
             # While it waits for a thread it is kept, and so is the request.
             self._threads.dismiss(self)
 
-        return overdue if overdue and (overdue.cancelled or overdue.running) else None
+        return overdue
 
     def serve(self, how: How) -> None:
         """Run what is queued, and have the next thread come if there is more of it.
@@ -334,7 +274,7 @@ class TaskScope(concurrent.futures.Executor):
             self._summoned = False
             # In a list: this frame must not keep the job while later ones run.
             taken = [self._take(_EVER)]
-            summon = self._may_summon()
+            summon = bool(self._queue) and self._may_summon()
 
         if summon:
             # Refused or not: this thread is about to serve the queue.
@@ -354,17 +294,17 @@ class TaskScope(concurrent.futures.Executor):
         if process.forked:
             return 0
 
-        limit = -1 if timeout is None else min(max(0, timeout), threading.TIMEOUT_MAX)
         helps = timeout is None
 
         with self._lock:
-            self._closed = self._closed or close
+            self._closed |= close
             last = self._submitted
             job = self._take(last) if helps else None
 
         self._run(job, "helped", last)
 
-        if self._process.forked:
+        # Read without the lock: it is one number, and 0 only when nothing is left.
+        if not self._unfinished or self._process.forked:
             return 0
 
         with self._lock:
@@ -375,6 +315,8 @@ class TaskScope(concurrent.futures.Executor):
 
             waiter = _Waiter(last, unfinished, helps)
             self._waiters.append(waiter)
+
+        limit = -1 if timeout is None else min(max(0, timeout), threading.TIMEOUT_MAX)
 
         try:
             return self._sleep(waiter, limit)
@@ -404,7 +346,7 @@ class TaskScope(concurrent.futures.Executor):
     def _count_unfinished(self, last: int) -> int:
         """Count the jobs up to an index that are not done. Needs the lock."""
         if last == self._submitted:
-            return len(self._queue) + len(self._running)
+            return self._unfinished
 
         return sum(job.index <= last for job in (*self._queue, *self._running))
 
@@ -415,24 +357,26 @@ class TaskScope(concurrent.futures.Executor):
             job = self._finish(job, last)
 
     def _may_summon(self) -> bool:
-        """Note that a thread is summoned, if one is needed now. Needs the lock."""
-        if self._summoned or not self._queue:
+        """Note that a thread is summoned for what is queued, if one may come now.
+
+        Needs the lock.
+        """
+        if self._summoned or len(self._running) >= self._max_workers:
             return False
 
-        self._summoned = len(self._running) < self._max_workers
-        return self._summoned
+        self._summoned = True
+        return True
 
     def _take(self, last: float) -> Job[t.Any] | None:
         """Move the first queued job to the running ones. Needs the lock."""
-        if not self._queue or len(self._running) >= self._max_workers:
+        queue, running = self._queue, self._running
+
+        if not queue or len(running) >= self._max_workers or queue[0].index > last:
             return None
 
-        if self._queue[0].index > last:
-            return None
-
-        job = self._queue.popleft()
+        job = queue.popleft()
         job.thread = threading.get_ident()
-        self._running.add(job)
+        running.add(job)
         return job
 
     def _finish(self, job: Job[t.Any], last: float) -> Job[t.Any] | None:
@@ -443,6 +387,7 @@ class TaskScope(concurrent.futures.Executor):
 
         with self._lock:
             self._running.remove(job)
+            self._unfinished -= 1
 
             for waiter in self._waiters:
                 if job.index <= waiter.last:
@@ -451,17 +396,21 @@ class TaskScope(concurrent.futures.Executor):
                     if not waiter.remaining:
                         waiter.wake()
 
-            following = self._take(last)
-            leaves_work = following is None and bool(self._queue)
-            summon = leaves_work and self._may_summon()
+            if not self._queue:
+                return None
 
-            if leaves_work:
-                self._wake_helper()
+            following = self._take(last)
+
+            if following is not None:
+                return following
+
+            self._wake_helper()
+            summon = self._may_summon()
 
         if summon:
             self._threads.summon(self)
 
-        return following
+        return None
 
     def _wake_helper(self) -> None:
         """Wake a thread that may take the first queued job. Needs the lock."""
@@ -481,13 +430,13 @@ class TaskScope(concurrent.futures.Executor):
         names = [task_name(job.task) for job in queued if not job.future.cancelled()]
 
         for job in queued:
-            _contain(job.future.cancel)
+            job.future.cancel()
             job.run("inline")
             self._finish(job, 0)
 
         return names
 
-    def _give_up(self, timeout: float) -> Overdue:
+    def _give_up(self, timeout: float) -> Overdue | None:
         """Cancel what is queued, and have others in place of the threads that run."""
         cancelled = self._cancel_queued()
 
@@ -503,7 +452,8 @@ class TaskScope(concurrent.futures.Executor):
             del frames
 
         held = self._threads.replace(self)
-        return Overdue(timeout, cancelled, stuck, held)
+        left = cancelled or stuck
+        return Overdue(timeout, cancelled, stuck, held) if left else None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
@@ -513,21 +463,10 @@ class TaskScope(concurrent.futures.Executor):
         )
 
     def __del__(self) -> None:
-        if getattr(self, "_submitted", 0) and not self.closed:
+        if not getattr(self, "_closed", True) and self._submitted and not self.closed:
             warnings.warn(
                 f"{self!r} was never ended. Use 'with open_scope()'.",
                 ResourceWarning,
                 stacklevel=2,
                 source=self,
             )
-
-
-def _contain(complete: cabc.Callable[..., object], *args: t.Any) -> None:
-    """Complete a future. A callback of it that raises holds up nobody.
-
-    The standard library logs an :exc:`Exception`, and lets all else through.
-    """
-    try:
-        complete(*args)
-    except BaseException:
-        _logger.exception("A callback of a task's future failed.")

@@ -5,25 +5,33 @@ import functools
 import time
 import typing as t
 
+from .binding import bind
+from .binding import call_observed
 from .context import Block
 from .context import current_block
 from .context import find_app_context
 from .context import find_request_context
+from .context import is_over
+from .endings import keep
+from .endings import SCOPE
 from .exceptions import ScopeClosed
 from .futures import TaskFuture
-from .jobs import BoundJob
-from .jobs import call_observed
 from .scope import TaskScope
 from .tasks import check_task
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
     import concurrent.futures
 
     from flask import Flask
     from flask import Request
 
     from .config import Config
+    from .tasks import Task
     from .threads import Threads
+
+P = t.ParamSpec("P")
+T = t.TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +42,7 @@ class AppState:
     threads: Threads
 
 
-# The scope of a request is kept on its app context, by its request context. A copy of
-# these contexts, in another thread or in the same, has another request context; so has
-# a nested request. Neither sees the scope, ends it or waits for it. A context variable
-# that an asyncio task of an async view sets, to open it, would be lost to the request.
-#
-# The value is a dict, or None once the app context was torn down.
-SCOPES = "_flask_apitask_scopes"
-
-
-def current_scope() -> TaskScope | None:
+def find_scope() -> TaskScope | None:
     """Return the scope that a task goes to, and open the request's at its first use.
 
     ``None`` where a task is a plain call.
@@ -53,59 +52,84 @@ def current_scope() -> TaskScope | None:
     if app_context is None:
         return None
 
+    app: Flask = app_context.app
     request_context = find_request_context()
 
     if current_block.get() is not None:
-        block = _find_block(
-            app_context.app, request_context and request_context.request
-        )
+        block = _find_block(app, request_context and request_context.request)
 
         if block is not None:
             return block.scope
 
-    scopes = vars(app_context).get(SCOPES) or {}
-    scope: TaskScope | None = scopes.get(request_context)
+    if request_context is None or request_context.app is not app:
+        return None
+
+    scope: TaskScope | None = getattr(request_context, SCOPE, None)
 
     if scope is not None:
         return scope
 
-    return _open_request_scope(app_context, request_context)
+    return _open_request_scope(app, request_context)
 
 
-def _open_request_scope(app_context: t.Any, request_context: t.Any) -> TaskScope | None:
-    app: Flask = app_context.app
-
-    if request_context is None or request_context.app is not app:
-        return None
-
+def _open_request_scope(app: Flask, request_context: t.Any) -> TaskScope | None:
     state: AppState | None = app.extensions.get("apitask")
 
-    if state is None or not state.config.enabled:
+    if state is None or not state.config.enabled or is_over(request_context):
         return None
 
-    scopes = vars(app_context).setdefault(SCOPES, {})
-
-    if scopes is None:
-        return None
-
-    # Another thread with the very same contexts may come first. Then its scope is the
-    # request's, and ours has never been used.
     config = state.config
-    scope = _make_scope(
-        app, config.max_workers, config.timeout, request_context.request
-    )
-    return t.cast("TaskScope", scopes.setdefault(request_context, scope))
+    request = request_context.request
+    scope = _make_scope(app, config.max_workers, config.timeout, request)
+    return keep(request_context, scope)
 
 
-def run_task(
-    task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
+@t.overload
+def run(
+    task: cabc.Callable[P, cabc.Coroutine[t.Any, t.Any, T]],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> concurrent.futures.Future[T]: ...
+
+
+@t.overload
+def run(
+    task: cabc.Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> concurrent.futures.Future[T]: ...
+
+
+@t.overload
+def run(task: Task[T], /) -> concurrent.futures.Future[T]: ...
+
+
+def run(
+    task: t.Any, /, *args: t.Any, **kwargs: t.Any
 ) -> concurrent.futures.Future[t.Any]:
-    """Submit a task to the current scope, or call it here and now."""
-    scope = current_scope()
+    """Start a task that the current request, or ``with`` block, waits for.
+
+    It runs on a thread, in an app context of its own, with the caller's request and
+    context variables. What it raises is logged and kept in the future; the response
+    is not touched.
+
+    Where there is no scope (outside of a request, inside another task, after the
+    request's scope was ended) the task is called here and now, in the caller's own
+    context, and what it raises goes to the caller.
+
+    Not for work that must survive the process, be retried, or take longer than the
+    client cares to wait: that belongs in a task queue.
+
+    :param task: A callable, sync or ``async def``, or a :class:`Task`.
+    :param args: Its positional arguments.
+    :param kwargs: Its keyword arguments; none is taken by :func:`run` itself.
+    :raises TypeError: ``task`` can't be called.
+    :return: The future of what the task returns, finished already after a plain call.
+    """
+    scope = find_scope()
 
     if scope is not None:
         try:
-            return scope.submit(task, *args, **kwargs)
+            return scope.submit_call(task, args, kwargs)
         except ScopeClosed:
             pass
 
@@ -116,6 +140,31 @@ def run_task(
     submitted = time.monotonic()
     future.set_result(call_observed(app, "inline", submitted, task, args, kwargs))
     return future
+
+
+def wait(timeout: float | None = None) -> None:
+    """Block until the tasks that the current scope was given so far are done.
+
+    A barrier, not an end: more can be started after it. What the tasks raised is in
+    their futures and in the log, and is not raised here. Does nothing where there is
+    no scope. Not needed at the end of a view: the request waits by itself.
+
+    :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
+    :raises TimeoutError: Some are not done yet; they go on.
+    """
+    scope = find_scope()
+
+    if scope is not None:
+        scope.wait(timeout)
+
+
+def current_scope() -> TaskScope | None:
+    """Return the scope that :func:`run` submits to here, if there is one.
+
+    Use it as the executor that it is: ``loop.run_in_executor(current_scope(), ...)``.
+    """
+    scope = find_scope()
+    return None if scope is None or scope.closed else scope
 
 
 def open_block(
@@ -142,6 +191,21 @@ def leave_block(block: Block) -> None:
         current_block.set(block.outer)
 
 
+def is_in_task() -> bool:
+    """Return whether a task of the current request is what calls."""
+    request_context = find_request_context()
+    request = request_context and request_context.request
+    block = current_block.get()
+
+    while block is not None:
+        if block.scope is None and block.request is request:
+            return True
+
+        block = block.outer
+
+    return False
+
+
 def _find_block(app: Flask, request: Request | None) -> Block | None:
     """Return the innermost block that may be seen from here."""
     block = current_block.get()
@@ -161,5 +225,7 @@ def _make_scope(
     app: Flask, max_workers: int, timeout: float | None, request: Request | None
 ) -> TaskScope:
     state: AppState = app.extensions["apitask"]
-    bind = functools.partial(BoundJob, app, Block(app, None, request))
-    return TaskScope(state.threads, max_workers=max_workers, timeout=timeout, bind=bind)
+    binder = functools.partial(bind, app, Block(app, None, request))
+    return TaskScope(
+        state.threads, max_workers=max_workers, timeout=timeout, bind=binder
+    )

@@ -17,12 +17,14 @@ class Process:
     """Stands for the process that made it; in a forked child, for the parent.
 
     :param forked: Whether this is a child.
+    :param lock: For what is done in an instant. Nobody else has it in a child.
     """
 
-    __slots__ = ("forked",)
+    __slots__ = ("forked", "lock")
 
     def __init__(self) -> None:
         self.forked: bool = False
+        self.lock: threading.Lock = threading.Lock()
 
 
 _process = Process()
@@ -82,8 +84,9 @@ class Threads:
 
     1.  *Lost scope.* The last thread finds none that waits and sleeps, one is added,
         and nobody is sent for. So while scopes wait, a thread is on its way or all of
-        them serve: who adds, who arrives and who goes to sleep looks and decides in one
-        step under the lock.
+        them serve: who arrives, who goes to sleep and who sends for a thread looks and
+        decides in one step under the lock. Who adds needs no lock where it sees, after
+        it has added, that one is on its way: that one has not looked yet, and will.
     2.  *Nobody comes.* The system has no thread left, or the interpreter exits. Others
         may have relied on the one who is refused. So that one serves all that wait, on
         the spot.
@@ -103,9 +106,10 @@ class Threads:
 
     def begin(self) -> None:
         """Forget all threads and scopes. Nobody else may use this object meanwhile."""
-        # Guards all below.
-        self._lock = threading.Lock()
+        # Scopes come and are dismissed without the lock: see "Lost scope".
         self._waiting: deque[Servable] = deque()
+        # Guards all below, and the choice of the next scope.
+        self._lock = threading.Lock()
         self._coming: Worker | None = None
         self._workers: set[Worker] = set()
         self._asleep: list[Worker] = []
@@ -122,8 +126,13 @@ class Threads:
 
         :return: Whether somebody comes.
         """
+        self._waiting.append(scope)
+        coming = self._coming
+
+        if coming is not None:
+            return True
+
         with self._lock:
-            self._waiting.append(scope)
             worker = self._choose()
 
             if worker is None:
@@ -133,9 +142,11 @@ class Threads:
 
     def dismiss(self, scope: Servable) -> None:
         """Have no thread serve a scope any more, so that nothing here refers to it."""
-        with self._lock:
-            if scope in self._waiting:
-                self._waiting.remove(scope)
+        # Without the lock, as it does not matter who comes first.
+        try:
+            self._waiting.remove(scope)
+        except ValueError:
+            pass
 
     def replace(self, scope: Servable) -> int:
         """Have others in place of threads that may be held for ever.

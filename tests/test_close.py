@@ -48,6 +48,7 @@ from flask_apitask import run
 from flask_apitask import ScopeClosed
 from flask_apitask import scoped
 from flask_apitask import task_finished
+from flask_apitask import wait
 from flask_apitask.closing import Closing
 from flask_apitask.context import find_request_context
 from flask_apitask.context import MERGED
@@ -1221,7 +1222,7 @@ def test_function_outside_of_a_request(make_app: AppFactory, is_async: bool) -> 
 def test_function_in_a_context_without_a_response(
     make_app: AppFactory, enabled: bool, inner: bool
 ) -> None:
-    """What a function leaves to a response that never comes ends with its context."""
+    """What a function leaves to a response that never comes ends with the request."""
     app = make_late(make_app(APITASK_ENABLED=enabled))
     events: list[str] = []
 
@@ -1233,10 +1234,9 @@ def test_function_in_a_context_without_a_response(
         with app.app_context() if inner else contextlib.nullcontext():
             function()
             function()
-            # Without a request in it, from Flask 3.2 on.
-            assert events == (["task"] * 2 if inner and MERGED else [])
 
-        assert events == (["task"] * 2 if inner else [])
+        # There is no request in the inner one, from Flask 3.2 on.
+        assert events == (["task"] * 2 if inner and MERGED else [])
 
     assert events == ["task"] * 2
 
@@ -1271,8 +1271,12 @@ def test_function_in_a_teardown(hook: str, first: bool) -> None:
     assert events == ["task", "returned", "sent", "closed"]
 
 
-def test_function_in_a_task(make_app: AppFactory) -> None:
-    """What a function leaves in a task is done when the task's context ends."""
+@pytest.mark.parametrize("in_block", [False, True])
+@pytest.mark.parametrize("in_view", [False, True])
+def test_function_in_a_task(
+    make_app: AppFactory, in_view: bool, in_block: bool
+) -> None:
+    """What a function starts in a task is done when it returns: no response is its."""
     app = make_late(make_app())
     events: list[str] = []
 
@@ -1281,18 +1285,81 @@ def test_function_in_a_task(make_app: AppFactory) -> None:
         run(events.append, "inner")
 
     def work() -> None:
-        function()
-        events.append("task")
+        with open_scope() if in_block else contextlib.nullcontext():
+            function()
+            events.append("task")
 
     @app.get("/")
     def index() -> str:
         run(work)
+
+        if in_view:
+            wait()
+
         run(events.append, "next")
         return "ok"
 
     serve(app, events)
-    done = events[: events.index("next")]
-    assert sorted(done) == ["inner", "task"]
+    assert events[:3] == ["inner", "task", "next"]
+
+
+def test_request_inside_a_task(make_app: AppFactory) -> None:
+    """A view leaves its tasks to its response, in a task of another request, too."""
+    app = make_late(make_app())
+    events: list[str] = []
+
+    @app.get("/inner")
+    @scoped(wait="close")
+    def inner() -> str:
+        run(events.append, "task")
+        return "ok"
+
+    app.add_url_rule("/", "index", answering(serve, app, events, "/inner"))
+    app.test_client().get("/")
+    assert events == ["returned", "sent", "task", "closed"]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_stream_starts_tasks_once_more(make_app: AppFactory, left: bool) -> None:
+    """What is started in a body with context is awaited, though a teardown fails.
+
+    Flask 3.1.3 tears the request down before the body, and once more at its end.
+    """
+    app = make_late(make_app())
+    events: list[str] = []
+
+    @scoped(wait="close")
+    def function() -> None:
+        run(events.append, "task")
+
+    @app.teardown_request
+    def broken(exc: BaseException | None) -> None:
+        if "body" in events:
+            raise LookupError("another extension")
+
+    @app.get("/")
+    def index() -> Response:
+        def generate() -> cabc.Iterator[str]:
+            events.append("body")
+
+            if left:
+                function()
+            else:
+                run(events.append, "task")
+
+            yield "1"
+
+        function()
+        return Response(stream_with_context(generate()))
+
+    exchange = Exchange(app)
+
+    with pytest.raises(Exception, match=r"another extension|Errors during context"):
+        exchange.read()
+
+    assert "task" in events
+    exchange.close()
+    assert events.count("task") == 2
 
 
 def test_blocks_are_not_affected() -> None:

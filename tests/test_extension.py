@@ -29,7 +29,7 @@ def test_init_app_registers_the_extension() -> None:
     for app in (direct, later):
         assert app.extensions["apitask"].config.enabled
         assert len(app.teardown_request_funcs[None]) == 1
-        assert len(app.teardown_appcontext_funcs) == 1
+        assert app.teardown_appcontext_funcs == []
 
 
 def test_constructor_without_an_app_touches_none() -> None:
@@ -54,7 +54,7 @@ def test_second_one_is_refused(same: bool) -> None:
     )
     assert app.extensions["apitask"] is state
     assert len(app.teardown_request_funcs[None]) == 1
-    assert len(app.teardown_appcontext_funcs) == 1
+    assert app.teardown_appcontext_funcs == []
 
 
 def test_one_extension_sets_up_several_apps() -> None:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import threading
 import types
 import typing as t
+import weakref
 
 import pytest
 from conftest import PATIENCE
@@ -84,6 +86,29 @@ def test_all_waiting_threads_are_woken(
 
     future.set_result(1)
     assert [wait.result(PATIENCE) for wait in waits] == [1, 1, None]
+
+
+def test_nothing_refers_to_a_future_that_was_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It goes, with all that it has, without the garbage collector."""
+    sleepers = Sleepers(monkeypatch)
+    future = TaskFuture[int]()
+    thread = threading.Thread(target=future.result, args=[LONG], daemon=True)
+    thread.start()
+    sleepers.await_one()
+    future.set_result(1)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    gc.collect()
+    gc.disable()
+
+    try:
+        reference = weakref.ref(future._condition)
+        del future
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_waiting_thread_learns_of_the_cancellation(

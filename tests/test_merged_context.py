@@ -18,10 +18,12 @@ from flask.ctx import AppContext
 from late_threads import make_late
 
 from flask_apitask import ApiTask
+from flask_apitask import binding
 from flask_apitask import context
 from flask_apitask import endings
 from flask_apitask import open_scope
 from flask_apitask import run
+from flask_apitask import stack
 
 if t.TYPE_CHECKING:
     import contextlib
@@ -84,12 +86,15 @@ def merged(monkeypatch: pytest.MonkeyPatch) -> None:
     if MERGED:
         return
 
-    find = flask.globals.app_ctx._get_current_object  # type: ignore[attr-defined]
-    monkeypatch.setattr(context, "_get_request_context", find)
+    monkeypatch.setattr(context, "has_request_context", has_merged_request)
+    monkeypatch.setattr(binding, "task_context", context._merged_task_context)
 
     for module in (context, endings):
         monkeypatch.setattr(module, "MERGED", True)
-        monkeypatch.setattr(module, "has_request_context", has_merged_request)
+
+    for module in (context, endings, stack):
+        find = context._find_merged_context
+        monkeypatch.setattr(module, "find_request_context", find)
 
 
 def make_merged() -> Flask:
@@ -108,6 +113,22 @@ def in_request(app: Flask) -> contextlib.AbstractContextManager[object]:
 
     session = app.session_interface.make_null_session(app)
     return MergedContext(app, outer.request, session)
+
+
+def test_contexts_are_those_behind_the_proxies() -> None:
+    """What is read from Flask's own context variables is what its proxies stand for."""
+    app = make_merged()
+    assert context.find_app_context() is None
+    assert context.find_request_context() is None
+
+    with app.app_context() as pushed:
+        assert context.find_app_context() is pushed
+        assert context.find_request_context() is None
+
+    with app.test_request_context() as request_context:
+        behind = flask.globals.app_ctx._get_current_object()  # type: ignore[attr-defined]
+        assert context.find_app_context() is behind
+        assert context.find_request_context() is request_context
 
 
 def test_request_is_visible_in_a_task(merged: None) -> None:
@@ -130,6 +151,18 @@ def test_request_is_visible_in_a_task(merged: None) -> None:
         assert found == ([], "/path", "1", {})
         assert flask.globals._cv_app.get() is pushed
         assert g.who == "request"
+
+
+def test_request_waits_for_its_tasks(merged: None) -> None:
+    """What was started in a request is done when it ends."""
+    app = make_late(make_merged())
+    done: list[str] = []
+
+    with in_request(app):
+        run(done.append, "task")
+        assert done == []
+
+    assert done == ["task"]
 
 
 @pytest.mark.parametrize("fails", [True, False])

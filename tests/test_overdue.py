@@ -22,9 +22,10 @@ from test_threads import run_script
 
 from flask_apitask import open_scope
 from flask_apitask import run
+from flask_apitask import scope as scope_module
 from flask_apitask import task
 from flask_apitask import task_started
-from flask_apitask.scope import Job
+from flask_apitask.jobs import Job
 from flask_apitask.scope import TaskScope
 from flask_apitask.threads import Threads
 
@@ -504,7 +505,9 @@ def test_thread_that_sleeps_is_not_replaced() -> None:
     assert repr(threads) == "<Threads size=1 threads=1 asleep=1 overdue=0>"
 
 
-def test_task_that_is_about_to_begin_at_the_deadline() -> None:
+def test_task_that_is_about_to_begin_at_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A thread that has taken a task, and not begun it yet, is replaced as well."""
     threads = Threads(1)
     taken, go_on = threading.Event(), threading.Event()
@@ -515,7 +518,8 @@ def test_task_that_is_about_to_begin_at_the_deadline() -> None:
             assert go_on.wait(PATIENCE)
             super().run(how)
 
-    scope = TaskScope(threads, max_workers=1, timeout=0.01, bind=Slow)
+    monkeypatch.setattr(scope_module, "Job", Slow)
+    scope = TaskScope(threads, max_workers=1, timeout=0.01)
     scope.submit(int)
     assert taken.wait(PATIENCE)
     overdue = scope.end()

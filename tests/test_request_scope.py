@@ -25,14 +25,19 @@ from werkzeug.test import Client
 
 from flask_apitask import ApiTask
 from flask_apitask import current_scope
+from flask_apitask import endings
 from flask_apitask import run
+from flask_apitask import stack
 from flask_apitask import wait
+from flask_apitask.context import find_request_context
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from conftest import AppFactory
     from werkzeug.wrappers import Response
+
+    from flask_apitask import TaskScope
 
 
 class Argument:
@@ -263,9 +268,7 @@ def test_teardown_functions(hook: str, register_first: bool, outer: bool) -> Non
     with app.app_context():
         app.test_client().get("/")
 
-        # What is called after ours, in a context that is not the request's own, opens a
-        # scope that ends with that one.
-        if hook == "teardown_request" and not register_first:
+        if hook == "teardown_request":
             assert done == ["task"]
 
     assert "task" in done
@@ -414,7 +417,7 @@ def test_another_teardown_that_raises(make_app: AppFactory) -> None:
 def test_another_teardown_that_raises_in_an_app_context(make_app: AppFactory) -> None:
     """So they are where an app context is around the request (behaviour 5).
 
-    Flask < 3.2 reuses it, and it is torn down only at its own end.
+    Flask < 3.2 reuses it, and tears it down only at its own end.
     """
     app = make_late(make_app())
     events: list[str] = []
@@ -434,9 +437,101 @@ def test_another_teardown_that_raises_in_an_app_context(make_app: AppFactory) ->
             with pytest.raises(Exception, match=TEARDOWN_ERRORS):
                 app.test_client().get(f"/{name}")
 
+            assert events.pop() == name
+
         assert current_scope() is None
 
+
+def test_context_that_is_pushed_twice(make_app: AppFactory) -> None:
+    """A request is over when its context is popped for the last time."""
+    app = make_late(make_app())
+    raise_in_teardown(app)
+    request_context = app.test_request_context()
+    events: list[str] = []
+
+    def push() -> None:
+        with request_context:
+            with request_context:
+                run(events.append, "first")
+
+            assert events == []
+            run(events.append, "second")
+
+    with pytest.raises(Exception, match=TEARDOWN_ERRORS):
+        push()
+
     assert events == ["first", "second"]
+
+
+def test_task_that_pushes_the_context_of_the_request(make_app: AppFactory) -> None:
+    """It ends no scope, and does not wait for itself (behaviour 7)."""
+    app = make_app()
+    request_context = app.test_request_context()
+    scopes: list[object] = []
+
+    def work() -> None:
+        with request_context:
+            pass
+
+    def be_in_request() -> None:
+        with request_context:
+            scopes.append(current_scope())
+            run(work).result(PATIENCE)
+            scopes.append(current_scope())
+
+    in_time(be_in_request)
+    assert scopes[0] is not None
+    assert scopes[0] is scopes[1]
+
+
+def test_context_goes_with_its_last_reference(make_app: AppFactory) -> None:
+    """No cycle runs through a request context whose scope has ended (behaviour 10)."""
+    app = make_late(make_app())
+    references: list[weakref.ref[t.Any]] = []
+
+    @app.get("/")
+    def index() -> str:
+        run(int)
+        references.append(weakref.ref(find_request_context()))
+        return "ok"
+
+    gc.disable()
+
+    try:
+        app.test_client().get("/").close()
+        assert references[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_threads_that_open_the_scope_at_once(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two threads with the same contexts, both get the scope of the first."""
+    app = make_late(make_app())
+    events: list[str] = []
+    scopes: list[object] = []
+    keep = endings.keep
+
+    def keep_late(request_context: object, scope: TaskScope) -> TaskScope:
+        monkeypatch.setattr(stack, "keep", keep)
+        other = threading.Thread(target=contextvars.copy_context().run, args=[second])
+        other.start()
+        other.join(PATIENCE)
+        return keep(request_context, scope)
+
+    def second() -> None:
+        run(events.append, "second")
+        scopes.append(current_scope())
+
+    monkeypatch.setattr(stack, "keep", keep_late)
+
+    with app.test_request_context():
+        run(events.append, "first")
+        scopes.append(current_scope())
+
+    assert scopes[0] is scopes[1]
+    assert events == ["second", "first"]
 
 
 @pytest.mark.parametrize("inner", ["same", "other", "mounted"])
@@ -636,6 +731,20 @@ def test_copied_context_that_outlives_the_request(make_app: AppFactory) -> None:
     returned.set()
     threads[0].join(PATIENCE)
     assert events == ["view", "copied"]
+
+
+def test_context_variables_that_outlive_the_request(make_app: AppFactory) -> None:
+    """Once the request is over, run() is a plain call in them (behaviour 7)."""
+    app = make_app()
+    threads: list[int] = []
+
+    with app.test_request_context():
+        run(int)
+        context = contextvars.copy_context()
+
+    assert context.run(current_scope) is None
+    context.run(run, lambda: threads.append(threading.get_ident()))
+    assert threads == [threading.get_ident()]
 
 
 def test_foreign_executor(make_app: AppFactory) -> None:

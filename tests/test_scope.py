@@ -21,17 +21,17 @@ from interleaving import HeldThreads
 from interleaving import RefusingThreads
 from interleaving import run_in_thread
 
+from flask_apitask import jobs
 from flask_apitask import ScopeClosed
 from flask_apitask import TaskScope
-from flask_apitask.scope import Job
-from flask_apitask.threads import How
 from flask_apitask.threads import Threads
 from flask_apitask.threads import Worker
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-T = t.TypeVar("T")
+    from flask_apitask.jobs import Call
+    from flask_apitask.threads import How
 
 CONTAINED = [
     ValueError,
@@ -53,16 +53,6 @@ class Greeting:
 
     def run(self) -> str:
         return "hello"
-
-
-class Noted(Job[T]):
-    """A job that notes on which kind of thread each one runs."""
-
-    hows: t.ClassVar[list[str]] = []
-
-    def call(self, how: How) -> T:
-        self.hows.append(how)
-        return super().call(how)
 
 
 class Gate:
@@ -196,9 +186,9 @@ def test_scope_ends_while_a_task_is_bound() -> None:
 
         def run(self) -> None: ...
 
-    def bind(task: t.Any, args: t.Any, kwargs: t.Any) -> Job[t.Any]:
+    def bind(task: t.Any, args: t.Any, kwargs: t.Any) -> Call[t.Any]:
         scope.end()
-        return Job(task, args, kwargs)
+        return jobs.bind(task, args, kwargs)
 
     scope = make_scope(bind=bind)
     scope._lock = lock  # type: ignore[assignment]
@@ -559,18 +549,21 @@ def test_refused_after_a_thread_took_it() -> None:
 
 def test_jobs_know_where_they_run() -> None:
     """A job is told whether a thread, a helper or its submitter runs it."""
-    Noted.hows.clear()
+    hows: list[How] = []
 
-    with make_scope(bind=Noted) as scope:
+    def bind(task: t.Any, args: t.Any, kwargs: t.Any) -> Call[None]:
+        return hows.append
+
+    with make_scope(bind=bind) as scope:
         scope.submit(nothing).result(PATIENCE)
 
-    with make_scope(threads=HeldThreads(), bind=Noted) as scope:
+    with make_scope(threads=HeldThreads(), bind=bind) as scope:
         scope.submit(nothing)
 
-    with make_scope(threads=RefusingThreads(), bind=Noted) as scope:
+    with make_scope(threads=RefusingThreads(), bind=bind) as scope:
         scope.submit(nothing)
 
-    assert Noted.hows == ["thread", "helped", "inline"]
+    assert hows == ["thread", "helped", "inline"]
 
 
 @pytest.mark.parametrize("threads", [Threads, HeldThreads])
@@ -590,45 +583,36 @@ def test_exceptions_are_contained(
         assert following.result(0) == 3
 
 
-def test_callback_that_raises(caplog: pytest.LogCaptureFixture) -> None:
-    """A future's callback that raises is logged by the standard library, once."""
-    with make_scope(max_workers=1, threads=HeldThreads()) as scope:
+@pytest.mark.parametrize("how", ["thread", "helped", "cancelled"])
+@pytest.mark.parametrize("error_type", CONTAINED)
+def test_callback_that_raises(
+    error_type: type[BaseException], how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A future's callback that raises is logged, and holds up nobody.
+
+    The standard library lets through what is no ``Exception``.
+    """
+    threads = HeldThreads()
+    called: list[concurrent.futures.Future[None]] = []
+
+    with make_scope(max_workers=1, threads=threads) as scope:
         future = scope.submit(nothing)
-        future.add_done_callback(lambda _: fail(ValueError("callback")))
+        future.add_done_callback(lambda _: fail(error_type("callback")))
+        future.add_done_callback(called.append)
         following = scope.submit(len, "abc")
+
+        if how == "thread":
+            threads.come()
+        elif how == "cancelled":
+            future.cancel()
+
         scope.wait()
         assert following.result(0) == 3
 
-    assert [record.name for record in caplog.records] == ["concurrent.futures"]
-
-
-@pytest.mark.parametrize("how", ["thread", "helped"])
-@pytest.mark.parametrize("error_type", [SystemExit, asyncio.CancelledError])
-def test_callback_that_raises_a_base_exception(
-    error_type: type[BaseException], how: str
-) -> None:
-    """A future's callback that raises what is no ``Exception`` holds up nobody.
-
-    The standard library lets it through to the thread that completes the future.
-    """
-    threads = HeldThreads()
-    scope = make_scope(max_workers=1, threads=threads)
-    future = scope.submit(nothing)
-    future.add_done_callback(lambda _: fail(error_type("callback")))
-    following = scope.submit(len, "abc")
-
-    def serve() -> None:
-        with contextlib.suppress(error_type):
-            threads.calls.pop(0)() if how == "thread" else scope.wait()
-
-    run_in_thread(serve)
-    # A helper that failed need not have run all, but what is left can be waited for.
-    waiting = threading.Thread(target=scope.shutdown, daemon=True)
-    waiting.start()
-    waiting.join(PATIENCE / 10)
-    assert not waiting.is_alive(), "the slot of the first task was not given back"
-    assert future.done()
-    assert following.result(0) == 3
+    assert called == [future]
+    assert [record.name for record in caplog.records] == ["flask_apitask.futures"]
+    assert caplog.records[0].exc_info
+    assert isinstance(caplog.records[0].exc_info[1], error_type)
 
 
 def test_cancelled_future_is_skipped() -> None:
@@ -845,7 +829,7 @@ def test_stack_of_a_task_that_is_just_beginning() -> None:
 
 def test_stack_of_a_task_on_no_thread_of_the_system() -> None:
     """A task that a greenlet runs is reported without a stack."""
-    job: Job[None] = Job(nothing, (), {})
+    job: jobs.Job[None] = jobs.Job(nothing, jobs.bind(nothing, (), {}))
     assert job.describe({}) == (
         "test_scope.nothing",
         "  (no stack: it runs on no thread of the system)\n",

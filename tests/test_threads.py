@@ -8,6 +8,7 @@ import textwrap
 import threading
 import typing as t
 import weakref
+from collections import deque
 from unittest import mock
 
 import pytest
@@ -224,6 +225,24 @@ def test_scope_that_ended_waits_for_no_thread() -> None:
     assert not threads._waiting
     # As if it had been served in the meantime.
     threads.dismiss(scope)
+
+
+def test_thread_comes_and_goes_while_a_scope_is_added() -> None:
+    """Somebody is sent for though one seemed to be on its way."""
+    threads = HeldThreads()
+    served: list[tuple[str, How]] = []
+    threads.summon(Served("first", served))
+
+    class Slow(deque[t.Any]):
+        def append(self, scope: t.Any) -> None:
+            threads.come()
+            super().append(scope)
+
+    threads._waiting = Slow(threads._waiting)
+    threads.summon(Served("second", served))
+    assert served == [("first", "thread")]
+    threads.come()
+    assert served == [("first", "thread"), ("second", "thread")]
 
 
 def test_interrupted_wait_leaves_no_waiter() -> None:
@@ -542,11 +561,13 @@ def test_fork_in_a_view(block: str) -> None:
 
 
 @forks
+@pytest.mark.parametrize("locked", [False, True])
 @pytest.mark.parametrize("busy", [0, 1])
-def test_fork_in_a_task(busy: int) -> None:
+def test_fork_in_a_task(busy: int, locked: bool) -> None:
     """A child that returns from a task leaves those after it to the parent.
 
-    Also where the waiting thread has found nothing free in its first round of help.
+    Also where the waiting thread has found nothing free in its first round of help, or
+    where another had the lock, which nobody in the child ever gives back.
     """
     printed = run_script(
         f"""
@@ -566,8 +587,18 @@ def test_fork_in_a_task(busy: int) -> None:
                 return super()._take(last) if self.rounds > {busy} else None
 
         children = []
+
+        def fork():
+            if {locked}:
+                scope._lock.__enter__()
+
+            children.append(os.fork())
+
+            if {locked} and children[0]:
+                scope._lock.__exit__(None, None, None)
+
         scope = BusyScope(LateThreads(1), max_workers=1)
-        scope.submit(lambda: children.append(os.fork()))
+        scope.submit(fork)
         scope.submit(print, "second", flush=True)
         scope.wait()
 

@@ -7,9 +7,9 @@ from collections import deque
 import flask_mail
 from flask import current_app
 
-from .. import stack
+from ..binding import notify
 from ..exceptions import DeliveryError
-from ..jobs import notify
+from ..stack import run
 from ..tasks import task
 from .envelope import Server
 from .pool import ConnectionPool
@@ -88,7 +88,7 @@ class Background:
 
     def close(self) -> None:
         if self._letters:
-            stack.run_task(deliver, (self._pool, self._letters), {})
+            run(deliver, self._pool, self._letters)
 
 
 @task("flask_mail.send")
