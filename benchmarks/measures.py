@@ -1,9 +1,6 @@
 """Write and print what was measured against the measures that the project set itself.
 
 Fails only if something is off by more than a factor of two: the machine may be noisy.
-What can't fail is a peer that pays one wake-up, and hardly more, for its only task. How
-long that takes is up to the system: a factor of four lies between a processor that has
-just become idle and one that sleeps.
 """
 
 from __future__ import annotations
@@ -24,18 +21,14 @@ NOISE_FACTOR: t.Final = 2.0
 
 
 class Measure(t.NamedTuple):
-    """One figure that was measured, and the most that it should be.
-
-    :param steady: Whether it is the same on any machine, give or take some noise.
-    """
+    """One figure that was measured, and the most that it should be."""
 
     label: str
     value: float
     most: float
-    steady: bool = True
 
     def is_far_off(self) -> bool:
-        return self.steady and self.value > self.most * NOISE_FACTOR
+        return self.value > self.most * NOISE_FACTOR
 
 
 def read(folder: pathlib.Path, python: str) -> dict[str, dict[str, t.Any]]:
@@ -91,8 +84,7 @@ def _dispatch(result: dict[str, t.Any]) -> cabc.Iterator[Measure]:
 
         for name in [name for name in limits if name in over]:
             label = f"{tasks} no-op: ours / {contenders.ALL[name].label}"
-            steady = tasks > 1 or name == "request_pool"
-            yield Measure(label, over[OURS] / over[name], limits[name], steady)
+            yield Measure(label, over[OURS] / over[name], limits[name])
 
     over = cases["5 ms of I/O", 8]
     best = min(_peers(over), key=over.__getitem__)
