@@ -47,7 +47,7 @@ class Closing:
         """Call what was added, once."""
         self._closed = True
 
-        for end in _drain(self._ends):
+        for end in drain(self._ends):
             # In a copy, as another thread may be in this one.
             self._context.copy().run(end)
 
@@ -87,14 +87,14 @@ def find_closing(request_context: object) -> Closing | None:
 
 
 def _close(pending: deque[Closing]) -> None:
-    for closing in _drain(pending):
+    for closing in drain(pending):
         closing.close()
 
 
 T = t.TypeVar("T")
 
 
-def _drain(items: deque[T]) -> cabc.Iterator[T]:
+def drain(items: deque[T]) -> cabc.Iterator[T]:
     """Take and yield each item, also where another thread does the same."""
     while True:
         try:

@@ -24,7 +24,7 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED = hasattr(AppContext, "has_request")
 
-# Of a request context: the push of it that was torn down.
+# Of a request context: that it is torn down.
 _OVER = "_flask_apitask_over"
 
 
@@ -45,22 +45,17 @@ find_request_context = (
 )
 
 
-def mark_over(request_context: t.Any) -> None:
-    """Note that a request is torn down, though what comes after this still sees it."""
-    # It may be pushed anew: Flask 3.1.3 does so for the body of stream_with_context().
-    push = MERGED or request_context._cv_tokens[-1][0]
-    setattr(request_context, _OVER, push)
+def mark_over(request_context: object) -> None:
+    """Note that a request is torn down, though what is called after this still sees it.
+
+    From Flask 3.2 on. Before, it is over when it is popped.
+    """
+    setattr(request_context, _OVER, True)
 
 
 def is_over(request_context: t.Any) -> bool:
     """Return whether nobody would end a scope that is opened in a request now."""
-    over = getattr(request_context, _OVER, None)
-
-    if MERGED:
-        return over is not None
-
-    pushes = request_context._cv_tokens
-    return not pushes or pushes[-1][0] is over
+    return hasattr(request_context, _OVER) or not (MERGED or request_context._cv_tokens)
 
 
 class Block(t.NamedTuple):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import typing as t
+from collections import deque
 
 from flask import got_request_exception
 from flask import request_finished
@@ -16,8 +18,6 @@ from .context import MERGED
 from .threads import this_process
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
     from flask import Flask
     from flask import Response
 
@@ -72,22 +72,25 @@ def _answers_first(app: Flask) -> bool:
     return config.wait == "close"
 
 
-def keep(request_context: object, scope: TaskScope) -> TaskScope:
+def keep(request_context: object, scope: TaskScope) -> TaskScope | None:
     """Keep a scope until the end of the request, and return the one that is kept.
 
-    Another thread with the very same context may have come first.
+    Another thread with the very same context may have come first. There is none if the
+    request is over.
     """
     with this_process().lock:
-        kept: TaskScope | None = getattr(request_context, SCOPE, None)
+        kept: TaskScope = getattr(request_context, SCOPE, None) or scope
 
-        if kept is not None:
-            return kept
-
-        if not hasattr(request_context, _LEFT):
+        if kept is scope:
+            setattr(request_context, SCOPE, scope)
             _guard(request_context)
 
-        setattr(request_context, SCOPE, scope)
-        return scope
+    # Who ends the request makes it so before it looks for what is kept.
+    if is_over(request_context):
+        kept.shutdown()
+        return None
+
+    return kept
 
 
 def leave_to_response(app: Flask, scope: TaskScope) -> bool:
@@ -97,45 +100,61 @@ def leave_to_response(app: Flask, scope: TaskScope) -> bool:
     if request_context is None or request_context.app is not app:
         return False
 
-    if is_over(request_context):
-        return False
-
     connect(app)
-    scope.shutdown(wait=False)
 
     with this_process().lock:
-        left: list[TaskScope] = getattr(request_context, _LEFT, [])
+        left: deque[TaskScope] = getattr(request_context, _LEFT, deque())
+        setattr(request_context, _LEFT, left)
+        _guard(request_context)
+        left.append(scope)
 
-        if not (left or hasattr(request_context, SCOPE)):
-            _guard(request_context)
-
-        setattr(request_context, _LEFT, [*left, scope])
-
-    return True
+    scope.shutdown(wait=False)
+    # To end it twice is harmless.
+    return not is_over(request_context)
 
 
-def _guard(request_context: t.Any) -> None:
-    """Have what is kept for a request ended though another's teardown function fails.
+class _Guard:
+    """Ends what is kept for a request, should another's teardown function raise.
 
-    Before Flask 3.2, a function registered for ``teardown_request`` that raises keeps
-    those registered before it from running. One for ``teardown_appcontext`` would run,
-    but it is a price that each request pays, with tasks or without, and each task.
+    Before Flask 3.2, that keeps those ``teardown_request`` functions from running that
+    were registered before it. But whatever happens, a request context pops at last what
+    was pushed with it: an app context, or nothing where there was one. This is put into
+    that place. A function for ``teardown_appcontext`` would do as well, but is a price
+    that each request pays, with tasks or without, and each task.
     """
-    if not MERGED:
-        pop = request_context.pop
-        request_context.pop = functools.partial(_pop, request_context, pop)
 
+    __slots__ = ("_app_context", "_request_context")
 
-def _pop(request_context: t.Any, pop: cabc.Callable[..., None], *args: t.Any) -> None:
-    try:
-        pop(*args)
-    finally:
-        if not request_context._cv_tokens:
-            # It refers to itself by this.
-            del request_context.pop
+    def __init__(self, request_context: object, app_context: t.Any) -> None:
+        self._request_context = request_context
+        self._app_context = app_context
+
+    def pop(self, exc: BaseException | None) -> None:
+        """Take the place of :meth:`flask.ctx.AppContext.pop`."""
+        try:
+            request_context = self._request_context
 
             if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
                 _end_all(request_context, None)
+        finally:
+            if self._app_context is not None:
+                self._app_context.pop(exc)
+
+
+def _guard(request_context: t.Any) -> None:
+    if MERGED:
+        return
+
+    pushes = request_context._cv_tokens
+
+    try:
+        token, app_context = pushes[0]
+
+        if not isinstance(app_context, _Guard):
+            pushes[0] = token, _Guard(request_context, app_context)
+    except IndexError:
+        # Another thread has popped it meanwhile. It is over.
+        pass
 
 
 def end_request_scope(exc: BaseException | None) -> None:
@@ -144,7 +163,9 @@ def end_request_scope(exc: BaseException | None) -> None:
     Or have them end with the response, if they shall and if there is one.
     """
     request_context = find_request_context()
-    mark_over(request_context)
+
+    if MERGED:
+        mark_over(request_context)
 
     if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
         _end_all(request_context, closing.find_closing(request_context))
@@ -152,24 +173,26 @@ def end_request_scope(exc: BaseException | None) -> None:
 
 def _end_all(request_context: t.Any, at_close: closing.Closing | None) -> None:
     app: Flask = request_context.app
-    left: list[TaskScope] | None = getattr(request_context, _LEFT, None)
-
-    if left is not None:
-        # One by one: the guard finds the others if a wait is interrupted.
-        while left:
-            _end_with(at_close, app, left.pop(0))
-
-        delattr(request_context, _LEFT)
-
     scope: TaskScope | None = getattr(request_context, SCOPE, None)
+    left: deque[TaskScope] | None = getattr(request_context, _LEFT, None)
 
-    if scope is not None:
-        delattr(request_context, SCOPE)
+    try:
+        if left:
+            _end_left(left, app, at_close)
+    finally:
+        if scope is not None:
+            delattr(request_context, SCOPE)
+            at_own_close = at_close if at_close and _answers_first(app) else None
+            _end_with(at_own_close, app, scope)
 
-        if at_close is not None and not _answers_first(app):
-            at_close = None
 
-        _end_with(at_close, app, scope)
+def _end_left(
+    left: deque[TaskScope], app: Flask, at_close: closing.Closing | None
+) -> None:
+    """End what views have left, in order, and all though one wait is interrupted."""
+    with contextlib.ExitStack() as ends:
+        for scope in reversed([*closing.drain(left)]):
+            ends.callback(_end_with, at_close, app, scope)
 
 
 def _end_with(at_close: closing.Closing | None, app: Flask, scope: TaskScope) -> None:

@@ -24,7 +24,8 @@ class BargingLock:
         when it releases; the second wakes one at once.
 
     Assumption, as for :class:`threading.Condition`: no signal handler raises in the
-    instant between the lock being taken and the block that it guards.
+    instants between the lock being taken and the block that it guards, and between the
+    lock being released and one being woken.
     """
 
     __slots__ = ("_sleepers", "_token")

@@ -11,7 +11,6 @@ from .context import Block
 from .context import current_block
 from .context import find_app_context
 from .context import find_request_context
-from .context import is_over
 from .endings import keep
 from .endings import SCOPE
 from .exceptions import ScopeClosed
@@ -75,7 +74,7 @@ def find_scope() -> TaskScope | None:
 def _open_request_scope(app: Flask, request_context: t.Any) -> TaskScope | None:
     state: AppState | None = app.extensions.get("apitask")
 
-    if state is None or not state.config.enabled or is_over(request_context):
+    if state is None or not state.config.enabled:
         return None
 
     config = state.config

@@ -237,10 +237,10 @@ class Threads:
                     if self._returns_too_many(worker):
                         return False
 
-                if not self._waiting:
+                try:
+                    scope = self._waiting.popleft()
+                except IndexError:
                     return worker is not None and self._keep(worker)
-
-                scope = self._waiting.popleft()
 
                 following = None
 

@@ -5,6 +5,7 @@ import random
 import threading
 import types
 import typing as t
+from collections import deque
 from unittest import mock
 
 from conftest import PATIENCE
@@ -228,6 +229,27 @@ class _SwitchLock:
         self.release()
 
 
+class _SwitchDeque(deque[t.Any]):
+    """Scopes that wait for a thread, at which threads are switched."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self._pause = schedule.pause
+
+    def append(self, scope: t.Any) -> None:
+        self._pause()
+        super().append(scope)
+        self._pause()
+
+    def popleft(self) -> t.Any:
+        self._pause()
+        return super().popleft()
+
+    def remove(self, scope: t.Any) -> None:
+        self._pause()
+        super().remove(scope)
+
+
 class ScheduledThreads(Threads):
     """A pool of the threads of a schedule.
 
@@ -241,6 +263,7 @@ class ScheduledThreads(Threads):
         self._schedule = schedule
         self._refusals = refusals
         self._lock = schedule.make_lock()
+        self._waiting = _SwitchDeque(schedule)
         self._calls: list[cabc.Callable[[], object]] = []
 
         for _ in range(size):

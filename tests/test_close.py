@@ -43,11 +43,13 @@ from werkzeug.test import EnvironBuilder
 
 from flask_apitask import ApiTask
 from flask_apitask import current_scope
+from flask_apitask import endings
 from flask_apitask import open_scope
 from flask_apitask import run
 from flask_apitask import ScopeClosed
 from flask_apitask import scoped
 from flask_apitask import task_finished
+from flask_apitask import TaskScope
 from flask_apitask import wait
 from flask_apitask.closing import Closing
 from flask_apitask.context import find_request_context
@@ -1317,6 +1319,62 @@ def test_request_inside_a_task(make_app: AppFactory) -> None:
     app.add_url_rule("/", "index", answering(serve, app, events, "/inner"))
     app.test_client().get("/")
     assert events == ["returned", "sent", "task", "closed"]
+
+
+@pytest.mark.parametrize("moment", ["_guard", "is_over"])
+def test_request_that_ends_while_a_function_leaves(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """What a function has started is ended by the request, or where it returns."""
+    app = make_late(make_app())
+    done: list[str] = []
+    request_context = app.test_request_context()
+    request_context.push()
+    original = getattr(endings, moment)
+
+    def end_first(context: object) -> object:
+        monkeypatch.undo()
+        request_context.pop()
+        return original(context)
+
+    monkeypatch.setattr(endings, moment, end_first)
+
+    @scoped(wait="close")
+    def function() -> None:
+        run(done.append, "task")
+
+    function()
+    assert done == ["task"]
+
+
+def test_interrupted_wait_for_what_was_left(make_app: AppFactory) -> None:
+    """A request waits for all else, in order, though one wait is interrupted."""
+    app = make_late(make_app())
+    done: list[str] = []
+    scopes: list[t.Any] = []
+
+    @scoped(wait="close")
+    def function(name: str) -> None:
+        scopes.append(current_scope())
+        run(done.append, name)
+
+    def interrupt() -> t.NoReturn:
+        raise KeyboardInterrupt
+
+    def be_in_request() -> None:
+        with app.test_request_context():
+            run(done.append, "own")
+            function("first")
+            function("second")
+            function("third")
+            scopes[0].end = interrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        be_in_request()
+
+    assert done == ["second", "third", "own"]
+    # As the interrupted wait would have.
+    TaskScope.end(scopes[0])
 
 
 @pytest.mark.parametrize("left", [False, True])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import gc
 import http.client
@@ -30,6 +31,7 @@ from flask_apitask import run
 from flask_apitask import stack
 from flask_apitask import wait
 from flask_apitask.context import find_request_context
+from flask_apitask.context import MERGED
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -442,6 +444,42 @@ def test_another_teardown_that_raises_in_an_app_context(make_app: AppFactory) ->
         assert current_scope() is None
 
 
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_scope_that_is_opened_in_a_teardown(
+    make_app: AppFactory, fails: bool, outer: bool
+) -> None:
+    """A scope that a teardown function opens is ended, though another raises.
+
+    And the request context goes, without the garbage collector (behaviours 5 and 10).
+    """
+    app = make_late(make_app())
+    app.add_url_rule("/", "index", lambda: "ok")
+    events: list[str] = []
+    references: list[weakref.ref[t.Any]] = []
+    note_return(app, events)
+
+    if fails:
+        raise_in_teardown(app)
+
+    @app.teardown_request
+    def late(exc: BaseException | None) -> None:
+        run(events.append, "task")
+        references.append(weakref.ref(find_request_context()))
+
+    gc.disable()
+
+    try:
+        with app.app_context() if outer else contextlib.nullcontext():
+            with contextlib.suppress(Exception):
+                app.test_client().get("/").close()
+
+            assert events == ["task", "returned"]
+            assert references[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_context_that_is_pushed_twice(make_app: AppFactory) -> None:
     """A request is over when its context is popped for the last time."""
     app = make_late(make_app())
@@ -513,7 +551,7 @@ def test_threads_that_open_the_scope_at_once(
     scopes: list[object] = []
     keep = endings.keep
 
-    def keep_late(request_context: object, scope: TaskScope) -> TaskScope:
+    def keep_late(request_context: object, scope: TaskScope) -> TaskScope | None:
         monkeypatch.setattr(stack, "keep", keep)
         other = threading.Thread(target=contextvars.copy_context().run, args=[second])
         other.start()
@@ -605,6 +643,23 @@ def test_app_context_of_another_app_in_a_request(make_app: AppFactory) -> None:
             assert run(threading.get_ident).result(0) == threading.get_ident()
 
         assert current_scope() is scope
+
+
+def test_app_context_of_the_app_in_a_request(make_app: AppFactory) -> None:
+    """It makes no difference, but that no request is in it from Flask 3.2 on."""
+    app = make_late(make_app())
+    events: list[str] = []
+
+    with app.test_request_context():
+        scope = current_scope()
+
+        with app.app_context():
+            assert current_scope() is (None if MERGED else scope)
+            run(events.append, "task")
+
+        assert events == (["task"] if MERGED else [])
+
+    assert events == ["task"]
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -744,6 +799,24 @@ def test_context_variables_that_outlive_the_request(make_app: AppFactory) -> Non
 
     assert context.run(current_scope) is None
     context.run(run, lambda: threads.append(threading.get_ident()))
+    assert threads == [threading.get_ident()]
+
+
+def test_request_that_ends_while_its_scope_is_opened(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then run() is a plain call, as nobody would end the scope (behaviour 7)."""
+    app = make_app()
+    threads: list[int] = []
+    request_context = app.test_request_context()
+    request_context.push()
+
+    def keep_late(context: object, scope: TaskScope) -> TaskScope | None:
+        request_context.pop()
+        return endings.keep(context, scope)
+
+    monkeypatch.setattr(stack, "keep", keep_late)
+    run(lambda: threads.append(threading.get_ident()))
     assert threads == [threading.get_ident()]
 
 
