@@ -15,7 +15,6 @@ from .context import find_request_context
 from .context import is_over
 from .context import mark_over
 from .context import MERGED
-from .threads import this_process
 
 if t.TYPE_CHECKING:
     from flask import Flask
@@ -24,6 +23,7 @@ if t.TYPE_CHECKING:
     from .config import Config
     from .scope import Overdue
     from .scope import TaskScope
+    from .threads import Process
 
 # Of a request context: its own scope, and those that a view has left already, but that
 # end with the response. A copy of the context, in another thread or in the same, has
@@ -72,13 +72,15 @@ def _answers_first(app: Flask) -> bool:
     return config.wait == "close"
 
 
-def keep(request_context: object, scope: TaskScope) -> TaskScope | None:
+def keep(
+    request_context: object, scope: TaskScope, process: Process
+) -> TaskScope | None:
     """Keep a scope until the end of the request, and return the one that is kept.
 
     Another thread with the very same context may have come first. There is none if the
     request is over.
     """
-    with this_process().lock:
+    with process.lock:
         kept: TaskScope = getattr(request_context, SCOPE, None) or scope
 
         if kept is scope:
@@ -102,7 +104,9 @@ def leave_to_response(app: Flask, scope: TaskScope) -> bool:
 
     connect(app)
 
-    with this_process().lock:
+    process: Process = app.extensions["apitask"].threads.process
+
+    with process.lock:
         left: deque[TaskScope] = getattr(request_context, _LEFT, deque())
         setattr(request_context, _LEFT, left)
         _guard(request_context)
@@ -182,8 +186,11 @@ def _end_all(request_context: t.Any, at_close: closing.Closing | None) -> None:
     finally:
         if scope is not None:
             delattr(request_context, SCOPE)
-            at_own_close = at_close if at_close and _answers_first(app) else None
-            _end_with(at_own_close, app, scope)
+
+            if at_close is not None and _answers_first(app):
+                _hand_over(at_close, app, scope)
+            else:
+                end(app, scope)
 
 
 def _end_left(
@@ -192,15 +199,15 @@ def _end_left(
     """End what views have left, in order, and all though one wait is interrupted."""
     with contextlib.ExitStack() as ends:
         for scope in reversed([*closing.drain(left)]):
-            ends.callback(_end_with, at_close, app, scope)
+            if at_close is None:
+                ends.callback(end, app, scope)
+            else:
+                ends.callback(_hand_over, at_close, app, scope)
 
 
-def _end_with(at_close: closing.Closing | None, app: Flask, scope: TaskScope) -> None:
-    if at_close is None:
-        end(app, scope)
-    else:
-        scope.shutdown(wait=False)
-        at_close.add(functools.partial(end, app, scope))
+def _hand_over(at_close: closing.Closing, app: Flask, scope: TaskScope) -> None:
+    scope.shutdown(wait=False)
+    at_close.add(functools.partial(end, app, scope))
 
 
 def end(app: Flask, scope: TaskScope) -> None:

@@ -13,7 +13,6 @@ from .jobs import Job
 from .locks import BargingLock
 from .tasks import check_task
 from .tasks import task_name
-from .threads import this_process
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -151,7 +150,7 @@ class TaskScope(concurrent.futures.Executor):
         self._unfinished = 0
         self._summoned = False
         self._closed = False
-        self._process = this_process()
+        self._process = threads.process
 
     @property
     def closed(self) -> bool:

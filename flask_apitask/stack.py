@@ -80,7 +80,7 @@ def _open_request_scope(app: Flask, request_context: t.Any) -> TaskScope | None:
     config = state.config
     request = request_context.request
     scope = _make_scope(app, config.max_workers, config.timeout, request)
-    return keep(request_context, scope)
+    return keep(request_context, scope, state.threads.process)
 
 
 @t.overload

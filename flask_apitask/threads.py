@@ -31,11 +31,6 @@ _process = Process()
 _all: weakref.WeakSet[Threads] = weakref.WeakSet()
 
 
-def this_process() -> Process:
-    """Return what stands for the process that calls."""
-    return _process
-
-
 class Servable(t.Protocol):
     """What has work for a thread: a scope."""
 
@@ -105,7 +100,10 @@ class Threads:
         _all.add(self)
 
     def begin(self) -> None:
-        """Forget all threads and scopes. Nobody else may use this object meanwhile."""
+        """Forget all threads and scopes. Nobody else may use this object meanwhile.
+
+        ``process`` stands for the process that is to use it from now on.
+        """
         # Scopes come and are dismissed without the lock: see "Lost scope".
         self._waiting: deque[Servable] = deque()
         # Guards all below, and the choice of the next scope.
@@ -115,6 +113,7 @@ class Threads:
         self._asleep: list[Worker] = []
         self._overdue: set[Worker] = set()
         self._ended = False
+        self.process = _process
 
     def summon(self, scope: Servable) -> None:
         """Have a thread serve a scope, or do it here if none can be had."""

@@ -551,12 +551,12 @@ def test_threads_that_open_the_scope_at_once(
     scopes: list[object] = []
     keep = endings.keep
 
-    def keep_late(request_context: object, scope: TaskScope) -> TaskScope | None:
+    def keep_late(request_context: object, *args: t.Any) -> TaskScope | None:
         monkeypatch.setattr(stack, "keep", keep)
         other = threading.Thread(target=contextvars.copy_context().run, args=[second])
         other.start()
         other.join(PATIENCE)
-        return keep(request_context, scope)
+        return keep(request_context, *args)
 
     def second() -> None:
         run(events.append, "second")
@@ -811,9 +811,9 @@ def test_request_that_ends_while_its_scope_is_opened(
     request_context = app.test_request_context()
     request_context.push()
 
-    def keep_late(context: object, scope: TaskScope) -> TaskScope | None:
+    def keep_late(context: object, *args: t.Any) -> TaskScope | None:
         request_context.pop()
-        return endings.keep(context, scope)
+        return endings.keep(context, *args)
 
     monkeypatch.setattr(stack, "keep", keep_late)
     run(lambda: threads.append(threading.get_ident()))
