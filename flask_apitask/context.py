@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import functools
 import operator
 import typing as t
@@ -58,7 +59,8 @@ def is_over(request_context: t.Any) -> bool:
     return hasattr(request_context, _OVER) or not (MERGED or request_context._cv_tokens)
 
 
-class Block(t.NamedTuple):
+@dataclasses.dataclass(slots=True, eq=False)
+class Block:
     """A ``with`` block around the caller, or the task that the caller is inside of.
 
     :param scope: The block's scope; ``None`` for a task, where another one is a plain
