@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import functools
 import time
 import typing as t
 from types import CoroutineType
@@ -25,53 +24,49 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
     from .context import Block
-    from .jobs import Call
+    from .jobs import Job
     from .threads import How
 
 T = t.TypeVar("T")
 
 
-def bind(
-    app: Flask,
-    inside: Block,
-    task: t.Any,
-    args: tuple[t.Any, ...],
-    kwargs: dict[str, t.Any],
-) -> Call[t.Any]:
-    """Bind a task to its caller's context variables, and an app context of its own.
+class ContextBinding:
+    """Gives a task its caller's context variables, and an app context of its own.
 
     What it raises is logged, once, before it is raised to the future.
 
     :param app: Whose context it is, and who sends the signals.
     :param inside: Marks that what the task calls is inside of it.
     """
-    context: t.Any = contextvars.copy_context()
-    submitted = time.monotonic()
-    return functools.partial(
-        context.run, _call, app, inside, submitted, task, args, kwargs
-    )
 
+    __slots__ = ("_app", "_inside")
 
-def _call(
-    app: Flask,
-    inside: Block,
-    submitted: float,
-    task: t.Any,
-    args: tuple[t.Any, ...],
-    kwargs: dict[str, t.Any],
-    how: How,
-) -> t.Any:
-    started = time.monotonic()
-    current_block.set(inside)
+    capture = staticmethod(contextvars.copy_context)
 
-    try:
-        with task_context(app):
-            return call_observed(app, how, submitted, task, args, kwargs)
-    except BaseException as error:
-        duration = time.monotonic() - started
-        message = f"failed after {duration:.3f} s"
-        log_failure(app, task_name(task), message, error, duration)
-        raise
+    def __init__(self, app: Flask, inside: Block) -> None:
+        self._app = app
+        self._inside = inside
+
+    def call(self, job: Job[T], how: How) -> T:
+        """Call a job's task in its context, observed and contained."""
+        result: T = job.captured.run(self._call, job, how)
+        return result
+
+    def _call(self, job: Job[T], how: How) -> t.Any:
+        app = self._app
+        started = time.monotonic()
+        current_block.set(self._inside)
+
+        try:
+            with task_context(app):
+                return call_observed(
+                    app, how, job.submitted, job.task, job.args, job.kwargs
+                )
+        except BaseException as error:
+            duration = time.monotonic() - started
+            message = f"failed after {duration:.3f} s"
+            log_failure(app, task_name(job.task), message, error, duration)
+            raise
 
 
 def call_observed(

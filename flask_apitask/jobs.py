@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import functools
+import time
 import traceback
 import typing as t
 
@@ -16,34 +16,59 @@ if t.TYPE_CHECKING:
 
 T = t.TypeVar("T")
 
-# Calls a task that was bound to its arguments, and to whatever else it needs.
-Call: t.TypeAlias = "cabc.Callable[[How], T]"
-Binder: t.TypeAlias = (
-    "cabc.Callable[[t.Any, tuple[t.Any, ...], dict[str, t.Any]], Call[t.Any]]"
-)
-
 _NO_STACK = "  (no stack: it runs on no thread of the system)\n"
 
 
+class Binding(t.Protocol):
+    """What the tasks of a scope find around them."""
+
+    def capture(self) -> t.Any:
+        """Return what a task gets of its caller. In the submitting thread."""
+
+    def call(self, job: Job[T], how: How) -> T:
+        """Call a job's task in what was captured for it."""
+
+
 class Job(t.Generic[T]):
-    """A task and its future: what a scope queues, and runs once.
+    """A task, its arguments and its future: what a scope queues, and runs once.
 
     :param task: A callable or a :class:`Task`.
-    :param call: Calls it.
+    :param args: Its positional arguments.
+    :param kwargs: Its keyword arguments.
+    :param captured: What a :class:`Binding` has captured for it.
     """
 
-    __slots__ = ("call", "future", "index", "task", "thread")
+    __slots__ = (
+        "args",
+        "captured",
+        "future",
+        "index",
+        "kwargs",
+        "submitted",
+        "task",
+        "thread",
+    )
 
-    def __init__(self, task: t.Any, call: Call[T]) -> None:
+    def __init__(
+        self,
+        task: t.Any,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        captured: t.Any,
+    ) -> None:
         self.task: t.Any = task
-        self.call: Call[T] = call
+        self.args: tuple[t.Any, ...] = args
+        self.kwargs: dict[str, t.Any] = kwargs
+        self.captured: t.Any = captured
+        # Seconds of the monotonic clock.
+        self.submitted: float = time.monotonic()
         self.future: TaskFuture[T] = TaskFuture()
         # Its place among those submitted to its scope, from 1.
         self.index: int = 0
         # Of the thread that runs it.
         self.thread: int = 0
 
-    def run(self, how: How) -> None:
+    def run(self, how: How, binding: Binding) -> None:
         """Run the task, unless its future is cancelled.
 
         Who waits may go on as soon as the scope counts the job as done. By then nothing
@@ -52,18 +77,18 @@ class Job(t.Generic[T]):
         future = self.future
 
         if not future.set_running_or_notify_cancel():
-            del self.task, self.call, self.future
+            del self.task, self.args, self.kwargs, self.captured, self.future
             return
 
         try:
-            result = self.call(how)
+            result = binding.call(self, how)
         except BaseException as error:
-            del self.task, self.call, self.future
+            del self.task, self.args, self.kwargs, self.captured, self.future
             future.set_exception(error)
             # The traceback refers to this frame: no cycle from it to the exception.
             del future
         else:
-            del self.task, self.call, self.future
+            del self.task, self.args, self.kwargs, self.captured, self.future
             future.set_result(result)
 
     def describe(self, frames: cabc.Mapping[int, FrameType]) -> tuple[str, str] | None:
@@ -74,12 +99,15 @@ class Job(t.Generic[T]):
         return None if task is None else (task_name(task), stack)
 
 
-def bind(task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]) -> Call[t.Any]:
-    """Bind a task to its arguments alone."""
-    return functools.partial(_call, task, args, kwargs)
+class Unbound:
+    """A :class:`Binding` that gives a task nothing but its arguments."""
+
+    def capture(self) -> None:
+        pass
+
+    def call(self, job: Job[T], how: How) -> T:
+        result: T = call_task(job.task, job.args, job.kwargs)
+        return result
 
 
-def _call(
-    task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any], how: How
-) -> t.Any:
-    return call_task(task, args, kwargs)
+UNBOUND: t.Final = Unbound()

@@ -8,8 +8,8 @@ import warnings
 from collections import deque
 
 from .exceptions import ScopeClosed
-from .jobs import bind
 from .jobs import Job
+from .jobs import UNBOUND
 from .locks import BargingLock
 from .tasks import check_task
 from .tasks import task_name
@@ -17,7 +17,7 @@ from .tasks import task_name
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from .jobs import Binder
+    from .jobs import Binding
     from .threads import How
     from .threads import Threads
 
@@ -125,7 +125,7 @@ class TaskScope(concurrent.futures.Executor):
     :param threads: Where the threads come from.
     :param max_workers: Most tasks that run at once.
     :param timeout: Seconds that :meth:`end` waits, ``None`` for as long as it takes.
-    :param bind: Binds a task to its arguments, in the submitting thread.
+    :param binding: What the tasks find around them.
     """
 
     def __init__(
@@ -134,12 +134,12 @@ class TaskScope(concurrent.futures.Executor):
         *,
         max_workers: int,
         timeout: float | None = None,
-        bind: Binder = bind,
+        binding: Binding = UNBOUND,
     ) -> None:
         self._threads = threads
         self._max_workers = max_workers
         self._timeout = timeout
-        self._bind = bind
+        self._binding = binding
         # Guards all below. Held for bookkeeping only: never while a task, a callback
         # of a future or the pool runs.
         self._lock = BargingLock()
@@ -178,7 +178,7 @@ class TaskScope(concurrent.futures.Executor):
         if self._process.forked:
             raise self._refusal(fn)
 
-        job: Job[t.Any] = Job(fn, self._bind(fn, args, kwargs))
+        job: Job[t.Any] = Job(fn, args, kwargs, self._binding.capture())
         future: concurrent.futures.Future[t.Any] = job.future
 
         with self._lock:
@@ -352,7 +352,7 @@ class TaskScope(concurrent.futures.Executor):
     def _run(self, job: Job[t.Any] | None, how: How, last: float) -> None:
         """Run a job that was taken, and those after it up to an index."""
         while job is not None:
-            job.run(how)
+            job.run(how, self._binding)
             job = self._finish(job, last)
 
     def _may_summon(self) -> bool:
@@ -430,7 +430,7 @@ class TaskScope(concurrent.futures.Executor):
 
         for job in queued:
             job.future.cancel()
-            job.run("inline")
+            job.run("inline", self._binding)
             self._finish(job, 0)
 
         return names

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 import typing as t
 
-from .binding import bind
 from .binding import call_observed
+from .binding import ContextBinding
 from .context import Block
 from .context import current_block
 from .context import find_app_context
@@ -224,7 +223,7 @@ def _make_scope(
     app: Flask, max_workers: int, timeout: float | None, request: Request | None
 ) -> TaskScope:
     state: AppState = app.extensions["apitask"]
-    binder = functools.partial(bind, app, Block(app, None, request))
+    binding = ContextBinding(app, Block(app, None, request))
     return TaskScope(
-        state.threads, max_workers=max_workers, timeout=timeout, bind=binder
+        state.threads, max_workers=max_workers, timeout=timeout, binding=binding
     )

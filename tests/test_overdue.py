@@ -513,10 +513,10 @@ def test_task_that_is_about_to_begin_at_the_deadline(
     taken, go_on = threading.Event(), threading.Event()
 
     class Slow(Job[t.Any]):
-        def run(self, how: t.Any) -> None:
+        def run(self, *args: t.Any) -> None:
             taken.set()
             assert go_on.wait(PATIENCE)
-            super().run(how)
+            super().run(*args)
 
     monkeypatch.setattr(scope_module, "Job", Slow)
     scope = TaskScope(threads, max_workers=1, timeout=0.01)

@@ -21,17 +21,19 @@ from interleaving import HeldThreads
 from interleaving import RefusingThreads
 from interleaving import run_in_thread
 
-from flask_apitask import jobs
 from flask_apitask import ScopeClosed
 from flask_apitask import TaskScope
+from flask_apitask.jobs import Job
+from flask_apitask.jobs import Unbound
 from flask_apitask.threads import Threads
 from flask_apitask.threads import Worker
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from flask_apitask.jobs import Call
     from flask_apitask.threads import How
+
+T = t.TypeVar("T")
 
 CONTAINED = [
     ValueError,
@@ -142,13 +144,14 @@ def test_submit_refuses_what_is_no_task() -> None:
         assert repr(scope) == "<TaskScope open queued=0 running=0 max_workers=2>"
 
 
-def test_bind_fails_in_the_caller() -> None:
-    """A binder that raises leaves nothing behind in the queue."""
+def test_capture_fails_in_the_caller() -> None:
+    """A binding that raises leaves nothing behind in the queue."""
 
-    def bind(task: t.Any, args: t.Any, kwargs: t.Any) -> t.NoReturn:
-        raise LookupError("no context")
+    class Failing(Unbound):
+        def capture(self) -> t.NoReturn:
+            raise LookupError("no context")
 
-    with make_scope(bind=bind) as scope:
+    with make_scope(binding=Failing()) as scope:
         with pytest.raises(LookupError, match="no context"):
             scope.submit(nothing)
 
@@ -186,11 +189,11 @@ def test_scope_ends_while_a_task_is_bound() -> None:
 
         def run(self) -> None: ...
 
-    def bind(task: t.Any, args: t.Any, kwargs: t.Any) -> Call[t.Any]:
-        scope.end()
-        return jobs.bind(task, args, kwargs)
+    class Ending(Unbound):
+        def capture(self) -> None:
+            scope.end()
 
-    scope = make_scope(bind=bind)
+    scope = make_scope(binding=Ending())
     scope._lock = lock  # type: ignore[assignment]
     nosy: t.Any = Nosy()
 
@@ -551,16 +554,18 @@ def test_jobs_know_where_they_run() -> None:
     """A job is told whether a thread, a helper or its submitter runs it."""
     hows: list[How] = []
 
-    def bind(task: t.Any, args: t.Any, kwargs: t.Any) -> Call[None]:
-        return hows.append
+    class Noting(Unbound):
+        def call(self, job: Job[T], how: How) -> T:
+            hows.append(how)
+            return super().call(job, how)
 
-    with make_scope(bind=bind) as scope:
+    with make_scope(binding=Noting()) as scope:
         scope.submit(nothing).result(PATIENCE)
 
-    with make_scope(threads=HeldThreads(), bind=bind) as scope:
+    with make_scope(threads=HeldThreads(), binding=Noting()) as scope:
         scope.submit(nothing)
 
-    with make_scope(threads=RefusingThreads(), bind=bind) as scope:
+    with make_scope(threads=RefusingThreads(), binding=Noting()) as scope:
         scope.submit(nothing)
 
     assert hows == ["thread", "helped", "inline"]
@@ -829,7 +834,7 @@ def test_stack_of_a_task_that_is_just_beginning() -> None:
 
 def test_stack_of_a_task_on_no_thread_of_the_system() -> None:
     """A task that a greenlet runs is reported without a stack."""
-    job: jobs.Job[None] = jobs.Job(nothing, jobs.bind(nothing, (), {}))
+    job: Job[None] = Job(nothing, (), {}, None)
     assert job.describe({}) == (
         "test_scope.nothing",
         "  (no stack: it runs on no thread of the system)\n",
