@@ -41,6 +41,7 @@ class ContextBinding:
 
     __slots__ = ("_app", "_inside")
 
+    capture: staticmethod[[], contextvars.Context]
     capture = staticmethod(contextvars.copy_context)
 
     def __init__(self, app: Flask, inside: Block) -> None:

@@ -113,7 +113,7 @@ class Threads:
         self._asleep: list[Worker] = []
         self._overdue: set[Worker] = set()
         self._ended = False
-        self.process = _process
+        self.process: Process = _process
 
     def summon(self, scope: Servable) -> None:
         """Have a thread serve a scope, or do it here if none can be had."""
