@@ -103,7 +103,6 @@ def leave_to_response(app: Flask, scope: TaskScope) -> bool:
         return False
 
     connect(app)
-
     process: Process = app.extensions["apitask"].threads.process
 
     with process.lock:
@@ -118,13 +117,14 @@ def leave_to_response(app: Flask, scope: TaskScope) -> bool:
 
 
 class _Guard:
-    """Ends what is kept for a request, should another's teardown function raise.
+    """Ends what a request still keeps after its teardown functions.
 
-    Before Flask 3.2, that keeps those ``teardown_request`` functions from running that
-    were registered before it. But whatever happens, a request context pops at last what
-    was pushed with it: an app context, or nothing where there was one. This is put into
-    that place. A function for ``teardown_appcontext`` would do as well, but is a price
-    that each request pays, with tasks or without, and each task.
+    Before Flask 3.2, one for ``teardown_request`` that raises keeps those from running
+    that were registered before it, and one that is called after ours may start a task.
+    But whatever happens, a request context pops at last what was pushed with it: an app
+    context, or nothing where there was one. This is put into that place. A function for
+    ``teardown_appcontext`` would do as well, but is a price that each request pays, with
+    tasks or without, and each task.
     """
 
     __slots__ = ("_app_context", "_request_context")
