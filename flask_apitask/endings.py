@@ -123,8 +123,8 @@ class _Guard:
     that were registered before it, and one that is called after ours may start a task.
     But whatever happens, a request context pops at last what was pushed with it: an app
     context, or nothing where there was one. This is put into that place. A function for
-    ``teardown_appcontext`` would do as well, but is a price that each request pays, with
-    tasks or without, and each task.
+    ``teardown_appcontext`` would do as well, but is a price that each request pays, and
+    each task.
     """
 
     __slots__ = ("_app_context", "_request_context")
