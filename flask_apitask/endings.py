@@ -80,6 +80,9 @@ def keep(
     Another thread with the very same context may have come first. There is none if the
     request is over.
     """
+    if is_over(request_context):
+        return None
+
     with process.lock:
         kept: TaskScope = getattr(request_context, SCOPE, None) or scope
 
@@ -87,7 +90,7 @@ def keep(
             setattr(request_context, SCOPE, scope)
             _guard(request_context)
 
-    # Who ends the request makes it so before it looks for what is kept.
+    # Once more: who ends the request makes it so before it looks for what is kept.
     if is_over(request_context):
         kept.shutdown()
         return None
@@ -121,7 +124,7 @@ class _Guard:
 
     Before Flask 3.2, one for ``teardown_request`` that raises keeps those from running
     that were registered before it, and one that is called after ours may start a task.
-    But whatever happens, a request context pops at last what was pushed with it: an app
+    But whether or not, a request context pops at last what was pushed with it: an app
     context, or nothing where there was one. This is put into that place. A function for
     ``teardown_appcontext`` would do as well, but is a price that each request pays, and
     each task.
@@ -139,7 +142,7 @@ class _Guard:
             request_context = self._request_context
 
             if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
-                _end_all(request_context, None)
+                _end_all(request_context, closing.find_closing(request_context))
         finally:
             if self._app_context is not None:
                 self._app_context.pop(exc)

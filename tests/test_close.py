@@ -1321,6 +1321,25 @@ def test_request_inside_a_task(make_app: AppFactory) -> None:
     assert events == ["returned", "sent", "task", "closed"]
 
 
+def test_task_that_a_late_teardown_starts() -> None:
+    """It does not keep the answer, though it is called after ours."""
+    app = Flask(__name__)
+    app.config["APITASK_WAIT"] = "close"
+    events: list[str] = []
+    app.add_url_rule("/", "index", lambda: "ok")
+
+    # Registered before ours, and so called after it.
+    @app.teardown_request
+    def late(exc: BaseException | None) -> None:
+        run(events.append, "task")
+
+    ApiTask(app)
+    make_late(app)
+    serve(app, events)
+    at = IN_ORDER if not MERGED else ["task", "returned", "sent", "closed"]
+    assert events == at
+
+
 @pytest.mark.parametrize("moment", ["_guard", "is_over"])
 def test_request_that_ends_while_a_function_leaves(
     make_app: AppFactory, monkeypatch: pytest.MonkeyPatch, moment: str

@@ -802,6 +802,23 @@ def test_context_variables_that_outlive_the_request(make_app: AppFactory) -> Non
     assert threads == [threading.get_ident()]
 
 
+def test_late_thread_leaves_a_context_that_is_pushed_anew(
+    make_app: AppFactory,
+) -> None:
+    """A plain call after the request does not keep it from a scope later on."""
+    app = make_late(make_app())
+    request_context = app.test_request_context()
+
+    with request_context:
+        late = contextvars.copy_context()
+
+    late.run(run, int)
+
+    if not MERGED:
+        with request_context:
+            assert current_scope() is not None
+
+
 def test_request_that_ends_while_its_scope_is_opened(
     make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -811,11 +828,13 @@ def test_request_that_ends_while_its_scope_is_opened(
     request_context = app.test_request_context()
     request_context.push()
 
-    def keep_late(context: object, *args: t.Any) -> TaskScope | None:
-        request_context.pop()
-        return endings.keep(context, *args)
+    guard = endings._guard
 
-    monkeypatch.setattr(stack, "keep", keep_late)
+    def guard_late(context: object) -> None:
+        request_context.pop()
+        guard(context)
+
+    monkeypatch.setattr(endings, "_guard", guard_late)
     run(lambda: threads.append(threading.get_ident()))
     assert threads == [threading.get_ident()]
 
