@@ -142,7 +142,7 @@ class _Guard:
             request_context = self._request_context
 
             if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
-                _end_all(request_context, closing.find_closing(request_context))
+                _end_all(request_context)
         finally:
             if self._app_context is not None:
                 self._app_context.pop(exc)
@@ -175,11 +175,12 @@ def end_request_scope(exc: BaseException | None) -> None:
         mark_over(request_context)
 
     if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
-        _end_all(request_context, closing.find_closing(request_context))
+        _end_all(request_context)
 
 
-def _end_all(request_context: t.Any, at_close: closing.Closing | None) -> None:
+def _end_all(request_context: t.Any) -> None:
     app: Flask = request_context.app
+    at_close = closing.find_closing(request_context)
     scope: TaskScope | None = getattr(request_context, SCOPE, None)
     left: deque[TaskScope] | None = getattr(request_context, _LEFT, None)
 

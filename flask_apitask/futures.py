@@ -10,7 +10,8 @@ T = t.TypeVar("T")
 
 _logger = logging.getLogger(__name__)
 
-# A lock's class, whatever function makes one: gevent has another in its place.
+# A lock's class, whatever function makes one: gevent has another in its place. If that
+# comes after this import, the native one stays, and serves as well.
 _RLock: t.Any = type(threading.RLock())
 
 

@@ -802,6 +802,7 @@ def test_context_variables_that_outlive_the_request(make_app: AppFactory) -> Non
     assert threads == [threading.get_ident()]
 
 
+@pytest.mark.skipif(MERGED, reason="A context is over for good from Flask 3.2 on.")
 def test_late_thread_leaves_a_context_that_is_pushed_anew(
     make_app: AppFactory,
 ) -> None:
@@ -814,9 +815,8 @@ def test_late_thread_leaves_a_context_that_is_pushed_anew(
 
     late.run(run, int)
 
-    if not MERGED:
-        with request_context:
-            assert current_scope() is not None
+    with request_context:
+        assert current_scope() is not None
 
 
 def test_request_that_ends_while_its_scope_is_opened(
