@@ -17,8 +17,9 @@ if t.TYPE_CHECKING:
     import typing_extensions as te
     from ledger_mail import MailServer
 
-# Seconds after which a request without an answer has failed.
-PATIENCE: t.Final = 60.0
+# Seconds after which a request without an answer has failed. Fewer than those after
+# which pytest ends all of a run.
+PATIENCE: t.Final = 45.0
 
 
 # Mails of one request.

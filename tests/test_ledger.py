@@ -133,6 +133,9 @@ class Run:
                     load.wait_for_more(INTERVALS[self._event])
                     server = self._disturb(load, server, servers)
 
+                if self._event is Event.RESTART:
+                    self._settle(server)
+
             self._stop(server)
             begun = ledger.read_begun(self._begun)
             books = ledger.balance(load, begun, mail_server)
@@ -155,6 +158,16 @@ class Run:
     def _serving(self) -> set[int]:
         """Return the processes that have had requests."""
         return set(ledger.read_begun(self._begun).values())
+
+    def _settle(self, server: Server) -> None:
+        """Wait until all workers of a new server serve.
+
+        If a SIGTERM comes while one starts, uWSGI waits for that one for ever.
+        """
+        wait_until(
+            lambda: len(self._serving().intersection(server.workers())) == WORKERS,
+            ledger.PATIENCE,
+        )
 
     def _stop(self, server: Server) -> None:
         if self._is_uwsgi and self._event is not Event.RESTART:
@@ -183,6 +196,7 @@ class Run:
         elif self._event is Event.RELOAD:
             reload(server)
         else:
+            self._settle(server)
             self._stop(server)
             server = self._start(servers)
             load.move(server.port)

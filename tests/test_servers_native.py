@@ -50,9 +50,23 @@ def recycle(kind: str) -> list[str]:
 
 
 def stop(site: Site) -> None:
-    """Stop the server gracefully, and check that nothing was wrong with its end."""
+    """Stop the server gracefully, and check its output."""
     site.server.signal(STOP.get(site.server.kind, signal.SIGTERM))
     assert site.server.wait(PATIENCE) == 0
+    check_output(site)
+
+
+def end(site: Site) -> None:
+    """End a server whose workers are being replaced, and check its output.
+
+    If a SIGTERM comes while one starts, uWSGI waits for that one for ever.
+    """
+    site.server.end()
+    check_output(site)
+
+
+def check_output(site: Site) -> None:
+    """Check that nothing was wrong with the server's end."""
     output = site.server.output()
     assert "Fatal Python error" not in output
     assert "Segmentation" not in output
@@ -129,7 +143,7 @@ def test_workers_that_are_recycled(kind: str, tmp_path: pathlib.Path) -> None:
         expected = [f"{number} {copy}" for number in range(REQUESTS) for copy in (1, 2)]
         assert sorted(site.mailbox.subjects) == sorted(expected)
         assert len(processes) > 2
-        stop(site)
+        end(site)
 
 
 @pytest.mark.parametrize("kind", ["uwsgi-threads", "mod_wsgi"])
@@ -148,7 +162,7 @@ def test_recycled_in_the_middle_of_a_request(kind: str, tmp_path: pathlib.Path) 
             assert read(client) == (200, "recycled")
 
         assert site.mailbox.subjects == ["recycled"]
-        stop(site)
+        end(site)
 
 
 @pytest.mark.parametrize("answer", ["close", "teardown"])
