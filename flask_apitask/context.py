@@ -25,7 +25,7 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED = hasattr(AppContext, "has_request")
 
-# Of a request context: that it is torn down.
+# Of a request context: that it is torn down; before Flask 3.2, the push that it is for.
 _OVER = "_flask_apitask_over"
 
 
@@ -46,17 +46,26 @@ find_request_context = (
 )
 
 
-def mark_over(request_context: object) -> None:
-    """Note that a request is torn down, though what is called after this still sees it.
+def mark_over(request_context: t.Any) -> None:
+    """Note that a request is torn down, though whoever has its context still sees it.
 
-    From Flask 3.2 on. Before, it is over when it is popped.
+    Before Flask 3.2 its context can be pushed once more, and is not over then.
     """
-    setattr(request_context, _OVER, True)
+    pushes = () if MERGED else request_context._cv_tokens
+    setattr(request_context, _OVER, pushes[0][0] if pushes else True)
 
 
 def is_over(request_context: t.Any) -> bool:
     """Return whether nobody would end a scope that is opened in a request now."""
-    return hasattr(request_context, _OVER) or not (MERGED or request_context._cv_tokens)
+    if MERGED:
+        return hasattr(request_context, _OVER)
+
+    try:
+        push = request_context._cv_tokens[0][0]
+    except IndexError:
+        return True
+
+    return push is getattr(request_context, _OVER, None)
 
 
 @dataclasses.dataclass(slots=True, eq=False)

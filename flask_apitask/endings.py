@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import typing as t
+import weakref
 from collections import deque
 
 from flask import got_request_exception
@@ -14,9 +15,10 @@ from .binding import log_failure
 from .context import find_request_context
 from .context import is_over
 from .context import mark_over
-from .context import MERGED
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     from flask import Flask
     from flask import Response
 
@@ -86,9 +88,7 @@ def keep(
     with process.lock:
         kept: TaskScope = getattr(request_context, SCOPE, None) or scope
 
-        if kept is scope:
-            setattr(request_context, SCOPE, scope)
-            _guard(request_context)
+        setattr(request_context, SCOPE, kept)
 
     # Once more: who ends the request makes it so before it looks for what is kept.
     if is_over(request_context):
@@ -111,7 +111,6 @@ def leave_to_response(app: Flask, scope: TaskScope) -> bool:
     with process.lock:
         left: deque[TaskScope] = getattr(request_context, _LEFT, deque())
         setattr(request_context, _LEFT, left)
-        _guard(request_context)
         left.append(scope)
 
     scope.shutdown(wait=False)
@@ -119,60 +118,38 @@ def leave_to_response(app: Flask, scope: TaskScope) -> bool:
     return not is_over(request_context)
 
 
-class _Guard:
-    """Ends what a request still keeps after its teardown functions.
+def end_with_teardown(app: Flask) -> None:
+    """Have the scopes of each request to an app end with its teardown.
 
-    Before Flask 3.2, one for ``teardown_request`` that raises keeps those from running
-    that were registered before it, and one that is called after ours may start a task.
-    But whether or not, a request context pops at last what was pushed with it: an app
-    context, or nothing where there was one. This is put into that place. A function for
-    ``teardown_appcontext`` would do as well, but is a price that each request pays, and
-    each task.
+    After all functions for ``teardown_request``, though one raises. So what holds
+    something for the request can give it back before the wait, and what starts a task
+    is waited for. One more function would have neither, and is a price that each
+    request pays: Flask asks each time whether it is ``async``.
     """
+    replaced = vars(app).get("do_teardown_request")
+    # Weak, as Flask takes care that an app goes without the garbage collector.
+    reference: cabc.Callable[[], t.Any] = weakref.ref(app)
 
-    __slots__ = ("_app_context", "_request_context")
-
-    def __init__(self, request_context: object, app_context: t.Any) -> None:
-        self._request_context = request_context
-        self._app_context = app_context
-
-    def pop(self, exc: BaseException | None) -> None:
-        """Take the place of :meth:`flask.ctx.AppContext.pop`."""
+    def do_teardown_request(*args: t.Any, **kwargs: t.Any) -> None:
         try:
-            request_context = self._request_context
-
-            if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
-                _end_all(request_context)
+            if replaced is None:
+                app = reference()
+                type(app).do_teardown_request(app, *args, **kwargs)
+            else:
+                replaced(*args, **kwargs)
         finally:
-            if self._app_context is not None:
-                self._app_context.pop(exc)
+            _end_request_scopes()
+
+    app.do_teardown_request = do_teardown_request  # type: ignore[method-assign]
 
 
-def _guard(request_context: t.Any) -> None:
-    if MERGED:
-        return
-
-    pushes = request_context._cv_tokens
-
-    try:
-        token, app_context = pushes[0]
-
-        if not isinstance(app_context, _Guard):
-            pushes[0] = token, _Guard(request_context, app_context)
-    except IndexError:
-        # Another thread has popped it meanwhile. It is over.
-        pass
-
-
-def end_request_scope(exc: BaseException | None) -> None:
-    """End the request's scopes; for :meth:`flask.Flask.teardown_request`.
-
-    Or have them end with the response, if they shall and if there is one.
-    """
+def _end_request_scopes() -> None:
     request_context = find_request_context()
 
-    if MERGED:
-        mark_over(request_context)
+    if request_context is None:
+        return
+
+    mark_over(request_context)
 
     if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
         _end_all(request_context)

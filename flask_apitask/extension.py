@@ -83,7 +83,7 @@ class ApiTask:
         if config.enabled and config.wait == "close":
             endings.connect(app)
 
-        app.teardown_request(endings.end_request_scope)
+        endings.end_with_teardown(app)
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ class Site:
 
         self._view: cabc.Callable[[], object] = str
         self.app.add_url_rule("/", "index", lambda: [self._view()] and "ok")
-        # Comes before the wait, and after what a test registers.
+        # Comes before the wait, and after what a test registers: the last comes first.
         self.waiting = threading.Semaphore(0)
         self.app.teardown_request(lambda error: self.waiting.release())
 

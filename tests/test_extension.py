@@ -28,8 +28,9 @@ def test_init_app_registers_the_extension() -> None:
 
     for app in (direct, later):
         assert app.extensions["apitask"].config.enabled
-        assert len(app.teardown_request_funcs[None]) == 1
-        assert app.teardown_appcontext_funcs == []
+        assert "do_teardown_request" in vars(app)
+        assert not app.teardown_request_funcs
+        assert not app.teardown_appcontext_funcs
 
 
 def test_constructor_without_an_app_touches_none() -> None:
@@ -43,6 +44,7 @@ def test_second_one_is_refused(same: bool) -> None:
     app = Flask(__name__)
     first = ApiTask(app)
     state = app.extensions["apitask"]
+    teardown = app.do_teardown_request
     second = first if same else ApiTask()
 
     with pytest.raises(RuntimeError) as excinfo:
@@ -53,8 +55,7 @@ def test_second_one_is_refused(same: bool) -> None:
         " One is enough: run() and the others find it by the current app."
     )
     assert app.extensions["apitask"] is state
-    assert len(app.teardown_request_funcs[None]) == 1
-    assert app.teardown_appcontext_funcs == []
+    assert app.do_teardown_request is teardown
 
 
 def test_one_extension_sets_up_several_apps() -> None:
@@ -87,8 +88,7 @@ def test_bad_value_is_refused(key: str, value: object) -> None:
         ApiTask(app)
 
     assert "apitask" not in app.extensions
-    assert not app.teardown_request_funcs
-    assert not app.teardown_appcontext_funcs
+    assert "do_teardown_request" not in vars(app)
 
 
 def test_prefixed_environment_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:

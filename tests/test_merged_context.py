@@ -88,9 +88,7 @@ def merged(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(context, "has_request_context", has_merged_request)
     monkeypatch.setattr(binding, "task_context", context._merged_task_context)
-
-    for module in (context, endings):
-        monkeypatch.setattr(module, "MERGED", True)
+    monkeypatch.setattr(context, "MERGED", True)
 
     for module in (context, endings, stack):
         find = context._find_merged_context

@@ -16,6 +16,7 @@ from flask import after_this_request
 from flask import copy_current_request_context
 from flask import Flask
 from flask import redirect
+from flask import Request
 from flask import stream_with_context
 from late_threads import in_time
 from late_threads import make_late
@@ -31,6 +32,7 @@ from flask_apitask import run
 from flask_apitask import stack
 from flask_apitask import wait
 from flask_apitask.context import find_request_context
+from flask_apitask.context import is_over
 from flask_apitask.context import MERGED
 
 if t.TYPE_CHECKING:
@@ -119,7 +121,6 @@ def test_running_task_is_waited_for(make_app: AppFactory) -> None:
         run(work)
         return "ok"
 
-    # Called before ours, as the functions are called in reverse order.
     app.teardown_request(lambda exc: ending.set())
     app.test_client().get("/")
 
@@ -276,6 +277,90 @@ def test_teardown_functions(hook: str, register_first: bool, outer: bool) -> Non
     assert "task" in done
 
 
+@pytest.mark.parametrize("register_first", [False, True])
+def test_teardown_functions_come_before_the_wait(register_first: bool) -> None:
+    """What a request holds can be given back before the wait, by whatever function."""
+    app = Flask(__name__)
+    events: list[str] = []
+
+    @app.get("/")
+    def index() -> str:
+        run(events.append, "task")
+        return "ok"
+
+    def register() -> None:
+        app.teardown_request(lambda exc: events.append("teardown"))
+
+    if register_first:
+        register()
+
+    ApiTask(app)
+
+    if not register_first:
+        register()
+
+    make_late(app).test_client().get("/")
+    assert events == ["teardown", "task"]
+
+
+def test_task_after_the_teardown_functions(make_app: AppFactory) -> None:
+    """It is a plain call, as nobody would end the scope (behaviour 3)."""
+
+    class LateRequest(Request):
+        def close(self) -> None:
+            super().close()
+            run(events.append, "task")
+            events.append("close")
+
+    events: list[str] = []
+    app = make_late(make_app())
+    app.request_class = LateRequest
+    note_return(app, events)
+    app.test_client().get("/missing")
+    assert events == ["task", "close", "returned"]
+
+
+class ClosingFlask(Flask):
+    """An app that starts a task when a request is torn down."""
+
+    def do_teardown_request(self, *args: t.Any, **kwargs: t.Any) -> None:
+        super().do_teardown_request(*args, **kwargs)
+        self.start_task()
+
+    def start_task(self) -> None:
+        run(self.config["EVENTS"].append, "task")
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_another_teardown_of_the_app(replaced: bool) -> None:
+    """That of a subclass, and what an extension has put in its place, are called."""
+    app = ClosingFlask(__name__) if not replaced else Flask(__name__)
+    app.config["EVENTS"] = events = list[str]()
+    note_return(app, events)
+
+    if replaced:
+        method = app.do_teardown_request
+
+        def replacement(*args: t.Any, **kwargs: t.Any) -> None:
+            method(*args, **kwargs)
+            ClosingFlask.start_task(t.cast("ClosingFlask", app))
+
+        app.do_teardown_request = replacement  # type: ignore[method-assign]
+
+    ApiTask(app)
+    make_late(app).test_client().get("/missing")
+    assert events == ["task", "returned"]
+
+
+@pytest.mark.skipif(MERGED, reason="The context is an argument from Flask 3.2 on.")
+def test_teardown_without_a_request(make_app: AppFactory) -> None:
+    """It is Flask who says what is wrong."""
+    app = make_app()
+
+    with pytest.raises(RuntimeError, match="outside of request context"):
+        app.do_teardown_request()
+
+
 def test_nested_request_without_a_task(make_app: AppFactory) -> None:
     """A request that starts no task leaves those of the one around it (behaviour 6)."""
     app = make_late(make_app())
@@ -391,7 +476,7 @@ TEARDOWN_ERRORS = "another extension|Errors during context teardown"
 
 
 def raise_in_teardown(app: Flask) -> None:
-    """Have the function that is called before ours raise."""
+    """Have a function that is called in the teardown of a request raise."""
 
     @app.teardown_request
     def broken(exc: BaseException | None) -> None:
@@ -828,13 +913,13 @@ def test_request_that_ends_while_its_scope_is_opened(
     request_context = app.test_request_context()
     request_context.push()
 
-    guard = endings._guard
-
-    def guard_late(context: object) -> None:
+    def end_after(ending: object) -> bool:
+        over = is_over(ending)
+        monkeypatch.undo()
         request_context.pop()
-        guard(context)
+        return over
 
-    monkeypatch.setattr(endings, "_guard", guard_late)
+    monkeypatch.setattr(endings, "is_over", end_after)
     run(lambda: threads.append(threading.get_ident()))
     assert threads == [threading.get_ident()]
 
