@@ -10,11 +10,11 @@ from types import CoroutineType
 from flask import has_request_context
 from flask import request
 
+from .context import Block
 from .context import current_block
 from .context import task_context
 from .signals import task_finished
 from .signals import task_started
-from .tasks import call_task
 from .tasks import task_name
 
 if t.TYPE_CHECKING:
@@ -23,40 +23,25 @@ if t.TYPE_CHECKING:
     import blinker
     from flask import Flask
 
-    from .context import Block
     from .jobs import Job
     from .threads import How
 
 T = t.TypeVar("T")
 
 
-class ContextBinding:
-    """Gives a task its caller's context variables, and an app context of its own.
+class ContextBinding(Block):
+    """Gives a task an app context of its own, with itself as the innermost block.
 
-    What it raises is logged, once, before it is raised to the future.
-
-    :param app: Whose context it is, and who sends the signals.
-    :param inside: Marks that what the task calls is inside of it.
+    What the task raises is logged, once, before it is raised to the future.
     """
 
-    __slots__ = ("_app", "_inside")
+    __slots__ = ()
 
-    capture: staticmethod[[], contextvars.Context]
-    capture = staticmethod(contextvars.copy_context)
-
-    def __init__(self, app: Flask, inside: Block) -> None:
-        self._app = app
-        self._inside = inside
-
-    def call(self, job: Job[T], how: How) -> T:
-        """Call a job's task in its context, observed and contained."""
-        result: T = job.captured.run(self._call, job, how)
-        return result
-
-    def _call(self, job: Job[T], how: How) -> t.Any:
-        app = self._app
+    def call(self, job: Job[t.Any], how: How) -> t.Any:
+        """Call a job's task in a context, observed and contained."""
+        app = self.app
         started = time.monotonic()
-        current_block.set(self._inside)
+        current_block.set(self)
 
         try:
             with task_context(app):
@@ -74,7 +59,7 @@ def call_observed(
     app: Flask | None,
     how: How,
     submitted: float,
-    task: t.Any,
+    task: cabc.Callable[..., t.Any],
     args: tuple[t.Any, ...],
     kwargs: dict[str, t.Any],
 ) -> t.Any:
@@ -84,7 +69,7 @@ def call_observed(
     :param submitted: Seconds of the monotonic clock.
     """
     if app is None or not (task_started.receivers or task_finished.receivers):
-        result = call_task(task, args, kwargs)
+        result = task(*args, **kwargs)
         return _complete(app, result) if isinstance(result, CoroutineType) else result
 
     fields: dict[str, t.Any] = {
@@ -97,7 +82,7 @@ def call_observed(
     fields["exception"] = None
 
     try:
-        result = call_task(task, args, kwargs)
+        result = task(*args, **kwargs)
         return _complete(app, result) if isinstance(result, CoroutineType) else result
     except BaseException as error:
         fields["exception"] = error

@@ -150,16 +150,14 @@ def _end_request_scopes() -> None:
         return
 
     mark_over(request_context)
-
-    if hasattr(request_context, SCOPE) or hasattr(request_context, _LEFT):
-        _end_all(request_context)
-
-
-def _end_all(request_context: t.Any) -> None:
-    app: Flask = request_context.app
-    at_close = closing.find_closing(request_context)
     scope: TaskScope | None = getattr(request_context, SCOPE, None)
     left: deque[TaskScope] | None = getattr(request_context, _LEFT, None)
+
+    if scope is None and left is None:
+        return
+
+    app: Flask = request_context.app
+    at_close = closing.find_closing(request_context)
 
     try:
         if left:

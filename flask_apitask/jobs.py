@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import contextvars
 import time
 import traceback
 import typing as t
 
 from .futures import TaskFuture
-from .tasks import call_task
 from .tasks import task_name
 
 if t.TYPE_CHECKING:
@@ -22,25 +22,23 @@ _NO_STACK = "  (no stack: it runs on no thread of the system)\n"
 class Binding(t.Protocol):
     """What the tasks of a scope find around them."""
 
-    def capture(self) -> t.Any:
-        """Return what a task gets of its caller. In the submitting thread."""
-
     def call(self, job: Job[T], how: How) -> T:
-        """Call a job's task in what was captured for it."""
+        """Call a job's task. In the context of who submitted it."""
 
 
 class Job(t.Generic[T]):
     """A task, its arguments and its future: what a scope queues, and runs once.
 
-    :param task: A callable or a :class:`Task`.
+    Made by who submits it, whose context variables the task finds.
+
+    :param task: A callable.
     :param args: Its positional arguments.
     :param kwargs: Its keyword arguments.
-    :param captured: What a :class:`Binding` has captured for it.
     """
 
     __slots__ = (
         "args",
-        "captured",
+        "context",
         "future",
         "index",
         "kwargs",
@@ -54,12 +52,11 @@ class Job(t.Generic[T]):
         task: t.Any,
         args: tuple[t.Any, ...],
         kwargs: dict[str, t.Any],
-        captured: t.Any,
     ) -> None:
         self.task: t.Any = task
         self.args: tuple[t.Any, ...] = args
         self.kwargs: dict[str, t.Any] = kwargs
-        self.captured: t.Any = captured
+        self.context: contextvars.Context = contextvars.copy_context()
         # Seconds of the monotonic clock.
         self.submitted: float = time.monotonic()
         self.future: TaskFuture[T] = TaskFuture()
@@ -77,18 +74,18 @@ class Job(t.Generic[T]):
         future = self.future
 
         if not future.set_running_or_notify_cancel():
-            del self.task, self.args, self.kwargs, self.captured, self.future
+            del self.task, self.args, self.kwargs, self.context, self.future
             return
 
         try:
-            result = binding.call(self, how)
+            result = self.context.run(binding.call, self, how)
         except BaseException as error:
-            del self.task, self.args, self.kwargs, self.captured, self.future
+            del self.task, self.args, self.kwargs, self.context, self.future
             future.set_exception(error)
             # The traceback refers to this frame: no cycle from it to the exception.
             del future
         else:
-            del self.task, self.args, self.kwargs, self.captured, self.future
+            del self.task, self.args, self.kwargs, self.context, self.future
             future.set_result(result)
 
     def describe(self, frames: cabc.Mapping[int, FrameType]) -> tuple[str, str] | None:
@@ -100,13 +97,10 @@ class Job(t.Generic[T]):
 
 
 class Unbound:
-    """A :class:`Binding` that gives a task nothing but its arguments."""
-
-    def capture(self) -> None:
-        pass
+    """A :class:`Binding` that gives a task no more than its arguments."""
 
     def call(self, job: Job[T], how: How) -> T:
-        result: T = call_task(job.task, job.args, job.kwargs)
+        result: T = job.task(*job.args, **job.kwargs)
         return result
 
 

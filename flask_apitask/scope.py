@@ -11,7 +11,7 @@ from .exceptions import ScopeClosed
 from .jobs import Job
 from .jobs import UNBOUND
 from .locks import BargingLock
-from .tasks import check_task
+from .tasks import make_callable
 from .tasks import task_name
 
 if t.TYPE_CHECKING:
@@ -131,7 +131,6 @@ class TaskScope(concurrent.futures.Executor):
     def __init__(
         self,
         threads: Threads,
-        *,
         max_workers: int,
         timeout: float | None = None,
         binding: Binding = UNBOUND,
@@ -173,12 +172,12 @@ class TaskScope(concurrent.futures.Executor):
     ) -> concurrent.futures.Future[t.Any]:
         """Do as :meth:`submit` does, with arguments that are packed already."""
         if not callable(fn):
-            check_task(fn)
+            fn = make_callable(fn)
 
         if self._process.forked:
             raise self._refusal(fn)
 
-        job: Job[t.Any] = Job(fn, args, kwargs, self._binding.capture())
+        job: Job[t.Any] = Job(fn, args, kwargs)
         future: concurrent.futures.Future[t.Any] = job.future
 
         with self._lock:

@@ -15,7 +15,7 @@ from .endings import SCOPE
 from .exceptions import ScopeClosed
 from .futures import TaskFuture
 from .scope import TaskScope
-from .tasks import check_task
+from .tasks import make_callable
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -76,10 +76,10 @@ def _open_request_scope(app: Flask, request_context: t.Any) -> TaskScope | None:
     if state is None or not state.config.enabled:
         return None
 
-    config = state.config
-    request = request_context.request
-    scope = _make_scope(app, config.max_workers, config.timeout, request)
-    return keep(request_context, scope, state.threads.process)
+    config, threads = state.config, state.threads
+    binding = ContextBinding(app, None, request_context.request)
+    scope = TaskScope(threads, config.max_workers, config.timeout, binding)
+    return keep(request_context, scope, threads.process)
 
 
 @t.overload
@@ -131,7 +131,7 @@ def run(
         except ScopeClosed:
             pass
 
-    check_task(task)
+    task = make_callable(task)
     app_context = find_app_context()
     app = None if app_context is None else app_context.app
     future: TaskFuture[t.Any] = TaskFuture()
@@ -171,7 +171,9 @@ def open_block(
     """Open a scope for a ``with`` block."""
     request_context = find_request_context()
     request = request_context and request_context.request
-    scope = _make_scope(app, max_workers, timeout, request)
+    state: AppState = app.extensions["apitask"]
+    binding = ContextBinding(app, None, request)
+    scope = TaskScope(state.threads, max_workers, timeout, binding)
     block = Block(app, scope, request, current_block.get())
     current_block.set(block)
     return block, scope
@@ -217,13 +219,3 @@ def _find_block(app: Flask, request: Request | None) -> Block | None:
         block = block.outer
 
     return block
-
-
-def _make_scope(
-    app: Flask, max_workers: int, timeout: float | None, request: Request | None
-) -> TaskScope:
-    state: AppState = app.extensions["apitask"]
-    binding = ContextBinding(app, Block(app, None, request))
-    return TaskScope(
-        state.threads, max_workers=max_workers, timeout=timeout, binding=binding
-    )

@@ -60,27 +60,28 @@ def task(name: str) -> cabc.Callable[[F], F]:
     return decorator
 
 
-def check_task(task: object) -> None:
-    """Refuse what is neither a callable nor a :class:`Task`.
+def make_callable(task: t.Any) -> cabc.Callable[..., t.Any]:
+    """Return what calls a task: itself, or the ``run`` of a :class:`Task`, by its name.
 
-    :raises TypeError: The text names what was given, and the likely mistake.
+    :raises TypeError: It is neither. The text says what was given, and the likely
+        mistake.
     """
-    if callable(task) or (
-        hasattr(task, "name") and callable(getattr(task, "run", None))
-    ):
-        return
+    if callable(task):
+        return t.cast("cabc.Callable[..., t.Any]", task)
 
-    raise TypeError(
-        f"A task is a callable, or an object with 'name' and 'run()', not {task!r}."
-        " Pass the function and its arguments apart: run(fn, x), not run(fn(x))."
-    )
+    if not (hasattr(task, "name") and callable(getattr(task, "run", None))):
+        raise TypeError(
+            f"A task is a callable, or an object with 'name' and 'run()', not {task!r}."
+            " Pass the function and its arguments apart: run(fn, x), not run(fn(x))."
+        )
+
+    run = functools.partial(task.run)
+    run.task_name = task.name  # type: ignore[attr-defined]
+    return run
 
 
 def task_name(task: t.Any) -> str:
-    """Return the name a task was given, or its module and qualified name."""
-    if not callable(task):
-        return str(task.name)
-
+    """Return the name a callable was given, or its module and qualified name."""
     while not hasattr(task, "task_name"):
         if not isinstance(task, functools.partial):
             named = task if hasattr(task, "__qualname__") else type(task)
@@ -91,8 +92,3 @@ def task_name(task: t.Any) -> str:
         task = task.func
 
     return str(task.task_name)
-
-
-def call_task(task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]) -> t.Any:
-    """Call a callable with its arguments, or run a :class:`Task`."""
-    return task(*args, **kwargs) if callable(task) else task.run(*args, **kwargs)

@@ -117,20 +117,20 @@ class Threads:
 
     def summon(self, scope: Servable) -> None:
         """Have a thread serve a scope, or do it here if none can be had."""
-        if not self.add(scope):
+        self._waiting.append(scope)
+
+        if self._coming is None and not self._find_thread():
             self._serve(None)
 
-    def add(self, scope: Servable) -> bool:
-        """Have a thread serve a scope after those that wait already.
-
-        :return: Whether somebody comes.
-        """
+    def add(self, scope: Servable) -> None:
+        """Have a thread serve a scope, if one can be had."""
         self._waiting.append(scope)
-        coming = self._coming
 
-        if coming is not None:
-            return True
+        if self._coming is None:
+            self._find_thread()
 
+    def _find_thread(self) -> bool:
+        """Send for a thread, and return whether scopes that wait may rely on one."""
         with self._lock:
             worker = self._choose()
 

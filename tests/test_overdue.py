@@ -661,12 +661,12 @@ def test_scope_that_ends_while_it_is_served_waits_for_no_thread() -> None:
     class Ending(HeldThreads):
         late = False
 
-        def add(self, scope: t.Any) -> bool:
+        def add(self, scope: t.Any) -> None:
             if self.late:
                 self.late = False
                 run_in_thread(scope.end)
 
-            return super().add(scope)
+            super().add(scope)
 
     threads = Ending()
     waiting: list[int] = []

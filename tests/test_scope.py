@@ -144,20 +144,6 @@ def test_submit_refuses_what_is_no_task() -> None:
         assert repr(scope) == "<TaskScope open queued=0 running=0 max_workers=2>"
 
 
-def test_capture_fails_in_the_caller() -> None:
-    """A binding that raises leaves nothing behind in the queue."""
-
-    class Failing(Unbound):
-        def capture(self) -> t.NoReturn:
-            raise LookupError("no context")
-
-    with make_scope(binding=Failing()) as scope:
-        with pytest.raises(LookupError, match="no context"):
-            scope.submit(nothing)
-
-        assert repr(scope) == "<TaskScope open queued=0 running=0 max_workers=2>"
-
-
 def test_submit_after_the_end() -> None:
     """A scope that has ended refuses a task, and says which one and what to do."""
     with make_scope() as scope:
@@ -174,7 +160,7 @@ def test_submit_after_the_end() -> None:
     assert scope.closed
 
 
-def test_scope_ends_while_a_task_is_bound() -> None:
+def test_scope_ends_while_it_is_given_a_task() -> None:
     """A submission that comes too late is refused, and its name is read unlocked.
 
     The name is the user's code, which may use the scope itself.
@@ -185,15 +171,12 @@ def test_scope_ends_while_a_task_is_bound() -> None:
         @property
         def name(self) -> str:
             assert not lock.locked()
+            scope.end()
             return "nosy"
 
         def run(self) -> None: ...
 
-    class Ending(Unbound):
-        def capture(self) -> None:
-            scope.end()
-
-    scope = make_scope(binding=Ending())
+    scope = make_scope()
     scope._lock = lock  # type: ignore[assignment]
     nosy: t.Any = Nosy()
 
@@ -834,7 +817,7 @@ def test_stack_of_a_task_that_is_just_beginning() -> None:
 
 def test_stack_of_a_task_on_no_thread_of_the_system() -> None:
     """A task that a greenlet runs is reported without a stack."""
-    job: Job[None] = Job(nothing, (), {}, None)
+    job: Job[None] = Job(nothing, (), {})
     assert job.describe({}) == (
         "test_scope.nothing",
         "  (no stack: it runs on no thread of the system)\n",

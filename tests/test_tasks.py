@@ -7,8 +7,7 @@ import typing as t
 import pytest
 
 from flask_apitask import task
-from flask_apitask.tasks import call_task
-from flask_apitask.tasks import check_task
+from flask_apitask.tasks import make_callable
 from flask_apitask.tasks import task_name
 
 
@@ -102,7 +101,6 @@ def test_names() -> None:
         (Welcome.static, "test_tasks.Welcome.static"),
         (Welcome.of_class, "test_tasks.Welcome.of_class"),
         (Welcome, "test_tasks.Welcome"),
-        (Welcome(), "mailer.welcome"),
         (Caller(), "test_tasks.Caller"),
         (CallerWithName(), "mailer.caller"),
         (functools.partial(plain), "test_tasks.plain"),
@@ -135,6 +133,19 @@ def test_names_of_methods_written_in_c() -> None:
         assert task_name(method) == name
 
 
+def test_callable_is_what_it_is() -> None:
+    """Whatever can be called is the task, and called as it is."""
+    for good in [plain, Caller(), Welcome, functools.partial(plain), print]:
+        assert make_callable(good) is good
+
+
+def test_task_object_is_run_by_its_name() -> None:
+    """Of an object with a name and ``run``, the method is called."""
+    welcome = make_callable(Welcome())
+    assert task_name(welcome) == "mailer.welcome"
+    assert welcome() == "sent"
+
+
 def test_name_of_a_task_object_is_text() -> None:
     """Whatever the name of a task object is, logs and signals get text."""
 
@@ -143,13 +154,7 @@ def test_name_of_a_task_object_is_text() -> None:
 
         def run(self) -> None: ...
 
-    assert task_name(Numbered()) == "7"
-
-
-def test_check_takes_tasks() -> None:
-    """Whatever can be called, and an object with a name and ``run``, is a task."""
-    for good in [plain, Welcome(), Caller(), Welcome, functools.partial(plain), print]:
-        check_task(good)
+    assert task_name(make_callable(Numbered())) == "7"
 
 
 class NoRun:
@@ -174,30 +179,12 @@ class RunIsNoMethod:
 @pytest.mark.parametrize(
     "bad", [None, 3, "mailer.welcome", NoRun(), NoName(), RunIsNoMethod()]
 )
-def test_check_refuses_what_is_no_task(bad: object) -> None:
+def test_what_is_no_task_is_refused(bad: object) -> None:
     """The error shows what was given, and the likely mistake."""
     with pytest.raises(TypeError) as caught:
-        check_task(bad)
+        make_callable(bad)
 
     assert str(caught.value) == (
         f"A task is a callable, or an object with 'name' and 'run()', not {bad!r}."
         " Pass the function and its arguments apart: run(fn, x), not run(fn(x))."
     )
-
-
-def test_task_is_called_with_its_arguments() -> None:
-    """A callable gets the arguments that came with it."""
-    assert call_task(divmod, (7, 2), {}) == (3, 1)
-    assert call_task(named, (), {"number": 5}) == 5
-    assert call_task(Caller(), (1, 2), {}) == (1, 2)
-
-
-def test_task_object_is_run() -> None:
-    """Of a task object the ``run`` method is called."""
-    assert call_task(Welcome(), (), {}) == "sent"
-
-
-def test_task_lets_errors_through() -> None:
-    """What a task raises goes to whoever called it."""
-    with pytest.raises(ZeroDivisionError):
-        call_task(divmod, (1, 0), {})
