@@ -53,8 +53,8 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
     if _answers_first(app):
         # A task may come later, in the body or in a teardown function. But without one
         # a file is best left to the server, which may have its own way to send it.
-        opened = hasattr(request_context, SCOPE)
-        hooks = hooks or opened or not response.direct_passthrough
+        opened = getattr(request_context, SCOPE, None)
+        hooks = hooks or opened is not None or not response.direct_passthrough
 
     if hooks:
         closing.hook(request_context, response)
@@ -82,20 +82,22 @@ def keep(
     Another thread with the very same context may have come first. There is none if the
     request is over.
     """
-    if is_over(request_context):
-        return None
-
     with process.lock:
         kept: TaskScope = getattr(request_context, SCOPE, None) or scope
-
         setattr(request_context, SCOPE, kept)
 
-    # Once more: who ends the request makes it so before it looks for what is kept.
-    if is_over(request_context):
-        kept.shutdown()
-        return None
+    # Not before: who ends the request marks it as over, and then looks what is kept.
+    if not is_over(request_context):
+        return kept
 
-    return kept
+    kept.shutdown()
+
+    with process.lock:
+        # Its context may be pushed anew by now, with another scope.
+        if getattr(request_context, SCOPE) is kept:
+            setattr(request_context, SCOPE, None)
+
+    return None
 
 
 def leave_to_response(app: Flask, scope: TaskScope) -> bool:
@@ -164,7 +166,7 @@ def _end_request_scopes() -> None:
             _end_left(left, app, at_close)
     finally:
         if scope is not None:
-            delattr(request_context, SCOPE)
+            setattr(request_context, SCOPE, None)
 
             if at_close is not None and _answers_first(app):
                 _hand_over(at_close, app, scope)

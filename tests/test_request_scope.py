@@ -30,9 +30,11 @@ from flask_apitask import current_scope
 from flask_apitask import endings
 from flask_apitask import run
 from flask_apitask import stack
+from flask_apitask import TaskScope
 from flask_apitask import wait
 from flask_apitask.context import find_request_context
 from flask_apitask.context import is_over
+from flask_apitask.context import mark_over
 from flask_apitask.context import MERGED
 
 if t.TYPE_CHECKING:
@@ -40,8 +42,6 @@ if t.TYPE_CHECKING:
 
     from conftest import AppFactory
     from werkzeug.wrappers import Response
-
-    from flask_apitask import TaskScope
 
 
 class Argument:
@@ -902,6 +902,80 @@ def test_late_thread_leaves_a_context_that_is_pushed_anew(
 
     with request_context:
         assert current_scope() is not None
+
+
+@pytest.mark.skipif(MERGED, reason="A context is over for good from Flask 3.2 on.")
+def test_late_threads_leave_the_scope_of_a_context_that_is_pushed_anew(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One forgets its own scope, but none that was opened since."""
+    app = make_late(make_app())
+    request_context = app.test_request_context()
+
+    threads = app.extensions["apitask"].threads
+
+    with request_context:
+        late = contextvars.copy_context()
+
+    anew = contextvars.copy_context()
+    scopes: list[object] = []
+
+    def push_after(ending: object) -> bool:
+        over = is_over(ending)
+        monkeypatch.undo()
+        # A second one, that found no scope either.
+        scope = TaskScope(threads, max_workers=1)
+        assert endings.keep(request_context, scope, threads.process) is None
+        anew.run(request_context.push)
+        scopes.append(anew.run(current_scope))
+        return over
+
+    monkeypatch.setattr(endings, "is_over", push_after)
+    late.run(run, int)
+    assert anew.run(current_scope) is scopes[0]
+    anew.run(request_context.pop)
+
+
+def test_late_thread_that_finds_the_scope_of_another(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has submitted until the other one looks is waited for."""
+    app = make_late(make_app())
+    events: list[str] = []
+
+    with app.test_request_context():
+        late, later = contextvars.copy_context(), contextvars.copy_context()
+
+    def submit_after(ending: object) -> bool:
+        monkeypatch.undo()
+        later.run(run, events.append, "task")
+        assert events == []
+        return is_over(ending)
+
+    monkeypatch.setattr(endings, "is_over", submit_after)
+    late.run(run, int)
+    assert events == ["task"]
+
+
+def test_thread_that_opens_a_scope_while_the_request_ends(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has opened until the request is marked as over, is waited for."""
+    app = make_late(make_app())
+    events: list[str] = []
+
+    def mark_late(ending: object) -> None:
+        monkeypatch.undo()
+        run(events.append, "task")
+        assert events == []
+        mark_over(ending)
+
+    monkeypatch.setattr(endings, "mark_over", mark_late)
+
+    with app.test_request_context():
+        pass
+
+    assert events == ["task"]
 
 
 def test_request_that_ends_while_its_scope_is_opened(
