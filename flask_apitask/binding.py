@@ -24,6 +24,7 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
     from .jobs import Job
+    from .jobs import Overdue
     from .threads import How
 
 T = t.TypeVar("T")
@@ -53,6 +54,30 @@ class ContextBinding(Block):
             message = f"failed after {duration:.3f} s"
             log_failure(app, task_name(job.task), message, error, duration)
             raise
+
+    def report(self, overdue: Overdue) -> None:
+        """Log it: an ERROR for each task that never ran, a WARNING for the others."""
+        app = self.app
+
+        for name in overdue.cancelled:
+            message = f"was cancelled: not begun within {overdue.timeout} s"
+            log_failure(app, name, message, None, 0.0)
+
+        if overdue.running:
+            app.logger.warning(
+                "Went on without %d task(s) not done after %s s. Tasks like that hold"
+                " %d thread(s) of the app now. These are in:\n\n%s",
+                len(overdue.running),
+                overdue.timeout,
+                overdue.held,
+                "\n".join(f"{name!r}:\n{stack}" for name, stack in overdue.running),
+                extra={
+                    "action": "apitask",
+                    "task_names": [name for name, _ in overdue.running],
+                    "overdue_threads": overdue.held,
+                    "endpoint": find_endpoint(),
+                },
+            )
 
 
 def call_observed(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import typing as t
 import weakref
 from collections import deque
@@ -10,8 +9,6 @@ from flask import got_request_exception
 from flask import request_finished
 
 from . import closing
-from .binding import find_endpoint
-from .binding import log_failure
 from .context import find_request_context
 from .context import is_over
 from .context import mark_over
@@ -23,7 +20,6 @@ if t.TYPE_CHECKING:
     from flask import Response
 
     from .config import Config
-    from .scope import Overdue
     from .scope import TaskScope
     from .threads import Process
 
@@ -163,59 +159,27 @@ def _end_request_scopes() -> None:
 
     try:
         if left:
-            _end_left(left, app, at_close)
+            _end_left(left, at_close)
     finally:
         if scope is not None:
             setattr(request_context, SCOPE, None)
 
             if at_close is not None and _answers_first(app):
-                _hand_over(at_close, app, scope)
+                _hand_over(at_close, scope)
             else:
-                end(app, scope)
+                scope.end()
 
 
-def _end_left(
-    left: deque[TaskScope], app: Flask, at_close: closing.Closing | None
-) -> None:
+def _end_left(left: deque[TaskScope], at_close: closing.Closing | None) -> None:
     """End what views have left, in order, and all though one wait is interrupted."""
     with contextlib.ExitStack() as ends:
         for scope in reversed([*closing.drain(left)]):
             if at_close is None:
-                ends.callback(end, app, scope)
+                ends.callback(scope.end)
             else:
-                ends.callback(_hand_over, at_close, app, scope)
+                ends.callback(_hand_over, at_close, scope)
 
 
-def _hand_over(at_close: closing.Closing, app: Flask, scope: TaskScope) -> None:
+def _hand_over(at_close: closing.Closing, scope: TaskScope) -> None:
     scope.shutdown(wait=False)
-    at_close.add(functools.partial(end, app, scope))
-
-
-def end(app: Flask, scope: TaskScope) -> None:
-    """End a scope, and log what it left behind at its deadline."""
-    overdue = scope.end()
-
-    if overdue is not None:
-        _report(app, overdue)
-
-
-def _report(app: Flask, overdue: Overdue) -> None:
-    for name in overdue.cancelled:
-        message = f"was cancelled: not begun within {overdue.timeout} s"
-        log_failure(app, name, message, None, 0.0)
-
-    if overdue.running:
-        app.logger.warning(
-            "Went on without %d task(s) not done after %s s. Tasks like that hold %d"
-            " thread(s) of the app now. These are in:\n\n%s",
-            len(overdue.running),
-            overdue.timeout,
-            overdue.held,
-            "\n".join(f"{name!r}:\n{stack}" for name, stack in overdue.running),
-            extra={
-                "action": "apitask",
-                "task_names": [name for name, _ in overdue.running],
-                "overdue_threads": overdue.held,
-                "endpoint": find_endpoint(),
-            },
-        )
+    at_close.add(scope.end)

@@ -108,7 +108,7 @@ def open_scope(
         yield scope
     finally:
         stack.leave_block(block)
-        endings.end(block.app, scope)
+        scope.end()
 
 
 @t.overload
@@ -167,7 +167,7 @@ def scoped(
             finally:
                 if not _leave(block, scope, at_close):
                     # On another thread, as the tasks may need the view's event loop.
-                    await asyncio.to_thread(endings.end, block.app, scope)
+                    await asyncio.to_thread(scope.end)
 
         return async_view
 
@@ -179,7 +179,7 @@ def scoped(
             return view(*args, **kwargs)
         finally:
             if not _leave(block, scope, at_close):
-                endings.end(block.app, scope)
+                scope.end()
 
     return sync_view
 

@@ -4,6 +4,7 @@ import contextvars
 import time
 import traceback
 import typing as t
+import warnings
 
 from .futures import TaskFuture
 from .tasks import task_name
@@ -19,11 +20,30 @@ T = t.TypeVar("T")
 _NO_STACK = "  (no stack: it runs on no thread of the system)\n"
 
 
+class Overdue(t.NamedTuple):
+    """What a scope left behind when it ended at its deadline.
+
+    :param timeout: Seconds that it waited.
+    :param cancelled: The names of tasks that no thread had begun. They never run.
+    :param running: The names of tasks that still run, each with the stack, as text,
+        that its thread was in.
+    :param held: How many threads of the pool are held by such tasks now, of any scope.
+    """
+
+    timeout: float
+    cancelled: list[str]
+    running: list[tuple[str, str]]
+    held: int
+
+
 class Binding(t.Protocol):
     """What the tasks of a scope find around them."""
 
     def call(self, job: Job[T], how: How) -> T:
         """Call a job's task. In the context of who submitted it."""
+
+    def report(self, overdue: Overdue) -> None:
+        """Tell what was left behind. In the thread that has waited for it."""
 
 
 class Job(t.Generic[T]):
@@ -102,6 +122,9 @@ class Unbound:
     def call(self, job: Job[T], how: How) -> T:
         result: T = job.task(*job.args, **job.kwargs)
         return result
+
+    def report(self, overdue: Overdue) -> None:
+        warnings.warn(f"A scope left tasks behind: {overdue}", stacklevel=3)
 
 
 UNBOUND: t.Final = Unbound()

@@ -9,6 +9,7 @@ from collections import deque
 
 from .exceptions import ScopeClosed
 from .jobs import Job
+from .jobs import Overdue
 from .jobs import UNBOUND
 from .locks import BargingLock
 from .tasks import make_callable
@@ -26,22 +27,6 @@ T = t.TypeVar("T")
 
 # Later than the index of any job.
 _EVER = float("inf")
-
-
-class Overdue(t.NamedTuple):
-    """What a scope left behind when it ended at its deadline.
-
-    :param timeout: Seconds that it waited.
-    :param cancelled: The names of tasks that no thread had begun. They never run.
-    :param running: The names of tasks that still run, each with the stack, as text,
-        that its thread was in.
-    :param held: How many threads of the pool are held by such tasks now, of any scope.
-    """
-
-    timeout: float
-    cancelled: list[str]
-    running: list[tuple[str, str]]
-    held: int
 
 
 class _Waiter:
@@ -246,10 +231,10 @@ class TaskScope(concurrent.futures.Executor):
         if wait:
             self._join(None)
 
-    def end(self) -> Overdue | None:
+    def end(self) -> None:
         """Refuse further tasks, and wait for those submitted until the deadline.
 
-        :return: What was left behind at the deadline, or ``None`` if nothing was.
+        What it leaves behind there, the binding reports.
         """
         overdue = None
 
@@ -260,7 +245,8 @@ class TaskScope(concurrent.futures.Executor):
             # While it waits for a thread it is kept, and so is the request.
             self._threads.dismiss(self)
 
-        return overdue
+        if overdue is not None:
+            self._binding.report(overdue)
 
     def serve(self, how: How) -> None:
         """Run what is queued, and have the next thread come if there is more of it.

@@ -11,6 +11,7 @@ from interleaving import GapLock
 from interleaving import HeldThreads
 from interleaving import Schedule
 from interleaving import ScheduledThreads
+from reporting import Reporting
 
 from flask_apitask import ScopeClosed
 from flask_apitask import TaskScope
@@ -171,7 +172,7 @@ def late_submits(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
                 recorded.submit(str(index))
 
     def ends() -> None:
-        assert recorded.scope.end() is None
+        recorded.scope.end()
         done_at_end.extend(recorded.done)
 
     schedule.spawn(submits)
@@ -221,24 +222,22 @@ def cancellations(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
 
 def deadlines(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
     """The scope ends at a deadline, which passes at any moment."""
-    recorded = Recorded(schedule, pool, max_workers, timeout=1.0)
-    reported: list[str] = []
+    binding = Reporting()
+    recorded = Recorded(schedule, pool, max_workers, timeout=1.0, binding=binding)
     begun_at_end: list[str] = []
 
     def ends() -> None:
         for index in range(4):
             recorded.submit(str(index))
 
-        overdue = recorded.scope.end()
+        recorded.scope.end()
         begun_at_end.extend(recorded.begun)
-
-        if overdue is not None:
-            reported.extend(overdue.cancelled)
 
     schedule.spawn(ends)
 
     def check() -> None:
         cancelled = [n for n, future in recorded.futures.items() if future.cancelled()]
+        reported = [name for report in binding.reports for name in report.cancelled]
         assert len(reported) == len(cancelled)
         assert sorted(recorded.done + cancelled) == ["0", "1", "2", "3"]
         assert recorded.most <= max_workers
@@ -307,7 +306,7 @@ def test_no_late_submit_slips_through() -> None:
 
         scope.submit(done.append, "first")
         scope._lock = GapLock(gap, submit_late)  # type: ignore[assignment]
-        assert scope.end() is None
+        scope.end()
         assert done == ["first", "late"][: 1 + len(futures)]
         assert [future.done() for future in futures] == [True] * len(futures)
 
