@@ -52,7 +52,7 @@ def bare(app: Flask, limits: Limits) -> Body:
 
 
 def apitask_idle(app: Flask, limits: Limits) -> Body:
-    """Switch ApiTask on and run nothing: what its hooks cost."""
+    """Switch ApiTask on and run nothing: what it costs."""
     apitask(app, limits)
     return bare(app, limits)
 

@@ -31,9 +31,9 @@ T = t.TypeVar("T")
 
 
 class ContextBinding(Block):
-    """Gives a task an app context of its own, with itself as the innermost block.
+    """Gives each task of a scope an app context of its own, and is their block.
 
-    What the task raises is logged, once, before it is raised to the future.
+    What a task raises is logged, once, before it is raised to the future.
     """
 
     __slots__ = ()

@@ -25,7 +25,7 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED = hasattr(AppContext, "has_request")
 
-# Of a request context: that it is torn down; before Flask 3.2, the push that it is for.
+# Of a request context: that it is torn down; from Flask 3.2 on.
 _OVER = "_flask_apitask_over"
 
 
@@ -46,13 +46,29 @@ find_request_context = (
 )
 
 
+class _TornDown(tuple[t.Any, ...]):
+    """What a request context has of a push whose teardown has come; before Flask 3.2.
+
+    Equal to what Flask has put there, and gone with it: to keep that elsewhere would
+    make a reference cycle, by the context variables that it refers to.
+    """
+
+    __slots__ = ()
+
+
 def mark_over(request_context: t.Any) -> None:
     """Note that a request is torn down, though whoever has its context still sees it.
 
     Before Flask 3.2 its context can be pushed once more, and is not over then.
     """
-    pushes = () if MERGED else request_context._cv_tokens
-    setattr(request_context, _OVER, pushes[0][0] if pushes else True)
+    if MERGED:
+        setattr(request_context, _OVER, True)
+        return
+
+    pushes = request_context._cv_tokens
+
+    if pushes:
+        pushes[0] = _TornDown(pushes[0])
 
 
 def is_over(request_context: t.Any) -> bool:
@@ -61,11 +77,9 @@ def is_over(request_context: t.Any) -> bool:
         return hasattr(request_context, _OVER)
 
     try:
-        push = request_context._cv_tokens[0][0]
+        return isinstance(request_context._cv_tokens[0], _TornDown)
     except IndexError:
         return True
-
-    return push is getattr(request_context, _OVER, None)
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -121,30 +121,32 @@ def end_with_teardown(app: Flask) -> None:
 
     After all functions for ``teardown_request``, though one raises. So what holds
     something for the request can give it back before the wait, and what starts a task
-    is waited for. One more function would have neither, and is a price that each
-    request pays: Flask asks each time whether it is ``async``.
+    is waited for. One more function would have neither, and is a higher price for each
+    request: Flask asks each time whether it is ``async``.
     """
-    replaced = vars(app).get("do_teardown_request")
+    original = vars(app).get("do_teardown_request")
     # Weak, as Flask takes care that an app goes without the garbage collector.
     reference: cabc.Callable[[], t.Any] = weakref.ref(app)
 
     def do_teardown_request(*args: t.Any, **kwargs: t.Any) -> None:
+        app = reference()
+
         try:
-            if replaced is None:
-                app = reference()
+            if original is None:
                 type(app).do_teardown_request(app, *args, **kwargs)
             else:
-                replaced(*args, **kwargs)
+                original(*args, **kwargs)
         finally:
-            _end_request_scopes()
+            _end_request_scopes(app)
 
     app.do_teardown_request = do_teardown_request  # type: ignore[method-assign]
 
 
-def _end_request_scopes() -> None:
+def _end_request_scopes(app: Flask) -> None:
+    """End the scopes of the current request, which is taken for the one torn down."""
     request_context = find_request_context()
 
-    if request_context is None:
+    if request_context is None or request_context.app is not app:
         return
 
     mark_over(request_context)
@@ -154,7 +156,6 @@ def _end_request_scopes() -> None:
     if scope is None and left is None:
         return
 
-    app: Flask = request_context.app
     at_close = closing.find_closing(request_context)
 
     try:

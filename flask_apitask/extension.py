@@ -7,6 +7,7 @@ import inspect
 import typing as t
 
 from flask import current_app
+from werkzeug.local import LocalProxy
 
 from . import endings
 from . import stack
@@ -42,7 +43,10 @@ class ApiTask:
             self.init_app(app)
 
     def init_app(self, app: Flask) -> None:
-        """Read the configuration of an app, and register the hooks on it.
+        """Read the configuration of an app, and have its requests end their scopes.
+
+        For that, :meth:`flask.Flask.do_teardown_request` of the app is replaced by a
+        function that calls it first. Who replaces it again has to call that in turn.
 
         These keys of :attr:`flask.Flask.config` are read, once:
 
@@ -67,6 +71,9 @@ class ApiTask:
             ``APITASK_MAIL_BACKGROUND`` is on and Flask-Mail is not installed.
         :raises ValueError: A key has a value that is not allowed.
         """
+        if isinstance(app, LocalProxy):
+            app = app._get_current_object()
+
         if "apitask" in app.extensions:
             raise RuntimeError(
                 "An 'ApiTask' instance has already been registered on this Flask app."
@@ -78,12 +85,13 @@ class ApiTask:
         if config.mail_background:
             _reroute_mail(app, config)
 
-        app.extensions["apitask"] = stack.AppState(config, Threads(config.pool_size))
+        # Before the first scope, as others may set an app up that serves already.
+        endings.end_with_teardown(app)
 
         if config.enabled and config.wait == "close":
             endings.connect(app)
 
-        endings.end_with_teardown(app)
+        app.extensions["apitask"] = stack.AppState(config, Threads(config.pool_size))
 
 
 @contextlib.contextmanager

@@ -40,10 +40,10 @@ class Binding(t.Protocol):
     """What the tasks of a scope find around them."""
 
     def call(self, job: Job[T], how: How) -> T:
-        """Call a job's task. In the context of who submitted it."""
+        """Call a job's task; called in the job's context."""
 
     def report(self, overdue: Overdue) -> None:
-        """Tell what was left behind. In the thread that has waited for it."""
+        """Tell what a scope left behind; called in the thread that has waited."""
 
 
 class Job(t.Generic[T]):
@@ -117,7 +117,7 @@ class Job(t.Generic[T]):
 
 
 class Unbound:
-    """A :class:`Binding` that gives a task no more than its arguments."""
+    """A :class:`Binding` that does nothing around a task, and has no log."""
 
     def call(self, job: Job[T], how: How) -> T:
         result: T = job.task(*job.args, **job.kwargs)

@@ -119,17 +119,17 @@ class Threads:
         """Have a thread serve a scope, or do it here if none can be had."""
         self._waiting.append(scope)
 
-        if self._coming is None and not self._find_thread():
+        if self._coming is None and not self._send_for_thread():
             self._serve(None)
 
     def add(self, scope: Servable) -> None:
-        """Have a thread serve a scope, if one can be had."""
+        """Have a thread serve a scope. If none can be had, who adds it has to."""
         self._waiting.append(scope)
 
         if self._coming is None:
-            self._find_thread()
+            self._send_for_thread()
 
-    def _find_thread(self) -> bool:
+    def _send_for_thread(self) -> bool:
         """Send for a thread, and return whether scopes that wait may rely on one."""
         with self._lock:
             worker = self._choose()

@@ -7,6 +7,7 @@ import typing as t
 import pytest
 from conftest import PATIENCE
 from flask import Blueprint
+from flask import current_app
 from flask import Flask
 from late_threads import make_late
 
@@ -56,6 +57,34 @@ def test_second_one_is_refused(same: bool) -> None:
     )
     assert app.extensions["apitask"] is state
     assert app.do_teardown_request is teardown
+
+
+def test_current_app_is_the_app() -> None:
+    """The proxy stands for the app, as it does everywhere."""
+    app = Flask(__name__)
+
+    with app.app_context():
+        ApiTask(current_app)
+
+    assert "apitask" in app.extensions
+
+
+def test_app_that_serves_already() -> None:
+    """A scope that is opened at once has its end."""
+    app = Flask(__name__)
+    done: list[str] = []
+
+    @app.get("/")
+    def index() -> str:
+        if "apitask" not in app.extensions:
+            ApiTask(app)
+            make_late(app)
+
+        run(done.append, "task")
+        return "ok"
+
+    app.test_client().get("/")
+    assert done == ["task"]
 
 
 def test_one_extension_sets_up_several_apps() -> None:

@@ -43,7 +43,7 @@ LIBRARIES = {
     "stack": {"flask"},
     "mail.delivery": {"flask", "flask_mail"},
     "mail.rerouting": {"flask", "flask_mail", "typing_extensions"},
-    "extension": {"flask"},
+    "extension": {"flask", "werkzeug"},
 }
 
 # Private names of other packages: which one is used, and why it may be.
@@ -53,8 +53,9 @@ FOREIGN_PRIVATE_NAMES = {
     "_cv_app": "the context variable behind Flask's proxies, which take two calls more"
     " to read it; each task and each request's end pays that (test_merged_context.py)",
     "_cv_request": "the same for the request, before Flask 3.2",
-    "_cv_tokens": "Flask < 3.2: whether a request context is pushed, and whether anew"
-    " since its teardown, as a stream does; nothing public tells (test_close.py)",
+    "_cv_tokens": "Flask < 3.2: whether a request context is pushed, and, by a mark"
+    " that goes with the push, whether that is torn down; a stream pushes it anew, and"
+    " nothing public tells (test_request_scope.py, test_close.py)",
     "_current_frames": "documented by Python: what every thread is doing",
     "_get_current_object": "documented by Werkzeug: the object behind a proxy",
     "_register_atexit": "Python's own thread pool ends by it: atexit comes too late for"

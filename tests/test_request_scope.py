@@ -24,6 +24,7 @@ from late_threads import note_return
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.serving import make_server
 from werkzeug.test import Client
+from werkzeug.test import EnvironBuilder
 
 from flask_apitask import ApiTask
 from flask_apitask import current_scope
@@ -350,6 +351,32 @@ def test_another_teardown_of_the_app(replaced: bool) -> None:
     ApiTask(app)
     make_late(app).test_client().get("/missing")
     assert events == ["task", "returned"]
+
+
+@pytest.mark.skipif(MERGED, reason="Such a context has a request there.")
+def test_teardown_in_the_request_of_another_app(make_app: AppFactory) -> None:
+    """A stream that is closed in a request of another app ends no scope of that."""
+    app, other = make_late(make_app()), make_app()
+    streams: list[cabc.Iterator[bytes]] = []
+
+    @other.get("/")
+    def stream() -> Response:
+        return flask.Response(stream_with_context(iter("12")))
+
+    def begin() -> None:
+        body = other.wsgi_app(EnvironBuilder("/").get_environ(), lambda *args: str)
+        streams.append(iter(t.cast("t.Any", body)))
+        next(streams[0])
+
+    contextvars.copy_context().run(begin)
+
+    with app.test_request_context():
+        scope = current_scope()
+
+        with pytest.raises((AssertionError, ValueError)):
+            t.cast("t.Any", streams[0]).close()
+
+        assert current_scope() is scope is not None
 
 
 @pytest.mark.skipif(MERGED, reason="The context is an argument from Flask 3.2 on.")
@@ -1168,6 +1195,23 @@ def test_one_worker_is_one_at_a_time(make_app: AppFactory) -> None:
 
     assert overlaps == []
     assert events == list(range(50))
+
+
+def test_app_goes_though_a_variable_refers_to_the_request(without_gc: None) -> None:
+    """One that has an error, say, in variables of the request (behaviour 10)."""
+    variable: contextvars.ContextVar[object] = contextvars.ContextVar("variable")
+    app = Flask(__name__)
+    ApiTask(app)
+
+    def index() -> str:
+        variable.set(find_request_context())
+        return "ok"
+
+    app.add_url_rule("/", "index", index)
+    contextvars.copy_context().run(app.test_client().get, "/")
+    reference = weakref.ref(app)
+    del app
+    assert reference() is None
 
 
 def test_app_goes_with_its_last_reference(

@@ -274,6 +274,38 @@ def test_teardown_functions_of_a_task(
     ]
 
 
+def test_what_is_bound_to_a_thread(make_app: AppFactory) -> None:
+    """What a task opens for its thread can be closed at its end (behaviour 12).
+
+    Also on the thread of the request, which has closed its own before the wait.
+    """
+    app = make_late(make_app())
+    connection = threading.local()
+    found: list[bool] = []
+
+    def connect() -> None:
+        found.append(hasattr(connection, "open"))
+        connection.open = True
+
+    @app.teardown_request
+    @app.teardown_appcontext
+    def close(exc: BaseException | None) -> None:
+        vars(connection).pop("open", None)
+
+    app.before_request(connect)
+
+    @app.get("/")
+    def index() -> str:
+        run(connect)
+        run(connect)
+        return "ok"
+
+    for _ in range(2):
+        app.test_client().get("/")
+
+    assert found == [False] * 6
+
+
 def test_teardown_function_that_fails(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
