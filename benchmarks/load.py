@@ -217,7 +217,7 @@ def main() -> None:
     if shutil.which("wrk") is None:
         sys.exit("wrk, the load generator, was not found. Try: apt-get install wrk")
 
-    repetitions, seconds = (2, 1) if options.quick else (7, 2)
+    repetitions, seconds = (2, 1) if options.quick else (15, 2)
     cases = measure(repetitions, seconds)
 
     for case in cases:
