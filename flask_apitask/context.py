@@ -63,12 +63,10 @@ def mark_over(request_context: t.Any) -> None:
     """
     if MERGED:
         setattr(request_context, _OVER, True)
-        return
-
-    pushes = request_context._cv_tokens
-
-    if pushes:
-        pushes[0] = _TornDown(pushes[0])
+    else:
+        # There is none where someone else calls for a teardown after the end.
+        pushes = request_context._cv_tokens
+        pushes[:1] = map(_TornDown, pushes[:1])
 
 
 def is_over(request_context: t.Any) -> bool:

@@ -380,6 +380,20 @@ def test_teardown_in_the_request_of_another_app(make_app: AppFactory) -> None:
 
 
 @pytest.mark.skipif(MERGED, reason="The context is an argument from Flask 3.2 on.")
+def test_teardown_after_the_request(make_app: AppFactory) -> None:
+    """Whoever calls for it once more has what Flask has to say, and no more."""
+    app = make_app()
+    calls: list[object] = []
+    app.teardown_request(calls.append)
+
+    with app.test_request_context():
+        late = contextvars.copy_context()
+
+    late.run(app.do_teardown_request)
+    assert calls == [None, None]
+
+
+@pytest.mark.skipif(MERGED, reason="The context is an argument from Flask 3.2 on.")
 def test_teardown_without_a_request(make_app: AppFactory) -> None:
     """It is Flask who says what is wrong."""
     app = make_app()
