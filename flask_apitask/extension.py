@@ -85,13 +85,13 @@ class ApiTask:
         if config.mail_background:
             _reroute_mail(app, config)
 
-        # Before the first scope, as others may set an app up that serves already.
+        # In this order, as the app may serve already: a scope needs its end, and a hook
+        # on a response needs the state.
         endings.end_with_teardown(app)
+        app.extensions["apitask"] = stack.AppState(config, Threads(config.pool_size))
 
         if config.enabled and config.wait == "close":
             endings.connect(app)
-
-        app.extensions["apitask"] = stack.AppState(config, Threads(config.pool_size))
 
 
 @contextlib.contextmanager

@@ -14,7 +14,9 @@ from late_threads import make_late
 import flask_apitask
 from flask_apitask import ApiTask
 from flask_apitask import current_scope
+from flask_apitask import extension
 from flask_apitask import run
+from flask_apitask.threads import Threads
 
 if t.TYPE_CHECKING:
     from conftest import AppFactory
@@ -85,6 +87,22 @@ def test_app_that_serves_already() -> None:
 
     app.test_client().get("/")
     assert done == ["task"]
+
+
+def test_request_while_the_app_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its answer, though nothing is there yet that others count on."""
+    app = Flask(__name__)
+    app.config["APITASK_WAIT"] = "close"
+    statuses: list[int] = []
+
+    class RequestingThreads(Threads):
+        def __init__(self, size: int) -> None:
+            statuses.append(app.test_client().get("/missing").status_code)
+            super().__init__(size)
+
+    monkeypatch.setattr(extension, "Threads", RequestingThreads)
+    ApiTask(app)
+    assert statuses == [404]
 
 
 def test_one_extension_sets_up_several_apps() -> None:
