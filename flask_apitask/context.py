@@ -2,14 +2,11 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-import functools
 import operator
 import typing as t
 
-import flask
 from flask import has_request_context
 from flask.ctx import AppContext
-from flask.globals import _cv_app
 from flask.globals import app_ctx
 
 if t.TYPE_CHECKING:
@@ -20,90 +17,67 @@ if t.TYPE_CHECKING:
     from flask import Flask
     from flask import Request
 
-    from .scope import TaskScope
+    from .executor.scope import TaskScope
 
 # Flask 3.2 merges the request context into the app context.
-MERGED = hasattr(AppContext, "has_request")
+MERGED: t.Final = hasattr(AppContext, "has_request")
 
-# Of a request context: that it is torn down; from Flask 3.2 on.
-_OVER = "_flask_apitask_over"
+if MERGED:
+    request_ctx: t.Any = app_ctx
+else:
+    from flask.globals import request_ctx
 
-
-def _find_merged_context() -> t.Any | None:
-    return find_app_context() if has_request_context() else None
-
-
-# They return the current app context, and what Flask pushed for the current request, or
-# None. A copy of the latter, by copy_current_request_context(), is another object. Each
-# task and each request's end looks for them, and Flask's proxies take longer for it.
-find_app_context: cabc.Callable[[], t.Any | None]
-find_app_context = functools.partial(_cv_app.get, None)
-find_request_context: cabc.Callable[[], t.Any | None]
-find_request_context = (
-    _find_merged_context
-    if MERGED
-    else functools.partial(flask.globals._cv_request.get, None)
-)
+# They raise a RuntimeError where there is none.
+get_app_context = app_ctx._get_current_object  # type: ignore[attr-defined]
+get_request_context = request_ctx._get_current_object
 
 
-class _TornDown(tuple[t.Any, ...]):
-    """What a request context has of a push whose teardown has come; before Flask 3.2.
-
-    Equal to what Flask has put there, and gone with it: to keep that elsewhere would
-    make a reference cycle, by the context variables that it refers to.
-    """
-
-    __slots__ = ()
-
-
-def mark_over(request_context: t.Any) -> None:
-    """Note that a request is torn down, though whoever has its context still sees it.
-
-    Before Flask 3.2 its context can be pushed once more, and is not over then.
-    """
-    if MERGED:
-        setattr(request_context, _OVER, True)
-    else:
-        # There is none where someone else calls for a teardown after the end.
-        pushes = request_context._cv_tokens
-        pushes[:1] = map(_TornDown, pushes[:1])
-
-
-def is_over(request_context: t.Any) -> bool:
-    """Return whether nobody would end a scope that is opened in a request now."""
-    if MERGED:
-        return hasattr(request_context, _OVER)
-
+def find_app_context() -> t.Any | None:
+    """Return the current app context, if there is one."""
+    # Not has_app_context() first: each task looks for it, and nearly always finds it.
     try:
-        return isinstance(request_context._cv_tokens[0], _TornDown)
-    except IndexError:
-        return True
+        return get_app_context()
+    except RuntimeError:
+        return None
+
+
+def find_request_context() -> t.Any | None:
+    """Return what Flask has pushed for the current request, if there is one.
+
+    What :func:`flask.copy_current_request_context` pushes is another object.
+    """
+    try:
+        context = get_request_context()
+    except RuntimeError:
+        return None
+
+    return context if not MERGED or context.has_request else None
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Block:
-    """A ``with`` block around the caller, or the task that the caller is inside of.
+class Frame:
+    """A ``with`` block around the caller, or the task that the caller is in.
 
-    :param scope: The block's scope; ``None`` for a task, where another one is a plain
+    :param scope: The block's scope; ``None`` for a task, in which ``run()`` is a plain
         call.
-    :param request: The request that it is part of, if any. Another request, made inside
-        of it, does not see it.
+    :param request: The request that it is part of, if any. Another request, made within
+        it, does not see it.
     """
 
     app: Flask
     scope: TaskScope | None
     request: Request | None
-    outer: Block | None = None
+    parent: Frame | None = None
 
 
-current_block: contextvars.ContextVar[Block | None] = contextvars.ContextVar(
+current_frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar(
     "flask_apitask", default=None
 )
 
 
 def _merged_task_context(app: Flask) -> contextlib.AbstractContextManager[object]:
     if has_request_context() and app_ctx.app is app:
-        return _MergedTaskContext(app_ctx)
+        return _MergedTaskContext(get_app_context())
 
     return app.app_context()
 
@@ -128,13 +102,13 @@ class _MergedTaskContext:
         tb: TracebackType | None,
     ) -> None:
         # With the request, pop() would run the teardown_request functions, and close
-        # the uploads. Not to pop would leave a reference cycle through the app.
+        # the uploads. Without a pop there would be a reference cycle through the app.
         self._context._request = None
         self._context.pop(exc_value)
 
 
-# It makes an app context of a task's own, under which the request stays visible: its g
-# is empty, and teardown_appcontext functions run at its end, but none of those for
+# Makes an app context of a task's own, under which the request stays visible: its g is
+# empty, and teardown_appcontext functions run at its end, but none of those for
 # teardown_request.
 task_context: cabc.Callable[[Flask], contextlib.AbstractContextManager[object]]
 task_context = _merged_task_context if MERGED else operator.methodcaller("app_context")

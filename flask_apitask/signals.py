@@ -12,8 +12,8 @@ Sent before a task runs, in the thread and in the context that it runs in. The s
 is the :class:`~flask.Flask` app. Keyword arguments:
 
 -   ``name``: the task's name, see :func:`.task`.
--   ``how``: ``"thread"`` on a thread of the pool, ``"helped"`` on the thread that waits
-    for the scope, ``"inline"`` as a plain call, or where no thread could be had.
+-   ``how``: ``"thread"`` on a thread of the pool, ``"inline"`` as a plain call, or
+    where no thread could be had.
 -   ``submitted``, ``started``: seconds of :func:`time.monotonic`.
 
 Not sent for a plain call outside of any application context. A receiver that raises an

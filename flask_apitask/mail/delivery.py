@@ -7,10 +7,10 @@ from collections import deque
 import flask_mail
 from flask import current_app
 
-from ..binding import notify
+from ..api import run
 from ..exceptions import DeliveryError
-from ..stack import run
-from ..tasks import task
+from ..executor.task import task
+from ..runner import notify
 from .envelope import Server
 from .pool import ConnectionPool
 

@@ -9,7 +9,7 @@ import typing as t
 import warnings
 import weakref
 
-from ..uwsgi import threads_go_on
+from ..executor.pool import threads_enabled
 from .places import Places
 from .smtp import Connection
 from .wire import ConnectionLost
@@ -217,7 +217,7 @@ class Lease:
         try:
             # Without a keepalive it is kept for those only who wait for one, and so it
             # is where no thread could close it in time.
-            keeps = self._pool.keepalive and threads_go_on()
+            keeps = self._pool.keepalive and threads_enabled()
             wanted = own and (keeps or self._places.waiting)
 
             if wanted and connection is not None and connection.usable():

@@ -8,7 +8,7 @@ import typing as t
 import flask_mail
 from flask import current_app
 
-from .. import stack
+from .. import api
 from ..context import find_app_context
 from .delivery import Background
 from .delivery import Delivery
@@ -66,7 +66,7 @@ class RoutedConnection(flask_mail.Connection):
             return super().__enter__()
 
         pool = None if self.mail.suppress else transport.pool(self.mail)
-        scope = stack.current_scope()
+        scope = api.current_scope()
         is_open = scope is not None and not scope.closed
         # What is suppressed takes no time, and the outbox of a test is in order so.
         if pool is None or not is_open:

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import time
+import typing as t
+
+from flask import current_app
+
+from . import request_scope
+from .config import Config
+from .config import read_count
+from .config import read_timeout
+from .config import read_word
+from .context import current_frame
+from .context import find_app_context
+from .context import find_request_context
+from .context import Frame
+from .exceptions import ScopeClosed
+from .executor.future import TaskFuture
+from .executor.scope import TaskScope
+from .executor.task import make_callable
+from .runner import call_observed
+from .runner import PlainRunner
+from .runner import TaskRunner
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from flask import Flask
+    from flask import Request
+
+    from .executor.task import Task
+    from .request_scope import AppState
+
+P = t.ParamSpec("P")
+T = t.TypeVar("T")
+
+
+@t.overload
+def run(
+    task: cabc.Callable[P, cabc.Coroutine[t.Any, t.Any, T]],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> TaskFuture[T]: ...
+
+
+@t.overload
+def run(
+    task: cabc.Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> TaskFuture[T]: ...
+
+
+@t.overload
+def run(task: Task[T], /) -> TaskFuture[T]: ...
+
+
+def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
+    """Start a task that the current request, or ``with`` block, waits for.
+
+    It runs on a thread, in an app context of its own, with the caller's request and
+    context variables. What it raises is logged and kept in the future; the response
+    is not touched.
+
+    Where there is no scope (outside of a request, inside another task, after the
+    request's scope was ended) the task is called here and now, in the caller's own
+    context, and what it raises goes to the caller.
+
+    Not for work that must survive the process, be retried, or take longer than the
+    client cares to wait: that belongs in a task queue.
+
+    :param task: A callable, sync or ``async def``, or a :class:`Task`.
+    :param args: Its positional arguments.
+    :param kwargs: Its keyword arguments; none is taken by :func:`run` itself.
+    :raises TypeError: ``task`` can't be called.
+    :return: The :class:`concurrent.futures.Future` of what the task returns, finished
+        already after a plain call. An ``async def`` view may ``await`` it.
+    """
+    scope = _find_scope()
+
+    if scope is not None:
+        try:
+            return scope.submit(task, *args, **kwargs)
+        except ScopeClosed:
+            pass
+
+    task = make_callable(task)
+    app_context = find_app_context()
+    app = None if app_context is None else app_context.app
+    submitted = time.monotonic()
+    result = call_observed(app, "inline", submitted, task, args, kwargs)
+    future: TaskFuture[t.Any] = TaskFuture(PlainRunner(app))
+    future.set_result(result)
+    return future
+
+
+def wait(timeout: float | None = None) -> None:
+    """Block until the tasks that the current scope was given so far are done.
+
+    A barrier, not an end: more can be started after it. What the tasks raised is in
+    their futures and in the log, and is not raised here. Does nothing where there is
+    no scope. Not needed at the end of a view: the request waits by itself.
+
+    :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
+    :raises TimeoutError: Some are not done yet; they go on.
+    """
+    scope = _find_scope()
+
+    if scope is not None:
+        scope.wait(timeout)
+
+
+def current_scope() -> TaskScope | None:
+    """Return the scope that :func:`run` submits to here, if there is one.
+
+    Use it as the executor that it is: ``loop.run_in_executor(current_scope(), ...)``.
+    """
+    scope = _find_scope()
+    return None if scope is None or scope.closed else scope
+
+
+@contextlib.contextmanager
+def open_scope(
+    *, max_workers: int | None = None, timeout: float | None = None
+) -> cabc.Iterator[TaskScope]:
+    """Open a scope for a block: in a command, a script, or a part of a view.
+
+    The tasks started in the block are done when it is left, whether it raises or not.
+    Scopes nest: a task belongs to the innermost, and each waits for its own.
+
+    :param max_workers: Most tasks that run at once, ``None`` for
+        :data:`APITASK_MAX_WORKERS`.
+    :param timeout: Seconds that the end of the block waits, ``None`` for
+        :data:`APITASK_TIMEOUT`, :data:`math.inf` for as long as it takes.
+    :raises ValueError: A limit is not a positive number.
+    :raises RuntimeError: There is no app context, or no :class:`ApiTask` on its app.
+    """
+    frame, scope = _enter(max_workers, timeout)
+
+    try:
+        yield scope
+    finally:
+        _leave(frame)
+        scope.end()
+
+
+@t.overload
+def scoped(view: cabc.Callable[P, T], /) -> cabc.Callable[P, T]: ...
+
+
+@t.overload
+def scoped(
+    *,
+    max_workers: int | None = None,
+    timeout: float | None = None,
+    wait: t.Literal["return", "close"] = "return",
+) -> cabc.Callable[[cabc.Callable[P, T]], cabc.Callable[P, T]]: ...
+
+
+def scoped(
+    view: t.Any = None,
+    /,
+    *,
+    max_workers: int | None = None,
+    timeout: float | None = None,
+    wait: t.Literal["return", "close"] = "return",
+) -> t.Any:
+    """Give one view, or any function, a scope of its own.
+
+    Its tasks are done when it returns, not only at the end of the request. Use it with
+    ``APITASK_ENABLED = False`` to have scopes where you say, or for limits of its own.
+    It goes below the route decorator, which registers what stands below it::
+
+        @app.post("/signup")
+        @scoped(max_workers=2, timeout=5.0)
+        def signup(): ...
+
+    :param view: A function, sync or ``async def``.
+    :param max_workers: As for :func:`open_scope`.
+    :param timeout: As for :func:`open_scope`.
+    :param wait: When to wait for the tasks: ``"return"``, or ``"close"`` for after the
+        response to the request was sent, where there is a request.
+    :raises TypeError: ``view`` is not a function.
+    :raises ValueError: A limit is not a positive number, or ``wait`` is another word.
+    """
+    _read_limits(max_workers, timeout, Config())
+    at_close = read_word("wait", wait, "return", "close") == "close"
+
+    if view is None:
+        return functools.partial(
+            scoped, max_workers=max_workers, timeout=timeout, wait=wait
+        )
+
+    if not callable(view):
+        raise TypeError(
+            f"scoped() takes a function, or limits by name, as in"
+            f" @scoped(max_workers=2), not {view!r}."
+        )
+
+    if inspect.iscoroutinefunction(view):
+        # Only an app with such a view needs it, and it takes long to import.
+        import asyncio
+
+        @functools.wraps(view)
+        async def async_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
+            frame, scope = _enter(max_workers, timeout)
+
+            try:
+                return await view(*args, **kwargs)
+            finally:
+                if not _leave_view(frame, scope, at_close):
+                    # On another thread, as the tasks may need the view's event loop.
+                    await asyncio.to_thread(scope.end)
+
+        return async_view
+
+    @functools.wraps(view)
+    def sync_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
+        frame, scope = _enter(max_workers, timeout)
+
+        try:
+            return view(*args, **kwargs)
+        finally:
+            if not _leave_view(frame, scope, at_close):
+                scope.end()
+
+    return sync_view
+
+
+def _find_scope() -> TaskScope | None:
+    """Return the scope that a task goes to, and open the request's for the first one.
+
+    ``None`` where a task is a plain call.
+    """
+    app_context = find_app_context()
+
+    if app_context is None:
+        return None
+
+    app: Flask = app_context.app
+    request_context = find_request_context()
+
+    if current_frame.get() is not None:
+        frame = _find_frame(app, request_context and request_context.request)
+
+        if frame is not None:
+            return frame.scope
+
+    if request_context is None or request_context.app is not app:
+        return None
+
+    state: AppState | None = app.extensions.get("apitask")
+
+    if state is None or not state.config.enabled:
+        return None
+
+    return request_scope.find_request_scope(request_context).open(app, request_context)
+
+
+def _find_frame(app: Flask, request: Request | None) -> Frame | None:
+    """Return the innermost frame that may be seen from here."""
+    frame = current_frame.get()
+
+    while frame is not None:
+        in_sight = request is None or frame.request is request
+
+        if in_sight and (frame.scope is None or frame.app is app):
+            break
+
+        frame = frame.parent
+
+    return frame
+
+
+def _enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskScope]:
+    """Open the scope of a ``with`` block, or of a decorated function."""
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+
+    if "apitask" not in app.extensions:
+        raise RuntimeError(
+            f"There is no 'ApiTask' on the current Flask app {app.name!r}. Create one"
+            " with ApiTask(app), or call its init_app(app)."
+        )
+
+    config, pool = app.extensions["apitask"]
+    request_context = find_request_context()
+    request = request_context and request_context.request
+    limits = _read_limits(max_workers, timeout, config)
+    scope = TaskScope(pool, *limits, TaskRunner(app, request))
+    frame = Frame(app, scope, request, current_frame.get())
+    current_frame.set(frame)
+    return frame, scope
+
+
+def _leave(frame: Frame) -> None:
+    """Leave a block, and those within it that were left open."""
+    inner = current_frame.get()
+
+    while inner is not None and inner is not frame:
+        inner = inner.parent
+
+    # It is not there where a generator is closed in another context than it ran in.
+    if inner is not None:
+        current_frame.set(frame.parent)
+
+
+def _leave_view(frame: Frame, scope: TaskScope, at_close: bool) -> bool:
+    """Leave a decorated function, and return whether its scope ends later."""
+    _leave(frame)
+    request_context = find_request_context()
+
+    # The response is no concern of a function that is called by a task.
+    if not at_close or request_context is None or _is_in_task(request_context.request):
+        return False
+
+    if request_context.app is not frame.app:
+        return False
+
+    request_scope.answer_first(frame.app)
+    request_scope.find_request_scope(request_context).defer(scope)
+    return True
+
+
+def _is_in_task(request: Request) -> bool:
+    """Return whether the caller is in a task of the current request."""
+    frame = current_frame.get()
+
+    while frame is not None:
+        if frame.scope is None and frame.request is request:
+            return True
+
+        frame = frame.parent
+
+    return False
+
+
+def _read_limits(
+    max_workers: int | None, timeout: float | None, default: Config
+) -> tuple[int, float | None]:
+    return (
+        default.max_workers
+        if max_workers is None
+        else read_count("max_workers", max_workers),
+        default.timeout if timeout is None else read_timeout("timeout", timeout),
+    )

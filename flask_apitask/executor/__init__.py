@@ -1,0 +1,3 @@
+"""Scopes, and the threads that they run on. Nothing in here knows Flask."""
+
+from __future__ import annotations

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import contextvars
+import threading
+import traceback
+import typing as t
+
+from .task import task_name
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+    from types import FrameType
+
+    from .runner import How
+    from .runner import Runner
+    from .scope import TaskScope
+
+T = t.TypeVar("T")
+Callback: t.TypeAlias = "cabc.Callable[[concurrent.futures.Future[t.Any]], object]"
+# A task, its arguments, and when it was submitted, in seconds of time.monotonic().
+Work: t.TypeAlias = (
+    "tuple[cabc.Callable[..., t.Any], tuple[t.Any, ...], dict[str, t.Any], float]"
+)
+
+_NO_STACK = "  (no stack: it runs on no thread of the system)\n"
+
+
+class TaskFuture(concurrent.futures.Future[T]):
+    """A standard future that holds its task until that has run.
+
+    A scope queues these. When somebody waits for one, its scope gets a thread if it has
+    none. In a coroutine, ``await`` waits without blocking the event loop.
+
+    The task finds the context variables of the place where the future is made.
+
+    :param runner: Calls the task, and the done callbacks.
+    :param scope: Where the task is queued; ``None`` for one that was called at once.
+    """
+
+    # Its place among the tasks of its scope, from 1.
+    index = 0
+    # The identifier of the thread that runs the task.
+    thread = 0
+
+    def __init__(
+        self,
+        runner: Runner,
+        scope: TaskScope | None = None,
+        work: Work | None = None,
+    ) -> None:
+        super().__init__()
+        self._runner = runner
+        self._scope = scope
+        self._work: t.Any = work
+        self._context = contextvars.copy_context()
+
+    def result(self, timeout: float | None = None) -> T:
+        """Return what the task returns, or raise what it raises.
+
+        :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
+        :raises TimeoutError: The task is not done by then. It goes on.
+        :raises concurrent.futures.CancelledError: It never runs.
+        """
+        try:
+            with self._waiting():
+                return super().result(timeout)
+        finally:
+            # What the task raised refers to this frame: no cycle through the future.
+            del self
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Return what the task raises, or ``None``. It waits as :meth:`result` does."""
+        with self._waiting():
+            return super().exception(timeout)
+
+    def add_done_callback(self, fn: Callback) -> None:
+        """Have a function called with this future once the task is done.
+
+        Whichever thread calls it, it finds what a task finds: an app context of its
+        own, and the task's request and context variables. What it raises is logged.
+        """
+        runner, context = self._runner, self._context
+        super().add_done_callback(
+            lambda future: context.copy().run(runner.call_back, fn, future)
+        )
+
+    def __await__(self) -> cabc.Generator[t.Any, None, T]:
+        # Only a coroutine gets here, and asyncio takes long to import.
+        import asyncio
+
+        with self._waiting():
+            return (yield from asyncio.wrap_future(self).__await__())
+
+    def run(self, how: How) -> None:
+        """Run the task, unless it was cancelled. For the scope, once.
+
+        A waiting thread may go on as soon as the scope counts the task as done. By then
+        nothing here refers to the task or its arguments any more.
+        """
+        if not self.set_running_or_notify_cancel():
+            self._work = self._scope = None
+            return
+
+        run: t.Any = self._context.run
+
+        try:
+            result = run(self._runner.run, *self._work, how)
+        except BaseException as error:
+            self._work = self._scope = None
+            self.set_exception(error)
+            # The traceback refers to this frame: no cycle from it to the exception.
+            del self
+        else:
+            self._work = self._scope = None
+            self.set_result(result)
+
+    @property
+    def task_name(self) -> str:
+        """The name of the task, which must not be done."""
+        return task_name(self._work[0])
+
+    def describe(self, frames: cabc.Mapping[int, FrameType]) -> tuple[str, str] | None:
+        """Return the task's name and its stack in a snapshot, unless it is done."""
+        work: Work | None = self._work
+        return None if work is None else (task_name(work[0]), self._stack(frames))
+
+    def _stack(self, frames: cabc.Mapping[int, FrameType]) -> str:
+        """Format the stack of the task, from its own first line on."""
+        frame = frames.get(self.thread)
+        stack = [frame for frame, _ in traceback.walk_stack(frame)] if frame else []
+
+        while stack and _is_plumbing(stack[-1]):
+            stack.pop()
+
+        # The snapshot may be of a moment before the task begins or after it has ended.
+        if not stack:
+            return _NO_STACK
+
+        lines = ((frame, frame.f_lineno) for frame in reversed(stack))
+        return "".join(traceback.StackSummary.extract(lines).format())
+
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        scope = self._scope
+        return contextlib.nullcontext() if scope is None else scope.waiting()
+
+
+def _is_plumbing(frame: FrameType) -> bool:
+    name: str = frame.f_globals.get("__name__", "")
+    return name == threading.__name__ or name.startswith(f"{__package__}.")

@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import atexit
+import contextvars
+import itertools
+import logging
+import os
+import sys
+import threading
+import typing as t
+import weakref
+from collections import deque
+
+from ..log import log
+
+if t.TYPE_CHECKING:
+    from .scope import TaskScope
+
+_logger = logging.getLogger("flask_apitask")
+_pools: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
+
+
+class Worker:
+    """A thread of a pool, and what it does at the moment.
+
+    :param extra: It was started beyond the pool's size, for a scope that is waited for.
+    """
+
+    __slots__ = ("arrived", "awake", "extra", "retired", "scope", "thread")
+
+    def __init__(self, extra: bool) -> None:
+        # The worker sleeps by acquiring this lock once more, and is woken by a release.
+        self.awake: threading.Lock = threading.Lock()
+        self.awake.acquire()
+        self.arrived: bool = False
+        self.extra: bool = extra
+        self.retired: bool = False
+        self.scope: TaskScope | None = None
+        self.thread: threading.Thread | None = None
+
+
+class ThreadPool:
+    """Threads that serve any number of scopes, started on demand, and kept.
+
+    A scope asks for a thread and gets one that is idle, or a new one. If there are
+    ``size`` already, the scope queues until one is free.
+
+    The threads are daemons, as a process could not end otherwise while a task is stuck.
+    The interpreter's exit waits for those that are busy all the same (:meth:`close`).
+
+    Guarantees:
+
+    1.  A scope that asked for a thread gets one, or learns at once that there is none.
+    2.  At most ``size`` threads are busy or idle, not counting those that were started
+        for a scope that is waited for (:meth:`expedite`), and as many as were abandoned
+        with a stuck task, up to ``size`` of them (:meth:`abandon`).
+    3.  A thread keeps nothing of whoever started it, nor of a scope it has served.
+
+    What could break it, and what prevents it:
+
+    1.  *Lost scope.* A thread finds the queue empty and goes idle; a scope, which has
+        seen no idle thread, queues. So each of them looks and decides in one step,
+        under the lock.
+    2.  *Fork.* The child has none of the threads, and a lock that nobody there may ever
+        release. So the pool is made anew in the child, before anything else runs.
+    3.  *Interrupted start.* A Ctrl-C hits :meth:`threading.Thread.start`, and nobody
+        can say whether the thread will come. So it is given up on the spot; should it
+        come after all, it finds that and ends.
+
+    :param size: The most threads, apart from the exceptions above.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._numbers = itertools.count()
+        # How often this process and those before it have forked.
+        self.generation = 0
+        self.reset()
+        _pools.add(self)
+
+    def reset(self) -> None:
+        """Forget all threads and scopes, for a forked child."""
+        # Guards everything below, and the scope of each worker.
+        self._lock = threading.Lock()
+        # Notified when a worker is done or abandoned while the pool closes.
+        self._settled = threading.Condition(self._lock)
+        self._waiting: deque[TaskScope] = deque()
+        self._idle: list[Worker] = []
+        self._busy: set[Worker] = set()
+        self._abandoned: set[Worker] = set()
+        self._warned: set[str] = set()
+        self._closed = False
+
+    def request(self, scope: TaskScope, *, extra: bool = False) -> bool:
+        """Have a thread serve a scope as soon as one is free.
+
+        :param extra: Start another thread rather than wait for a free one.
+        :return: ``False`` if the system gives no thread, so none will come.
+        """
+        with self._lock:
+            worker = self._find_worker(extra)
+
+            if worker is not None:
+                worker.scope = scope
+                self._busy.add(worker)
+            elif not self._closed:
+                self._waiting.append(scope)
+                return True
+
+        if worker is None:
+            self._warn("the process is about to exit.")
+            return False
+
+        return self._wake(worker)
+
+    def expedite(self, scope: TaskScope) -> bool:
+        """Let a scope queue no longer for a free thread, but start another one.
+
+        :return: ``False`` if the system gives none.
+        """
+        return not self.withdraw(scope, 1) or self.request(scope, extra=True)
+
+    def withdraw(self, scope: TaskScope, most: int | None = None) -> bool:
+        """Drop a scope's requests that still queue, and return whether it had one.
+
+        :param most: How many of them, ``None`` for all.
+        """
+        # Mostly nothing queues, and this is looked at for each request.
+        if not self._waiting:
+            return False
+
+        with self._lock:
+            count = self._waiting.count(scope)
+
+            for _ in range(count if most is None else min(most, count)):
+                self._waiting.remove(scope)
+
+        return bool(count)
+
+    def abandon(self, scope: TaskScope) -> int:
+        """Let other threads take the place of those that serve a scope.
+
+        Each counts again as soon as its task is done.
+
+        :return: How many threads are abandoned now, by any scope.
+        """
+        with self._lock:
+            self._abandoned.update(
+                worker for worker in self._busy if worker.scope is scope
+            )
+            self._settled.notify_all()
+            abandoned = len(self._abandoned)
+            replacements = self._replace()
+
+        for worker, waiting in replacements:
+            if not self._wake(worker):
+                with self._lock:
+                    self._waiting.appendleft(waiting)
+
+        return abandoned
+
+    def close(self) -> None:
+        """Refuse further requests and wait for the busy threads, as the process exits.
+
+        Not for one that was abandoned with its task, or is meanwhile.
+        """
+        with self._lock:
+            self._closed = True
+
+            for worker in self._idle:
+                worker.awake.release()
+
+            self._idle.clear()
+            self._settled.wait_for(lambda: self._busy <= self._abandoned)
+
+    def arrive(self, worker: Worker) -> bool:
+        """Return whether the pool still expects a thread that was just started."""
+        with self._lock:
+            worker.arrived = not worker.retired
+            return worker.arrived
+
+    def work(self, worker: Worker) -> bool:
+        """Serve scopes until none waits.
+
+        :return: Whether the thread is to sleep now and come back when it is woken.
+        """
+        scope = worker.scope
+
+        while scope is not None:
+            scope.serve("thread", extra=worker.extra)
+            # Not kept by this frame while the thread sleeps.
+            scope = self._next_scope(worker)
+
+        return not worker.retired
+
+    def _next_scope(self, worker: Worker) -> TaskScope | None:
+        """Return the scope that a worker serves next, or put the worker to rest."""
+        with self._lock:
+            worker.scope = None
+            worker.extra = False
+            self._abandoned.discard(worker)
+            surplus = self._count() > self._size
+
+            if self._waiting and not surplus:
+                worker.scope = self._waiting.popleft()
+                return worker.scope
+
+            self._busy.discard(worker)
+
+            if surplus or self._closed:
+                worker.retired = True
+                self._settled.notify_all()
+            else:
+                self._idle.append(worker)
+
+            return None
+
+    def _find_worker(self, extra: bool) -> Worker | None:
+        """Return an idle worker, or a new one if there may be one. Needs the lock."""
+        if self._idle:
+            return self._idle.pop()
+
+        full = self._count() >= self._size
+
+        if self._closed or (full and not extra):
+            return None
+
+        return Worker(extra=full)
+
+    def _replace(self) -> list[tuple[Worker, TaskScope]]:
+        """Give scopes that wait the places of abandoned threads. Needs the lock."""
+        replacements = []
+
+        while self._waiting and (worker := self._find_worker(extra=False)):
+            worker.scope = scope = self._waiting.popleft()
+            self._busy.add(worker)
+            replacements.append((worker, scope))
+
+        return replacements
+
+    def _count(self) -> int:
+        """Count the threads that the size limits. Needs the lock."""
+        abandoned = min(len(self._abandoned), self._size)
+        return len(self._busy) + len(self._idle) - abandoned
+
+    def _wake(self, worker: Worker) -> bool:
+        """Wake a thread, or start it if it is new, and return whether it comes."""
+        if worker.thread is not None:
+            worker.awake.release()
+            return True
+
+        try:
+            self._start(worker)
+        except BaseException as error:
+            with self._lock:
+                if not worker.arrived:
+                    worker.retired = True
+                    worker.scope = None
+                    self._busy.discard(worker)
+
+            if not isinstance(error, RuntimeError):
+                raise
+
+            self._warn(error)
+            return False
+
+        return True
+
+    def _start(self, worker: Worker) -> None:
+        """Start a worker's thread.
+
+        :raises RuntimeError: The system gives none.
+        """
+        if not threads_enabled():
+            raise RuntimeError(
+                "this uWSGI lets no thread run but those of requests. Add"
+                " 'enable-threads = true' to its configuration."
+            )
+
+        worker.thread = thread = threading.Thread(
+            target=_work,
+            args=(weakref.ref(self), worker),
+            name=f"apitask_{next(self._numbers)}",
+            daemon=True,
+        )
+        # In an empty context: else it may keep the request that starts it, for good.
+        contextvars.Context().run(thread.start)
+
+    def _warn(self, cause: object) -> None:
+        """Say, once for each cause, that tasks have no thread."""
+        if str(cause) not in self._warned:
+            self._warned.add(str(cause))
+            log(
+                _logger,
+                logging.WARNING,
+                "No thread can be had for tasks, so they run one after the other where"
+                " they are started or waited for: %s",
+                cause,
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} size={self._size} busy={len(self._busy)}"
+            f" idle={len(self._idle)} abandoned={len(self._abandoned)}"
+            f" waiting={len(self._waiting)}>"
+        )
+
+    def __del__(self) -> None:
+        # They find the pool gone, and end.
+        for worker in self._idle:
+            worker.awake.release()
+
+
+def _work(reference: weakref.ref[ThreadPool], worker: Worker) -> None:
+    """Work and sleep in turns. A thread that sleeps does not keep the pool alive."""
+    pool = reference()
+    goes_on = pool is not None and pool.arrive(worker)
+
+    while goes_on and pool is not None and pool.work(worker):
+        del pool
+        worker.awake.acquire()
+        pool = reference()
+
+
+def threads_enabled() -> bool:
+    """Return whether threads of this process run while it serves no request.
+
+    Before 2.0.27, uWSGI keeps Python's global lock between requests unless it is told
+    otherwise. A thread freezes there until the next request comes, in the middle of
+    what it does.
+    """
+    # uWSGI puts it there itself: it is no module that could be imported.
+    return getattr(sys.modules.get("uwsgi"), "has_threads", True)
+
+
+def _close_all() -> None:
+    for pool in list(_pools):
+        pool.close()
+
+
+def _reset_all() -> None:
+    for pool in _pools:
+        pool.generation += 1
+        pool.reset()
+
+
+# Before any function of atexit, as the standard library's pool does it. A child of
+# multiprocessing calls those that are registered here, and none of atexit's.
+getattr(threading, "_register_atexit", atexit.register)(_close_all)
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_all)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import logging
+import typing as t
+
+from ..log import log
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+    import concurrent.futures
+
+How = t.Literal["thread", "inline"]
+
+_logger = logging.getLogger("flask_apitask")
+
+
+class TimeoutReport(t.NamedTuple):
+    """What a scope left behind when it ended at its deadline.
+
+    :param timeout: Seconds that it waited.
+    :param cancelled: The names of tasks that no thread had begun. They never run.
+    :param running: The names of tasks that still run, each with the stack, as text,
+        that its thread was in.
+    :param abandoned: How many threads of the pool such tasks hold now, of any scope.
+    """
+
+    timeout: float
+    cancelled: list[str]
+    running: list[tuple[str, str]]
+    abandoned: int
+
+
+class Runner:
+    """How a scope calls its tasks. This one calls them, and does nothing else."""
+
+    def run(
+        self,
+        task: cabc.Callable[..., t.Any],
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        submitted: float,
+        how: How,
+    ) -> t.Any:
+        """Call a task, on the thread and with the context variables that it has.
+
+        :param submitted: Seconds of :func:`time.monotonic`.
+        """
+        return task(*args, **kwargs)
+
+    def call_back(
+        self,
+        callback: cabc.Callable[[concurrent.futures.Future[t.Any]], object],
+        future: concurrent.futures.Future[t.Any],
+    ) -> None:
+        """Call a done callback of a future. Never raises."""
+        try:
+            callback(future)
+        except BaseException as error:
+            log(_logger, logging.ERROR, "A done callback failed.", error=error)
+
+    def report(self, report: TimeoutReport) -> None:
+        """Say what a scope left behind, in the thread that waited. Never raises."""
+        log(_logger, logging.WARNING, "A scope left tasks behind: %s", report)

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import sys
+import threading
+import typing as t
+import weakref
+
+from flask import got_request_exception
+from flask import request_finished
+
+from .context import find_app_context
+from .context import find_request_context
+from .context import get_app_context
+from .context import get_request_context
+from .context import MERGED
+from .executor.scope import TaskScope
+from .runner import TaskRunner
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from flask import Flask
+    from flask import Response
+
+    from .config import Config
+    from .executor.pool import ThreadPool
+
+# An attribute of what Flask pushes for a request; before Flask 3.2, of the app context
+# that is popped after it, too. A copy of the context, in another thread or in the same,
+# has none, and a nested request has its own. So neither sees the scope or ends it.
+_SCOPE = "_flask_apitask_scope"
+# An attribute of a response: what is waited for when it is closed.
+_CLOSINGS = "_flask_apitask_closings"
+
+
+class AppState(t.NamedTuple):
+    """What ``app.extensions["apitask"]`` holds. It does not refer to the app."""
+
+    config: Config
+    pool: ThreadPool
+
+
+class RequestScope:
+    """The scope of a request: a handle, which makes the scope for the first task.
+
+    Several threads may share the context of a request, so one of them may open the
+    scope while another ends the request. A thread that opens it looks after that
+    whether the request has ended, and one that ends the request says so before it looks
+    for the scope. So at least one of them sees the other, and the scope is ended.
+    """
+
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "outer")
+
+    def __init__(self) -> None:
+        # Guards the scope and the deferred ones. Most requests have none.
+        self._lock = threading.Lock()
+        self._scope: TaskScope | None = None
+        # Scopes of views that were left, but that end with the response.
+        self._deferred: tuple[TaskScope, ...] = ()
+        self.ended = False
+        # The response holds it: it is gone if that was thrown away.
+        self.closing: weakref.ref[Closing] | None = None
+        # Another one that uses the same app context, before Flask 3.2.
+        self.outer: RequestScope | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is something to wait for."""
+        return self._scope is not None or bool(self._deferred)
+
+    def open(self, app: Flask, request_context: t.Any) -> TaskScope | None:
+        """Return the scope, which the first caller makes; ``None`` after the end."""
+        if self._scope is not None or self.ended:
+            return self._scope
+
+        config, pool = app.extensions["apitask"]
+        runner = TaskRunner(app, request_context.request)
+
+        with self._lock:
+            if self._scope is None:
+                limits = config.max_workers, config.timeout
+                self._scope = TaskScope(pool, *limits, runner)
+
+                if not MERGED:
+                    self._note_for_leftovers()
+
+            scope = self._scope
+
+        self._end_if_late()
+        return scope
+
+    def defer(self, scope: TaskScope) -> None:
+        """Have a scope end with the response, or now if the request has ended."""
+        scope.shutdown(wait=False)
+
+        with self._lock:
+            self._deferred += (scope,)
+
+        self._end_if_late()
+
+    def end(self) -> None:
+        """Wait for the tasks, or leave that to the response. Idempotent."""
+        self.ended = True
+
+        # Most requests have no task, and each pays for this.
+        if self._scope is None and not self._deferred:
+            return
+
+        with self._lock:
+            scope, self._scope = self._scope, None
+            deferred, self._deferred = self._deferred, ()
+
+        closing = self._find_closing()
+        at_close = closing is not None and closing.answers_first
+        ends = [_ending(left, closing) for left in deferred]
+
+        if scope is not None:
+            ends.append(_ending(scope, closing if at_close else None))
+
+        _call_all(ends)
+
+    def _end_if_late(self) -> None:
+        if self.ended:
+            self.end()
+
+    def _note_for_leftovers(self) -> None:
+        """Keep this where :func:`end_leftovers` finds it."""
+        app_context = find_app_context()
+        outer: RequestScope | None = getattr(app_context, _SCOPE, None)
+
+        # In tests, the requests of a whole app context may come here, one by one.
+        while outer is not None and outer.ended:
+            outer = outer.outer
+
+        self.outer = outer
+        setattr(app_context, _SCOPE, self)
+
+    def _find_closing(self) -> Closing | None:
+        """Return the closing of a response that is going to be closed."""
+        if self.closing is None:
+            return None
+
+        # With an exception on its way the server gets no response. But a GeneratorExit
+        # is raised where the server closes a generator that has the request's context.
+        error = sys.exc_info()[1]
+        is_sent = error is None or isinstance(error, GeneratorExit)
+        return self.closing() if is_sent else None
+
+
+class Closing:
+    """What is waited for when the server closes a response.
+
+    :param answers_first: The request's own scope ends here, too.
+    """
+
+    def __init__(self, answers_first: bool) -> None:
+        self.answers_first = answers_first
+        # Flask pops the request's contexts before. What is logged finds them here.
+        self._context = contextvars.copy_context()
+        # Guards the others: a scope may come while another thread closes.
+        self._lock = threading.Lock()
+        self._scopes: list[TaskScope] = []
+        self._closed = False
+
+    def add(self, scope: TaskScope) -> None:
+        """Have a scope ended at the close, or now if that was before."""
+        scope.shutdown(wait=False)
+
+        with self._lock:
+            self._scopes.append(scope)
+            closed = self._closed
+
+        if closed:
+            self.close()
+
+    def close(self) -> None:
+        """End the scopes, each once."""
+        with self._lock:
+            self._closed = True
+            scopes, self._scopes = self._scopes, []
+
+        for scope in scopes:
+            # In a copy, as another thread may be in this one.
+            self._context.copy().run(scope.end)
+
+
+def begin_request() -> None:
+    """Give a request its scope; for :meth:`flask.Flask.before_request`."""
+    request_context = get_request_context()
+
+    # A task that was started before has made it already.
+    if getattr(request_context, _SCOPE, None) is None:
+        # Not by vars(): it makes Flask's own reads of the context slower from then on.
+        setattr(request_context, _SCOPE, RequestScope())
+
+
+def end_request(error: BaseException | None = None) -> None:
+    """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
+    find_request_scope(get_request_context()).end()
+
+
+def end_leftovers(error: BaseException | None = None) -> None:
+    """End what is left of a request; for :meth:`flask.Flask.teardown_appcontext`.
+
+    Before Flask 3.2, a function for ``teardown_request`` that raises keeps those that
+    were registered before it from being called, :func:`end_request` among them.
+    """
+    scope: RequestScope | None = getattr(get_app_context(), _SCOPE, None)
+
+    # Each task has an app context, too, and pays for this.
+    if scope is not None:
+        current = getattr(find_request_context(), _SCOPE, None)
+
+        while scope is not None and scope is not current:
+            scope.end()
+            scope = scope.outer
+
+
+def find_request_scope(request_context: t.Any) -> RequestScope:
+    """Return the scope of a request, which may be looked for before it has begun."""
+    scope: RequestScope | None = getattr(request_context, _SCOPE, None)
+
+    if scope is None:
+        # In one step, as several threads may share the context.
+        scope = vars(request_context).setdefault(_SCOPE, RequestScope())
+
+    return t.cast("RequestScope", scope)
+
+
+def answer_first(app: Flask) -> None:
+    """Have the app's responses wait for tasks when they are closed. Idempotent."""
+    request_finished.connect(_hook_response, app)
+    got_request_exception.connect(_unhook_response, app)
+
+
+def _hook_response(app: Flask, response: Response, **extra: object) -> None:
+    """Have a response wait when it is closed; for :data:`flask.request_finished`."""
+    scope = find_request_scope(find_request_context())
+    answers_first = app.extensions["apitask"].config.wait == "close"
+
+    # A task may come later, in the body or in a teardown function. But without one a
+    # file is best left to the server, which may have its own way to send it.
+    if scope.is_used or (answers_first and not response.direct_passthrough):
+        closing = Closing(answers_first)
+        scope.closing = weakref.ref(closing)
+        # Else the server is given the body alone, and closes that alone.
+        response.direct_passthrough = False
+        closings: list[Closing] | None = vars(response).get(_CLOSINGS)
+
+        # Some apps answer with one object for ever: it is hooked once.
+        if closings is None:
+            closings = vars(response)[_CLOSINGS] = []
+            response.call_on_close(functools.partial(_close, closings))
+
+        closings.append(closing)
+
+
+def _unhook_response(app: Flask, **extra: object) -> None:
+    """Expect another response; for :data:`flask.got_request_exception`."""
+    request_context = find_request_context()
+
+    # Others send this signal too, wherever they are.
+    if request_context is not None:
+        find_request_scope(request_context).closing = None
+
+
+def _ending(scope: TaskScope, closing: Closing | None) -> cabc.Callable[[], None]:
+    return scope.end if closing is None else functools.partial(closing.add, scope)
+
+
+def _call_all(functions: list[cabc.Callable[[], None]]) -> None:
+    """Call each in order, though one is interrupted."""
+    if functions:
+        try:
+            functions[0]()
+        finally:
+            _call_all(functions[1:])
+
+
+def _close(closings: list[Closing]) -> None:
+    for closing in tuple(closings):
+        closing.close()
+
+        # Another thread may close the same object, as the response to its own request.
+        with contextlib.suppress(ValueError):
+            closings.remove(closing)

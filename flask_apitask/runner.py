@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+import typing as t
+from types import CoroutineType
+
+from flask import has_request_context
+from flask import request
+
+from .context import current_frame
+from .context import Frame
+from .context import task_context
+from .executor.runner import Runner
+from .executor.task import task_name
+from .log import log
+from .signals import task_finished
+from .signals import task_started
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+    import concurrent.futures
+    from types import CodeType
+
+    import blinker
+    from flask import Flask
+    from flask import Request
+
+    from .executor.runner import How
+    from .executor.runner import TimeoutReport
+
+_PACKAGE = os.path.dirname(__file__)
+
+
+class TaskRunner(Runner):
+    """Call each task of a scope in an app context of its own.
+
+    What a task raises is logged, once, before it is raised to the future.
+
+    :param request: The request that the scope is part of, if any.
+    """
+
+    def __init__(self, app: Flask, request: Request | None) -> None:
+        self._app = app
+        self._frame = Frame(app, None, request)
+
+    def run(
+        self,
+        task: cabc.Callable[..., t.Any],
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        submitted: float,
+        how: How,
+    ) -> t.Any:
+        app = self._app
+        started = time.monotonic()
+        current_frame.set(self._frame)
+
+        try:
+            with task_context(app):
+                return call_observed(app, how, submitted, task, args, kwargs)
+        except BaseException as error:
+            duration = time.monotonic() - started
+            outcome = f"failed after {duration:.3f} s"
+            code = _find_code(task)
+            log_failure(app, task_name(task), outcome, error, duration, code)
+            raise
+
+    def call_back(
+        self,
+        callback: cabc.Callable[[concurrent.futures.Future[t.Any]], object],
+        future: concurrent.futures.Future[t.Any],
+    ) -> None:
+        current_frame.set(self._frame)
+
+        try:
+            with task_context(self._app):
+                callback(future)
+        except BaseException as error:
+            _log_callback(self._app, callback, error)
+
+    def report(self, report: TimeoutReport) -> None:
+        """Log an ERROR for each task that never ran, a WARNING for the others."""
+        app = self._app
+
+        for name in report.cancelled:
+            outcome = f"was cancelled: not begun within {report.timeout} s"
+            log_failure(app, name, outcome)
+
+        if report.running:
+            log(
+                app.logger,
+                logging.WARNING,
+                "Went on%s without %d task(s) not done after %s s. Tasks like that hold"
+                " %d thread(s) of the app now. These are in:\n\n%s",
+                _of_request(),
+                len(report.running),
+                report.timeout,
+                report.abandoned,
+                "\n".join(f"{name!r}:\n{stack}" for name, stack in report.running),
+                place=_find_view(app),
+                tasks=[name for name, _ in report.running],
+                abandoned_threads=report.abandoned,
+                endpoint=_find_endpoint(),
+            )
+
+
+class PlainRunner(Runner):
+    """Call done callbacks of a task that was a plain call, in its caller's contexts."""
+
+    def __init__(self, app: Flask | None) -> None:
+        self._app = app
+
+    def call_back(
+        self,
+        callback: cabc.Callable[[concurrent.futures.Future[t.Any]], object],
+        future: concurrent.futures.Future[t.Any],
+    ) -> None:
+        if self._app is None:
+            super().call_back(callback, future)
+            return
+
+        try:
+            callback(future)
+        except BaseException as error:
+            _log_callback(self._app, callback, error)
+
+
+def call_observed(
+    app: Flask | None,
+    how: How,
+    submitted: float,
+    task: cabc.Callable[..., t.Any],
+    args: tuple[t.Any, ...],
+    kwargs: dict[str, t.Any],
+) -> t.Any:
+    """Call a task between its two signals.
+
+    :param app: The sender; without one there are no signals.
+    :param submitted: Seconds of the monotonic clock.
+    """
+    if app is None or not (task_started.receivers or task_finished.receivers):
+        result = task(*args, **kwargs)
+        return _complete(app, result) if isinstance(result, CoroutineType) else result
+
+    fields: dict[str, t.Any] = {
+        "name": task_name(task),
+        "how": how,
+        "submitted": submitted,
+        "started": time.monotonic(),
+    }
+    notify(task_started, app, fields)
+    fields["exception"] = None
+
+    try:
+        result = task(*args, **kwargs)
+        return _complete(app, result) if isinstance(result, CoroutineType) else result
+    except BaseException as error:
+        fields["exception"] = error
+        raise
+    finally:
+        fields["finished"] = time.monotonic()
+        notify(task_finished, app, fields)
+        # The exception's traceback refers to this frame: no cycle through it.
+        del fields
+
+
+def log_failure(
+    app: Flask,
+    name: str,
+    outcome: str,
+    error: BaseException | None = None,
+    duration: float = 0.0,
+    code: CodeType | None = None,
+) -> None:
+    """Write the one ERROR record of a task that failed, in the current context.
+
+    :param outcome: What happened to the task, as in ``"Task 'x' <outcome>."``.
+    :param duration: Seconds that it ran.
+    :param code: The task's own code.
+    """
+    log(
+        app.logger,
+        logging.ERROR,
+        "Task %r%s %s.",
+        name,
+        _of_request(),
+        outcome,
+        error=error,
+        place=code or _find_view(app),
+        task=name,
+        endpoint=_find_endpoint(),
+        duration=duration,
+    )
+
+
+def _log_callback(app: Flask, callback: t.Any, error: BaseException) -> None:
+    log(
+        app.logger,
+        logging.ERROR,
+        "The done callback %r%s failed.",
+        task_name(callback),
+        _of_request(),
+        error=error,
+        place=_find_code(callback),
+        task=task_name(callback),
+        endpoint=_find_endpoint(),
+    )
+
+
+def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) -> None:
+    """Send a signal; a receiver that raises is logged, and the task goes on."""
+    try:
+        signal.send(app, _async_wrapper=app.ensure_sync, **fields)
+    except Exception as error:
+        log(
+            app.logger,
+            logging.ERROR,
+            "A receiver of the signal %r failed.",
+            signal.name,
+            error=error,
+        )
+
+
+def _complete(
+    app: Flask | None, coroutine: CoroutineType[t.Any, t.Any, t.Any]
+) -> t.Any:
+    """Run what an ``async def`` task returned."""
+    # It takes long to import, and most apps have no such task.
+    import asyncio
+
+    try:
+        run = asyncio.run if app is None else app.ensure_sync(_await)
+        return _call_off_loop(run, coroutine)
+    finally:
+        coroutine.close()
+
+
+def _call_off_loop(run: cabc.Callable[..., t.Any], coroutine: object) -> t.Any:
+    """Run a coroutine, on another thread if this one has an event loop that runs.
+
+    So it is where an async task or an async view makes a plain call.
+    """
+    import asyncio
+    import concurrent.futures
+    import contextvars
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return run(coroutine)
+
+    with concurrent.futures.ThreadPoolExecutor(1, "apitask-async") as executor:
+        context = contextvars.copy_context()
+        return executor.submit(context.run, run, coroutine).result()
+
+
+async def _await(coroutine: cabc.Coroutine[t.Any, t.Any, t.Any]) -> t.Any:
+    return await coroutine
+
+
+def _of_request() -> str:
+    """Name the current request by its rule, as its path may hold a secret."""
+    if not has_request_context():
+        return ""
+
+    rule = request.url_rule
+    return f" of {request.method} {rule.rule if rule else '(no route)'}"
+
+
+def _find_endpoint() -> str | None:
+    return request.endpoint if has_request_context() else None
+
+
+def _find_code(task: t.Any) -> CodeType | None:
+    """Return the code of a task that is not this package's own."""
+    while not hasattr(task, "__code__"):
+        if hasattr(task, "func"):
+            task = task.func
+        elif hasattr(task, "__func__"):
+            task = task.__func__
+        else:
+            return None
+
+    code: CodeType = inspect.unwrap(task).__code__
+    return None if code.co_filename.startswith(_PACKAGE) else code
+
+
+def _find_view(app: Flask) -> CodeType | None:
+    """Return the code of the current request's view."""
+    endpoint = _find_endpoint()
+    view = None if endpoint is None else app.view_functions.get(endpoint)
+    return None if view is None else _find_code(view)
