@@ -49,7 +49,7 @@ class Schedule:
     :param seed: Of the random choices.
     :param refusals: How often of three times the system gives no thread.
     :param interrupts: How often of three times a Ctrl-C hits the start of a thread,
-        unless a thread of the pool starts it. It may come all the same, sooner or later.
+        unless one of the pool starts it. It may come all the same, sooner or later.
     """
 
     def __init__(self, seed: object, refusals: int = 0, interrupts: int = 0) -> None:

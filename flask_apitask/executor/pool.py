@@ -51,9 +51,9 @@ class ThreadPool:
     Guarantees:
 
     1.  A scope that asked for a thread gets one, or learns at once that there is none.
-    2.  At most ``size`` threads are busy or idle, not counting those started for a scope
-        that is waited for, at most one for each thread that waits, and those abandoned
-        with a stuck task, up to ``size`` of them (:meth:`abandon`).
+    2.  At most ``size`` threads are busy or idle. Not counted are those started for a
+        scope that is waited for, at most one for each thread that waits, and those
+        abandoned with a stuck task, up to ``size`` of them (:meth:`abandon`).
     3.  A thread keeps nothing of whoever started it, nor of a scope it has served.
 
     What could break it, and what prevents it:
