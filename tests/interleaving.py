@@ -19,7 +19,7 @@ if t.TYPE_CHECKING:
 T = t.TypeVar("T")
 
 # Those that look up the primitives of threading each time they need one.
-_MODULES: t.Any = (scope_module, pool_module, concurrent.futures._base)  # type: ignore[attr-defined]
+_MODULES: t.Any = (scope_module, pool_module, concurrent.futures._base)
 
 
 class _Abandoned(BaseException):

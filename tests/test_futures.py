@@ -155,6 +155,7 @@ def test_callback_that_raises(
     with make_scope(1, RefusedPool() if how == "inline" else ThreadPool(1)) as scope:
         if how == "inline":
             # Its own task adds the callbacks before it is done.
+            future: TaskFuture[None]
             future = TaskFuture(Runner(), scope, (nothing, (), {}, 0.0))
             add_callbacks()
             future.run("inline")

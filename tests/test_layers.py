@@ -67,7 +67,7 @@ def find_imports(name: str, *, types: bool = False) -> set[str]:
     if name == "__init__" or not (PACKAGE / pathlib.Path(*package[1:])).is_dir():
         package.pop()
 
-    found = set()
+    found: set[str] = set()
 
     for node in walk(MODULES[name], types=types):
         if isinstance(node, ast.Import):

@@ -169,8 +169,10 @@ def test_one_more_thread_for_each_that_waits() -> None:
     scope = make_scope(8, ThreadPool(0))
     futures = [scope.submit(gate) for _ in range(8)]
 
+    waiting = []
+
     for count in (1, 2, 3):
-        waiting = start(futures[-1].result)
+        waiting.append(start(futures[-1].result))
         wait_until(lambda count=count: len(scope._running) == count)  # type: ignore[misc]
         # As many as wait.
         assert threading.active_count() - before == 2 * count
@@ -180,7 +182,7 @@ def test_one_more_thread_for_each_that_waits() -> None:
     assert len(scope._running) == 3
     assert threading.active_count() - before == 6
     gate.opened.set()
-    join(waiting)
+    join(*waiting)
     scope.end()
 
 

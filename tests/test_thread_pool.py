@@ -153,20 +153,20 @@ def test_thread_keeps_nothing_of_whoever_started_it() -> None:
         assert gone.wait(PATIENCE)
 
 
-def test_no_request_is_lost_while_a_thread_goes_to_rest() -> None:
+@pytest.mark.parametrize("gap", [1, 2, 3])
+def test_no_request_is_lost_while_a_thread_goes_to_rest(gap: int) -> None:
     """A scope that comes wherever a thread has just given the lock back is served."""
-    for gap in (1, 2, 3):
-        pool = ThreadPool(1)
-        late: list[Calling] = []
-        pool._lock = GapLock(  # type: ignore[assignment]
-            gap, lambda pool=pool, late=late: late.append(request(pool)), "apitask_0"
-        )
-        for _ in range(3):
-            request(pool).wait()
+    pool = ThreadPool(1)
+    late: list[Calling] = []
+    lock: t.Any = GapLock(gap, lambda: late.append(request(pool)), "apitask_0")
+    pool._lock = lock
 
-        wait_until(lambda late=late: bool(late))  # type: ignore[misc]
-        late[0].wait()
-        expect(pool, idle=1)
+    for _ in range(3):
+        request(pool).wait()
+
+    wait_until(lambda: bool(late))
+    late[0].wait()
+    expect(pool, idle=1)
 
 
 @pytest.mark.parametrize("comes", [False, True])
