@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import sys
 import threading
 import typing as t
@@ -20,8 +19,6 @@ from .executor.scope import TaskScope
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
     from flask import Flask
     from flask import Response
 
@@ -114,13 +111,17 @@ class RequestScope:
             deferred, self._deferred = self._deferred, ()
 
         closing = self._find_closing()
-        at_close = closing is not None and closing.answers_first
-        ends = [_ending(left, closing) for left in deferred]
 
-        if scope is not None:
-            ends.append(_ending(scope, closing if at_close else None))
-
-        _call_all(ends)
+        try:
+            if deferred:
+                _end_each(deferred, closing)
+        finally:
+            if scope is None:
+                pass
+            elif closing is not None and closing.answers_first:
+                closing.add(scope)
+            else:
+                scope.end()
 
     def _end_if_late(self) -> None:
         if self.ended:
@@ -223,11 +224,12 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
     """Return the scope of a request, which may be looked for before it has begun."""
     scope: RequestScope | None = getattr(request_context, _SCOPE, None)
 
-    if scope is None:
-        # In one step, as several threads may share the context.
-        scope = vars(request_context).setdefault(_SCOPE, RequestScope())
+    if scope is not None:
+        return scope
 
-    return t.cast("RequestScope", scope)
+    # In one step, as several threads may share the context.
+    made: RequestScope = vars(request_context).setdefault(_SCOPE, RequestScope())
+    return made
 
 
 def answer_first(app: Flask) -> None:
@@ -253,7 +255,7 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
         # Some apps answer with one object for ever: it is hooked once.
         if closings is None:
             closings = vars(response)[_CLOSINGS] = []
-            response.call_on_close(functools.partial(_close, closings))
+            response.call_on_close(lambda: _close(closings))
 
         closings.append(closing)
 
@@ -267,17 +269,13 @@ def _unhook_response(app: Flask, **extra: object) -> None:
         find_request_scope(request_context).closing = None
 
 
-def _ending(scope: TaskScope, closing: Closing | None) -> cabc.Callable[[], None]:
-    return scope.end if closing is None else functools.partial(closing.add, scope)
-
-
-def _call_all(functions: list[cabc.Callable[[], None]]) -> None:
-    """Call each in order, though one is interrupted."""
-    if functions:
+def _end_each(scopes: tuple[TaskScope, ...], closing: Closing | None) -> None:
+    """End scopes in order, now or at the close, though one wait is interrupted."""
+    if scopes:
         try:
-            functions[0]()
+            scopes[0].end() if closing is None else closing.add(scopes[0])
         finally:
-            _call_all(functions[1:])
+            _end_each(scopes[1:], closing)
 
 
 def _close(closings: list[Closing]) -> None:

@@ -134,8 +134,8 @@ class TaskScope(concurrent.futures.Executor):
         self._unfinished = 0
         # How many threads were requested and have not come yet.
         self._requested = 0
-        # How many waiting threads have yet to call more threads, if need be.
-        self._holding_back = 0
+        # Whether a waiting thread is about to call further threads, if need be.
+        self._holding_back = False
         # How many threads wait, and how many serve that are beyond the pool's size.
         self._waiting = 0
         self._extra = 0
@@ -170,7 +170,8 @@ class TaskScope(concurrent.futures.Executor):
             self._submitted = future.index = self._submitted + 1
             self._unfinished += 1
             self._queue.append(future)
-            lacking = self._claim_threads(1)
+            # One thread is on its way at a time: it calls the next.
+            lacking = 0 if self._requested else self._claim_threads(1)
 
         try:
             if lacking and not self._request_threads(1):
@@ -203,9 +204,10 @@ class TaskScope(concurrent.futures.Executor):
 
         with self._lock:
             self._waiting += 1
+            pending, lacking = self._requested, self._claim_threads(1)
 
         try:
-            self._expedite()
+            self._expedite(pending, lacking)
             yield
         finally:
             self._stop_waiting()
@@ -292,14 +294,15 @@ class TaskScope(concurrent.futures.Executor):
             barrier = _Barrier(self._submitted, self._unfinished)
             self._barriers.append(barrier)
             self._waiting += 1
-            holds_back = len(self._queue) > 1
-            self._holding_back += holds_back
+            self._holding_back = len(self._queue) > 1
+            pending, lacking = self._requested, self._claim_threads(1)
 
         try:
-            self._expedite()
+            self._expedite(pending, lacking)
 
-            if holds_back:
-                self._give_head_start(barrier)
+            if self._holding_back:
+                barrier.sleep(_HEAD_START)
+                self._call_threads()
 
             if barrier.remaining:
                 barrier.sleep(timeout)
@@ -308,15 +311,13 @@ class TaskScope(concurrent.futures.Executor):
         finally:
             self._stop_waiting(barrier)
 
-    def _give_head_start(self, barrier: _Barrier) -> None:
-        """Call all threads that there is work for, but not at once."""
-        try:
-            barrier.sleep(_HEAD_START)
-        finally:
-            with self._lock:
-                self._holding_back -= 1
-                lacking = self._claim_threads(self._max_workers)
+    def _call_threads(self) -> None:
+        """Request all the threads that there is work for, after the head start."""
+        with self._lock:
+            self._holding_back = False
+            lacking = self._claim_threads(self._max_workers)
 
+        # If none can be had, those that have come serve the queue.
         self._request_threads(lacking)
 
     def _stop_waiting(self, barrier: _Barrier | None = None) -> None:
@@ -329,25 +330,38 @@ class TaskScope(concurrent.futures.Executor):
 
             if barrier is not None:
                 self._barriers.remove(barrier)
+                self._holding_back = False
 
-    def _expedite(self) -> None:
-        """Let no request for a thread queue at the pool while this thread waits."""
-        with self._lock:
-            pending = self._requested
-            lacking = self._claim_threads(1)
+    def _expedite(self, pending: int, lacking: int) -> None:
+        """Let no request for a thread queue at the pool while this thread waits.
+
+        :param pending: How many threads were requested before it began to wait.
+        :param lacking: How many were claimed then.
+        """
+        comes = True
 
         if lacking:
-            comes = self._request_threads(1)
-        else:
-            comes = not pending or self._pool.expedite(self)
+            comes = self._request_threads(lacking)
+        elif pending and not self._pool.expedite(self):
+            comes = False
+
+            with self._lock:
+                self._requested -= 1
 
         if not comes:
             self.serve("inline")
 
     def _claim_threads(self, most: int) -> int:
         """Return how many threads to request now, and note that. Needs the lock."""
+        if not self._queue:
+            return 0
+
         free = self._max_workers - len(self._running)
-        lacking = max(0, min(most, len(self._queue), free) - self._requested)
+        lacking = min(most, len(self._queue), free) - self._requested
+
+        if lacking <= 0:
+            return 0
+
         self._requested += lacking
         return lacking
 
