@@ -240,8 +240,10 @@ class ThreadPool:
 
     def _count(self) -> int:
         """Count the threads that the size limits. Needs the lock."""
-        abandoned = min(len(self._abandoned), self._size)
-        return len(self._busy) + len(self._idle) - abandoned
+        count = len(self._busy) + len(self._idle)
+        return (
+            count - min(len(self._abandoned), self._size) if self._abandoned else count
+        )
 
     def _wake(self, worker: Worker) -> bool:
         """Wake a thread, or start it if it is new, and return whether it comes."""

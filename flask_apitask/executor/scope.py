@@ -157,7 +157,7 @@ class TaskScope(concurrent.futures.Executor):
         """
         task = make_callable(fn)
 
-        if self._forked:
+        if self._generation != self._pool.generation:
             raise _refusal(task)
 
         work = task, args, kwargs, time.monotonic()
@@ -282,7 +282,7 @@ class TaskScope(concurrent.futures.Executor):
 
     def _join(self, timeout: float | None, *, close: bool = False) -> int:
         """Wait, and return how many of the tasks submitted so far are not done."""
-        if self._forked:
+        if self._generation != self._pool.generation:
             return 0
 
         with self._lock:
@@ -322,7 +322,7 @@ class TaskScope(concurrent.futures.Executor):
 
     def _stop_waiting(self, barrier: _Barrier | None = None) -> None:
         # A task that ran inline may have forked.
-        if self._forked:
+        if self._generation != self._pool.generation:
             return
 
         with self._lock:
@@ -402,7 +402,7 @@ class TaskScope(concurrent.futures.Executor):
 
     def _finish(self, future: TaskFuture[t.Any]) -> TaskFuture[t.Any] | None:
         """Give back the slot of a task that is done, and take the next one."""
-        if self._forked:
+        if self._generation != self._pool.generation:
             # The task has forked. What else there is to do is for the parent.
             return None
 
