@@ -106,6 +106,7 @@ def in_the_request_context(app: Flask, limits: object) -> Body:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("inline", "8 of them on the request's own thread"),
         ("bare", "ran 0 of 8 tasks"),
         ("flawed", "in 1 app contexts"),
     ],
