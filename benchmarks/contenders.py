@@ -73,6 +73,20 @@ def bare(app: Flask, limits: Limits) -> Body:
     return body
 
 
+def empty_hooks(app: Flask, limits: Limits) -> Body:
+    """Run nothing, with one hook of each kind that ApiTask has."""
+
+    @app.before_request
+    def before() -> None:
+        pass
+
+    @app.teardown_request
+    def teardown(error: BaseException | None) -> None:
+        pass
+
+    return bare(app, limits)
+
+
 def apitask_idle(app: Flask, limits: Limits) -> Body:
     """Switch ApiTask on and run nothing: what it costs."""
     apitask(app, limits)
@@ -196,6 +210,7 @@ LIMITS: t.Final = Limits()
 # What a request without tasks pays.
 WITHOUT_TASKS: t.Final = {
     "bare": Contender("bare app", bare),
+    "hooks": Contender("two empty hooks", empty_hooks),
     "idle": Contender("ApiTask on, no task", apitask_idle),
 }
 HEADLINE: t.Final = {
