@@ -20,9 +20,11 @@ if t.TYPE_CHECKING:
     from .contenders import Work
 
 NO_OP: t.Final = "no-op"
+# As it is in a server, where a request is read from a socket.
+NO_OP_AFTER_IO: t.Final = "no-op, I/O between requests"
 IO: t.Final = "5 ms of I/O"
 CASES: t.Final[tuple[tuple[str, Work, int], ...]] = (
-    *((NO_OP, timing.no_op, count) for count in (1, 4, 16)),
+    *((kind, timing.no_op, n) for kind in (NO_OP, NO_OP_AFTER_IO) for n in (1, 4, 16)),
     (IO, timing.wait_for_io, 8),
 )
 MICROSECONDS: t.Final = 1e6
@@ -34,12 +36,13 @@ def measure(
     names: cabc.Iterable[str],
     rounds: int,
     batch: float = 0.005,
+    between: timing.Call = timing.no_op,
 ) -> dict[str, dict[str, float]]:
     """Measure *count* tasks of *work* for the contenders *names* and the bare app."""
     calls = {
         name: timing.request(contenders.build(name, work, count)) for name in names
     }
-    medians = timing.interleave(calls, rounds, batch)
+    medians = timing.interleave(calls, rounds, batch, between)
     return {name: _summary(medians[name], medians["bare"]) for name in medians}
 
 
@@ -64,9 +67,11 @@ def main() -> None:
     idle = measure(timing.no_op, 0, contenders.WITHOUT_TASKS, rounds * 5, batch=0.01)
     measured = [{"work": NO_OP, "tasks": 0, "contenders": idle}]
 
-    for kind, work, count in CASES:
-        figures = measure(work, count, names, rounds)
-        measured.append({"work": kind, "tasks": count, "contenders": figures})
+    with timing.round_trip() as round_trip:
+        for kind, work, count in CASES:
+            between = round_trip if kind == NO_OP_AFTER_IO else timing.no_op
+            figures = measure(work, count, names, rounds, between=between)
+            measured.append({"work": kind, "tasks": count, "contenders": figures})
 
     print(results.dump(measured))
     results.write(options.output, "dispatch", {"cases": measured})

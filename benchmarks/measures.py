@@ -89,11 +89,12 @@ def _dispatch(result: Result) -> cabc.Iterator[Measure]:
     over = cases[dispatch.NO_OP, 0]
     yield Measure("no task: ours / two empty hooks", over["idle"] / over["hooks"], 2.0)
 
-    for name, limits in DISPATCH.items():
-        for tasks, limit in limits.items():
-            over = cases[dispatch.NO_OP, tasks]
-            label = f"{tasks} x {dispatch.NO_OP}: ours / {contenders.ALL[name].label}"
-            yield Measure(label, over[OURS] / over[name], limit)
+    for work in (dispatch.NO_OP, dispatch.NO_OP_AFTER_IO):
+        for name, limits in DISPATCH.items():
+            for tasks, limit in limits.items():
+                over = cases[work, tasks]
+                label = f"{tasks} x {work}: ours / {contenders.ALL[name].label}"
+                yield Measure(label, over[OURS] / over[name], limit)
 
     over = cases[dispatch.IO, 8]
     best = min(PEERS, key=over.__getitem__)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections.abc as cabc
+import contextlib
 import gc
 import random
+import socket
 import statistics
+import subprocess
 import time
 import typing as t
 
@@ -26,6 +29,26 @@ def no_op() -> None:
 def wait_for_io() -> None:
     """Stand for a round trip to a server: it waits and holds no lock."""
     time.sleep(IO_SECONDS)
+
+
+@contextlib.contextmanager
+def round_trip() -> cabc.Iterator[Call]:
+    """Give a call that sends a byte to another process and waits for its return.
+
+    A server reads a request and writes a response between two views. Meanwhile the
+    interpreter is free, and threads that have nothing to do fall asleep. A hot loop of
+    requests has no such moment.
+    """
+    ours, theirs = socket.socketpair()
+
+    def call() -> None:
+        ours.sendall(b".")
+        ours.recv(1)
+
+    # It ends when our end is closed, which happens before it is waited for.
+    with subprocess.Popen(["cat"], stdin=theirs.fileno(), stdout=theirs.fileno()), ours:
+        theirs.close()
+        yield call
 
 
 def request(app: Flask) -> Call:
@@ -52,7 +75,10 @@ def request(app: Flask) -> Call:
 
 
 def interleave(
-    calls: cabc.Mapping[str, Call], rounds: int, batch_seconds: float
+    calls: cabc.Mapping[str, Call],
+    rounds: int,
+    batch_seconds: float,
+    between: Call = no_op,
 ) -> dict[str, list[float]]:
     """Return the median seconds of a call in each of *rounds*, for each of *calls*.
 
@@ -61,6 +87,7 @@ def interleave(
     server leaves it: the garbage that a contender makes is part of its price.
 
     :param batch_seconds: how long a batch takes, about; at least three calls.
+    :param between: what happens before each call, and is not measured.
     """
     sizes = {name: _batch_size(call, batch_seconds) for name, call in calls.items()}
     medians: dict[str, list[float]] = {name: [] for name in calls}
@@ -68,7 +95,12 @@ def interleave(
     for name in take_turns(calls, rounds):
         call = calls[name]
         call()
-        durations = [seconds(call) for _ in range(sizes[name])]
+        durations = []
+
+        for _ in range(sizes[name]):
+            between()
+            durations.append(seconds(call))
+
         medians[name].append(statistics.median(durations))
 
     return medians
