@@ -1,14 +1,23 @@
-"""Measure what grows: cost per task, and memory of a server."""
+"""Measure what grows: cost per task, memory of a server, memory of a newsletter."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
+import multiprocessing
 import statistics
+import tracemalloc
 import typing as t
 
+import flask_mail
 import psutil
+from flask import Flask
 
+from flask_apitask import ApiTask
+
+from . import beside
 from . import contenders
+from . import mail_servers
 from . import results
 from . import timing
 from .contenders import OURS
@@ -21,6 +30,10 @@ REQUESTS: t.Final = 200_000
 WARM_UP_REQUESTS: t.Final = 20_000
 TASKS_PER_REQUEST: t.Final = 3
 LIMITS: t.Final = contenders.Limits(per_request=8, per_process=32)
+MESSAGES: t.Final = 60
+MESSAGE_BYTES: t.Final = 2**20
+LINE: t.Final = f"{'news ' * 15}\n"
+WAIT_SECONDS: t.Final = 60.0
 
 
 def resident_memory(requests: int, warm_up: int) -> Result:
@@ -59,12 +72,77 @@ def cost_per_task() -> dict[str, float]:
     }
 
 
+def newsletter_memory(port: int, messages: int) -> Result:
+    """Send a newsletter in one block; return the peak of memory over what it holds.
+
+    It must run in a process of its own, as it counts what Python allocates from then
+    on. The resident peak would count what the allocator keeps, and so depend on it and
+    on what has been there before; this is the same on every machine.
+    """
+    app = Flask("benchmarks")
+    app.config.update(
+        MAIL_SERVER=beside.HOST,
+        MAIL_PORT=port,
+        MAIL_DEFAULT_SENDER="news@example.com",
+        APITASK_MAIL_BACKGROUND=True,
+    )
+    mail = flask_mail.Mail(app)
+    ApiTask(app)
+    delivered: list[int] = []
+
+    def make(number: int, size: int) -> flask_mail.Message:
+        # Each has a text of its own, as it begins with the reader's name.
+        body = f"Dear reader {number},\n" + LINE * (size // len(LINE))
+        return flask_mail.Message("News", ["ada@example.com"], body)
+
+    @app.get("/")
+    def view() -> str:
+        with mail.connect() as connection:
+            for number in range(messages if delivered else 1):
+                connection.send(make(number, MESSAGE_BYTES if delivered else 0))
+
+        return "sent"
+
+    def note(sender: object, message: flask_mail.Message) -> None:
+        delivered.append(len(message.body or ""))
+
+    call = timing.request(app)
+
+    with app.app_context():
+        rendered = messages * len(make(0, MESSAGE_BYTES).as_bytes())
+
+    with flask_mail.email_dispatched.connected_to(note, app):
+        # One short message, for what is imported and made once.
+        call()
+        gc.collect()
+        tracemalloc.start()
+        call()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+
+    if len(delivered) != messages + 1:
+        raise RuntimeError(f"{len(delivered) - 1} of {messages} messages arrived.")
+
+    return {"messages": messages, "rendered_bytes": rendered, "peak_bytes": peak}
+
+
+def measure_newsletter() -> Result:
+    """Measure the memory of a newsletter in a new process, next to a mail server."""
+    process = concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn")
+    )
+
+    with mail_servers.plain() as port, process:
+        return process.submit(newsletter_memory, port, MESSAGES).result(WAIT_SECONDS)
+
+
 def main() -> None:
     """Measure, print and write. Memory comes first, while the process is fresh."""
     options = results.arguments(__doc__)
     fraction = 10 if options.quick else 1
     measured = {
         "resident": resident_memory(REQUESTS // fraction, WARM_UP_REQUESTS // fraction),
+        "newsletter": measure_newsletter(),
         "cost_per_task_us": cost_per_task(),
     }
     gc.disable()

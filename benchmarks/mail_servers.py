@@ -116,9 +116,16 @@ def authenticate(
 
 
 def serve(listener: socket.socket, pem: str, pipelining: bool) -> None:
-    """Run aiosmtpd until the parent process is done."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
+    """Run aiosmtpd until the parent process is done.
+
+    :param pem: the file with the certificate and its key; without one, there is
+        neither encryption nor a log-in.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if pem else None
+
+    if context is not None:
+        context.load_cert_chain(pem)
+
     # It warns of what it does itself at every log-in.
     logging.getLogger("mail.log").setLevel(logging.ERROR)
 
@@ -129,8 +136,8 @@ def serve(listener: socket.socket, pem: str, pipelining: bool) -> None:
                 Handler(pipelining),
                 hostname="localhost",
                 tls_context=context,
-                require_starttls=True,
-                auth_required=True,
+                require_starttls=context is not None,
+                auth_required=context is not None,
                 authenticator=authenticate,
                 loop=loop,
             ),
@@ -196,6 +203,11 @@ def running() -> cabc.Iterator[Servers]:
             ports["Postfix"] = stack.enter_context(_postfix(folder, pem))
 
         yield Servers(ports, str(cafile))
+
+
+def plain() -> contextlib.AbstractContextManager[int]:
+    """Run aiosmtpd with neither encryption nor a log-in; give its port."""
+    return beside.listening(__name__, "", "yes")
 
 
 @contextlib.contextmanager

@@ -122,6 +122,9 @@ def _growth(result: Result) -> cabc.Iterator[Measure]:
     resident = result["resident"]
     label = f"resident memory over {resident['requests']:,} requests: MiB"
     yield Measure(label, resident["growth_kib"] / 1024, 1.0)
+    newsletter = result["newsletter"]
+    label = f"newsletter of {newsletter['messages']} MiB: peak of memory / rendered"
+    yield Measure(label, newsletter["peak_bytes"] / newsletter["rendered_bytes"], 1.3)
 
 
 def _mail(result: Result) -> cabc.Iterator[Measure]:
