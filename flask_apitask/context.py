@@ -54,6 +54,15 @@ def find_request_context() -> t.Any | None:
     return context if not MERGED or context.has_request else None
 
 
+def is_pushed_again(request_context: t.Any) -> bool:
+    """Return whether a request that was torn down will be torn down once more.
+
+    Before Flask 3.2, :func:`flask.stream_with_context` pushes its context again, for the
+    body. After that, only a thread that outlives the request sees it.
+    """
+    return not MERGED and bool(request_context._cv_tokens)
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Frame:
     """A ``with`` block around the caller, or the task that the caller is in.

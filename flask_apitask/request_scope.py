@@ -14,6 +14,7 @@ from .context import find_app_context
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
+from .context import is_pushed_again
 from .context import MERGED
 from .executor.scope import TaskScope
 from .runner import TaskRunner
@@ -123,6 +124,22 @@ class RequestScope:
             else:
                 scope.end()
 
+    def replace(self, request_context: t.Any) -> RequestScope:
+        """Return the scope that comes after this one on the same context."""
+        with self._lock:
+            if getattr(request_context, _SCOPE) is self:
+                successor = RequestScope()
+                successor.closing = self.closing
+                setattr(request_context, _SCOPE, successor)
+            else:
+                successor = getattr(request_context, _SCOPE)
+
+        # Whoever pops the context looks for leftovers after that.
+        if not is_pushed_again(request_context):
+            successor.end()
+
+        return successor
+
     def _end_if_late(self) -> None:
         if self.ended:
             self.end()
@@ -224,12 +241,13 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
     """Return the scope of a request, which may be looked for before it has begun."""
     scope: RequestScope | None = getattr(request_context, _SCOPE, None)
 
-    if scope is not None:
-        return scope
+    if scope is None:
+        # In one step, as several threads may share the context.
+        scope = vars(request_context).setdefault(_SCOPE, RequestScope())
+    elif scope.ended and is_pushed_again(request_context):
+        scope = scope.replace(request_context)
 
-    # In one step, as several threads may share the context.
-    made: RequestScope = vars(request_context).setdefault(_SCOPE, RequestScope())
-    return made
+    return scope
 
 
 def answer_first(app: Flask) -> None:

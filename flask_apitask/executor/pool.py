@@ -75,6 +75,8 @@ class ThreadPool:
         self._numbers = itertools.count()
         # How often this process and those before it have forked.
         self.generation = 0
+        # Whether the last tasks took less time than it takes to wake a few threads.
+        self.tasks_are_small = True
         self.reset()
         _pools.add(self)
 

@@ -29,6 +29,8 @@ T = t.TypeVar("T")
 # of them. Small tasks are done by then, and waking a thread takes longer than they do.
 # A thread is woken within some 20 us; of a task of 5 ms, this is less than 1 %.
 _HEAD_START: t.Final = 30e-6
+# Seconds up to which a task counts as small: some wake-ups of a thread.
+_SMALL: t.Final = 200e-6
 
 
 class _Barrier:
@@ -170,11 +172,13 @@ class TaskScope(concurrent.futures.Executor):
             self._submitted = future.index = self._submitted + 1
             self._unfinished += 1
             self._queue.append(future)
-            # One thread is on its way at a time: it calls the next.
-            lacking = 0 if self._requested else self._claim_threads(1)
+            # Of small tasks, the thread that comes may have done all by the time that
+            # another one is awake. It calls the next thread if it has not.
+            waits = self._requested and self._pool.tasks_are_small
+            lacking = 0 if waits else self._claim_threads(self._max_workers)
 
         try:
-            if lacking and not self._request_threads(1):
+            if lacking and not self._request_threads(lacking):
                 self.serve("inline")
 
             return future
@@ -268,9 +272,15 @@ class TaskScope(concurrent.futures.Executor):
             # Whether one comes or not, this one serves the queue.
             self._request_threads(1)
 
+        started, count = time.monotonic(), 0
+
         while future is not None:
             future.run(how)
             future = self._finish(future)
+            count += 1
+
+        if count:
+            self._pool.tasks_are_small = (time.monotonic() - started) / count < _SMALL
 
         if extra and not self._forked:
             with self._lock:
@@ -294,7 +304,7 @@ class TaskScope(concurrent.futures.Executor):
             barrier = _Barrier(self._submitted, self._unfinished)
             self._barriers.append(barrier)
             self._waiting += 1
-            self._holding_back = len(self._queue) > 1
+            self._holding_back = len(self._queue) > 1 and self._pool.tasks_are_small
             pending, lacking = self._requested, self._claim_threads(1)
 
         try:
