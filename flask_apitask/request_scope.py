@@ -182,9 +182,9 @@ class Closing:
             self._closed = True
             scopes, self._scopes = self._scopes, []
 
-        for scope in scopes:
-            # In a copy, as another thread may be in this one.
-            self._context.copy().run(scope.end)
+        # In a copy, as another thread may be in this one.
+        run = self._context.copy().run
+        _call_all([functools.partial(run, scope.end) for scope in scopes])
 
 
 def begin_request() -> None:
@@ -273,11 +273,9 @@ def _ending(scope: TaskScope, closing: Closing | None) -> cabc.Callable[[], None
 
 def _call_all(functions: list[cabc.Callable[[], None]]) -> None:
     """Call each in order, though one is interrupted."""
-    if functions:
-        try:
-            functions[0]()
-        finally:
-            _call_all(functions[1:])
+    with contextlib.ExitStack() as stack:
+        for function in reversed(functions):
+            stack.callback(function)
 
 
 def _close(closings: list[Closing]) -> None:

@@ -1210,6 +1210,65 @@ def test_request_that_ends_while_a_function_leaves(
     assert done == ["task"]
 
 
+@pytest.mark.parametrize("has_response", [True, False])
+def test_interrupted_wait(make_app: AppFactory, has_response: bool) -> None:
+    """A request waits for all else, in order, though one wait is interrupted."""
+    app = make_late(make_app(APITASK_WAIT="close" if has_response else "teardown"))
+    done: list[str] = []
+    scopes: list[t.Any] = []
+
+    @scoped(wait="close")
+    def function(name: str) -> None:
+        scopes.append(current_scope())
+        run(done.append, name)
+
+    def interrupt() -> t.NoReturn:
+        raise KeyboardInterrupt
+
+    @app.get("/")
+    def index() -> str:
+        run(done.append, "own")
+        function("first")
+        function("second")
+        function("third")
+        scopes[0].end = interrupt
+        return "ok"
+
+    def be_in_request() -> None:
+        if has_response:
+            serve(app, [])
+        else:
+            with app.test_request_context():
+                index()
+
+    # Flask 3.2 collects whatever a teardown raises.
+    expected = BaseException if MERGED else KeyboardInterrupt
+
+    with pytest.raises(expected, match=r"^$|Errors during"):
+        be_in_request()
+
+    assert done == ["second", "third", "own"]
+    # As the interrupted wait would have.
+    TaskScope.end(scopes[0])
+
+
+def test_view_that_leaves_many_scopes(make_app: AppFactory) -> None:
+    """Each is ended, however many of them end with the response."""
+    app = make_late(make_app())
+    done: list[int] = []
+    function = scoped(wait="close")(lambda number: run(done.append, number))
+
+    @app.get("/")
+    def index() -> str:
+        for number in range(1500):
+            function(number)
+
+        return "ok"
+
+    app.test_client().get("/", buffered=True)
+    assert done == list(range(1500))
+
+
 def test_stream_starts_tasks_once_more(make_app: AppFactory) -> None:
     """What is started in a body with context is awaited, though a teardown fails.
 
