@@ -33,6 +33,7 @@ from flask_apitask import TaskScope
 from flask_apitask import wait
 from flask_apitask.context import find_request_context
 from flask_apitask.context import MERGED
+from flask_apitask.runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -773,7 +774,7 @@ def test_threads_that_open_the_scope_at_once(
         run(events.append, name)
         scopes.append(current_scope())
 
-    class SlowRunner(request_scope.TaskRunner):
+    class SlowRunner(TaskRunner):
         """Made by a thread that has seen no scope, while another one makes it."""
 
         def __init__(self, *args: t.Any) -> None:
@@ -797,7 +798,7 @@ def test_request_that_ends_while_its_scope_is_opened(
     app = make_app()
     opening, ended = threading.Event(), threading.Event()
 
-    class SlowRunner(request_scope.TaskRunner):
+    class SlowRunner(TaskRunner):
         """Made by a thread that has seen the request go on."""
 
         def __init__(self, *args: t.Any) -> None:
@@ -809,8 +810,8 @@ def test_request_that_ends_while_its_scope_is_opened(
     with ThreadPoolExecutor(1) as executor:
         with app.test_request_context():
             monkeypatch.setattr(request_scope, "TaskRunner", SlowRunner)
-            call = contextvars.copy_context().run
-            future = executor.submit(call, run, threading.get_ident)
+            variables = contextvars.copy_context()
+            future = executor.submit(lambda: variables.run(run, threading.get_ident))
             assert opening.wait(PATIENCE)
 
         ended.set()
