@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
 import time
 import typing as t
+from types import CodeType
 from types import CoroutineType
 
 from flask import has_request_context
@@ -22,7 +24,6 @@ from .signals import task_started
 if t.TYPE_CHECKING:
     import collections.abc as cabc
     import concurrent.futures
-    from types import CodeType
 
     import blinker
     from flask import Flask
@@ -276,16 +277,13 @@ def _find_endpoint() -> str | None:
 
 def _find_code(task: t.Any) -> CodeType | None:
     """Return the code of a task that is not this package's own."""
-    while not hasattr(task, "__code__"):
-        if hasattr(task, "func"):
-            task = task.func
-        elif hasattr(task, "__func__"):
-            task = task.__func__
-        else:
-            return None
+    while isinstance(task, functools.partial):
+        task = task.func
 
-    code: CodeType = inspect.unwrap(task).__code__
-    return None if code.co_filename.startswith(_PACKAGE) else code
+    code = getattr(inspect.unwrap(task), "__code__", None)
+    # That of a mock is a mock.
+    is_known = isinstance(code, CodeType) and not code.co_filename.startswith(_PACKAGE)
+    return code if is_known else None
 
 
 def _find_view(app: Flask) -> CodeType | None:

@@ -135,6 +135,37 @@ def test_view_gets_the_exception_if_it_asks(
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        (functools.partial(functools.partial(fail), ValueError), "fail"),
+        (Failing().method, "method"),
+        (Failing(), "index"),
+        (functools.partial(divmod, 1, 0), "index"),
+        (mock.Mock(side_effect=ValueError), "index"),
+        (mock.MagicMock(spec=fail, side_effect=ValueError), "index"),
+        (functools.wraps(fail)(lambda: fail(ValueError)), "fail"),
+        # Code of this package: it is not what the record is about.
+        (scoped(Failing()), "index"),
+    ],
+)
+def test_place_of_the_record(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, work: t.Any, name: str
+) -> None:
+    """A record names the code of the task as its place, or that of the view."""
+    app = make_app()
+
+    @app.get("/")
+    def index() -> str:
+        run(work)
+        return "ok"
+
+    assert app.test_client().get("/").status_code == 200
+    (record,) = caplog.records
+    assert (record.module, record.funcName) == ("test_log", name)
+    assert isinstance(record.lineno, int)
+
+
 @pytest.mark.parametrize("signal", [task_started, task_finished])
 def test_receiver_that_fails(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, signal: t.Any
