@@ -4,6 +4,7 @@ import functools
 import inspect
 import logging
 import os
+import threading
 import time
 import typing as t
 from types import CodeType
@@ -16,6 +17,7 @@ from .context import current_frame
 from .context import Frame
 from .context import task_context
 from .executor.runner import Runner
+from .executor.scope import TaskScope
 from .executor.task import task_name
 from .log import log
 from .signals import task_finished
@@ -70,6 +72,20 @@ class TaskRunner(Runner):
             raise
 
     def call_back(
+        self,
+        callback: cabc.Callable[[concurrent.futures.Future[t.Any]], object],
+        future: concurrent.futures.Future[t.Any],
+    ) -> None:
+        if getattr(future, "thread", 0) == threading.get_ident():
+            self._call_back(callback, future)
+            return
+
+        # It was added late, or the task was cancelled, by a thread that may serve a
+        # request. What is bound to that thread is not for others.
+        with TaskScope(self._app.extensions["apitask"].pool, 1) as scope:
+            scope.submit(self._call_back, callback, future)
+
+    def _call_back(
         self,
         callback: cabc.Callable[[concurrent.futures.Future[t.Any]], object],
         future: concurrent.futures.Future[t.Any],
