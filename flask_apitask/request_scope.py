@@ -112,17 +112,19 @@ class RequestScope:
             deferred, self._deferred = self._deferred, ()
 
         closing = self._find_closing()
+        own = () if scope is None else (scope,)
 
-        try:
-            if deferred:
-                _end_each(deferred, closing)
-        finally:
-            if scope is None:
-                pass
-            elif closing is not None and closing.answers_first:
-                closing.add(scope)
-            else:
-                scope.end()
+        if closing is None:
+            now, later = deferred + own, ()
+        elif closing.answers_first:
+            now, later = (), deferred + own
+        else:
+            now, later = own, deferred
+
+        if closing is not None:
+            closing.add(later)
+
+        _end_all(now)
 
     def replace(self, request_context: t.Any) -> RequestScope:
         """Return the scope that comes after this one on the same context."""
@@ -180,15 +182,16 @@ class Closing:
         self._context = contextvars.copy_context()
         # Guards the others: a scope may come while another thread closes.
         self._lock = threading.Lock()
-        self._scopes: list[TaskScope] = []
+        self._scopes: tuple[TaskScope, ...] = ()
         self._closed = False
 
-    def add(self, scope: TaskScope) -> None:
-        """Have a scope ended at the close, or now if that was before."""
-        scope.shutdown(wait=False)
+    def add(self, scopes: tuple[TaskScope, ...]) -> None:
+        """Have scopes ended at the close, or now if that was before."""
+        for scope in scopes:
+            scope.shutdown(wait=False)
 
         with self._lock:
-            self._scopes.append(scope)
+            self._scopes += scopes
             closed = self._closed
 
         if closed:
@@ -198,11 +201,10 @@ class Closing:
         """End the scopes, each once."""
         with self._lock:
             self._closed = True
-            scopes, self._scopes = self._scopes, []
+            scopes, self._scopes = self._scopes, ()
 
-        for scope in scopes:
-            # In a copy, as another thread may be in this one.
-            self._context.copy().run(scope.end)
+        # In a copy, as another thread may be in this one.
+        self._context.copy().run(_end_all, scopes)
 
 
 def begin_request() -> None:
@@ -287,13 +289,13 @@ def _unhook_response(app: Flask, **extra: object) -> None:
         find_request_scope(request_context).closing = None
 
 
-def _end_each(scopes: tuple[TaskScope, ...], closing: Closing | None) -> None:
-    """End scopes in order, now or at the close, though one wait is interrupted."""
+def _end_all(scopes: tuple[TaskScope, ...]) -> None:
+    """End scopes in order, though one wait is interrupted."""
     if scopes:
         try:
-            scopes[0].end() if closing is None else closing.add(scopes[0])
+            scopes[0].end()
         finally:
-            _end_each(scopes[1:], closing)
+            _end_all(scopes[1:])
 
 
 def _close(closings: list[Closing]) -> None:
