@@ -57,8 +57,8 @@ def find_request_context() -> t.Any | None:
 def is_pushed_again(request_context: t.Any) -> bool:
     """Return whether a request that was torn down will be torn down once more.
 
-    Before Flask 3.2, :func:`flask.stream_with_context` pushes its context again, for the
-    body. After that, only a thread that outlives the request sees it.
+    Before Flask 3.2, :func:`flask.stream_with_context` pushes its context again, for
+    the body. After that, only a thread that outlives the request sees it.
     """
     return not MERGED and bool(request_context._cv_tokens)
 

@@ -115,16 +115,12 @@ class RequestScope:
         own = () if scope is None else (scope,)
 
         if closing is None:
-            now, later = deferred + own, ()
+            _end_all(deferred + own)
         elif closing.answers_first:
-            now, later = (), deferred + own
+            closing.add(deferred + own)
         else:
-            now, later = own, deferred
-
-        if closing is not None:
-            closing.add(later)
-
-        _end_all(now)
+            closing.add(deferred)
+            _end_all(own)
 
     def replace(self, request_context: t.Any) -> RequestScope:
         """Return the scope that comes after this one on the same context."""

@@ -102,7 +102,7 @@ class TaskScope(concurrent.futures.Executor):
     3.  *A thread that can't come.* One thread is about to queue the scope at a full
         pool; another begins to wait, and finds nothing queued yet that could be
         expedited. So each looks after it has acted: the one that waits counts itself
-        before it looks for the request, and the one that has made a request looks then
+        before it looks for the request, and the pool queues a request before it looks
         whether somebody waits.
     4.  *Fork.* The child has a copy of the scope, with a lock that nobody may ever
         release, and tasks that run in the parent. So it is closed there, and nobody
@@ -136,11 +136,10 @@ class TaskScope(concurrent.futures.Executor):
         self._unfinished = 0
         # How many threads were requested and have not come yet.
         self._requested = 0
-        # Whether a waiting thread is about to call further threads, if need be.
-        self._holding_back = False
-        # How many threads wait, and how many serve that are beyond the pool's size.
-        self._waiting = 0
-        self._extra = 0
+        # How many waiting threads have yet to call more threads, if need be.
+        self._holding_back = 0
+        # How many threads wait. Read by the pool, without the lock.
+        self.waiters = 0
         self._closed = False
 
     @property
@@ -159,7 +158,7 @@ class TaskScope(concurrent.futures.Executor):
         """
         task = make_callable(fn)
 
-        if self._generation != self._pool.generation:
+        if self._forked:
             raise _refusal(task)
 
         work = task, args, kwargs, time.monotonic()
@@ -207,11 +206,10 @@ class TaskScope(concurrent.futures.Executor):
             return
 
         with self._lock:
-            self._waiting += 1
-            pending, lacking = self._requested, self._claim_threads(1)
+            self.waiters += 1
 
         try:
-            self._expedite(pending, lacking)
+            self._expedite()
             yield
         finally:
             self._stop_waiting()
@@ -254,23 +252,23 @@ class TaskScope(concurrent.futures.Executor):
         if report is not None:
             self._runner.report(report)
 
-    def serve(self, how: How, *, extra: bool = False) -> None:
+    def serve(self, how: How) -> None:
         """Run what is queued, and have another thread come if there is more of it.
 
         Called by the threads of the pool. They come one by one, for as long as there is
         work left for them, as waking a thread may take longer than a task does.
-
-        :param extra: The thread is beyond the pool's size.
         """
         with self._lock:
             self._requested -= how == "thread"
-            self._extra += extra
             future = self._take()
             lacking = 0 if self._holding_back else self._claim_threads(1)
 
         if lacking:
             # Whether one comes or not, this one serves the queue.
             self._request_threads(1)
+
+        if how == "inline" and future is not None:
+            self._pool.warn()
 
         started, count = time.monotonic(), 0
 
@@ -282,17 +280,13 @@ class TaskScope(concurrent.futures.Executor):
         if count:
             self._pool.tasks_are_small = (time.monotonic() - started) / count < _SMALL
 
-        if extra and not self._forked:
-            with self._lock:
-                self._extra -= 1
-
     @property
     def _forked(self) -> bool:
         return self._generation != self._pool.generation
 
     def _join(self, timeout: float | None, *, close: bool = False) -> int:
         """Wait, and return how many of the tasks submitted so far are not done."""
-        if self._generation != self._pool.generation:
+        if self._forked:
             return 0
 
         with self._lock:
@@ -303,16 +297,15 @@ class TaskScope(concurrent.futures.Executor):
 
             barrier = _Barrier(self._submitted, self._unfinished)
             self._barriers.append(barrier)
-            self._waiting += 1
-            self._holding_back = len(self._queue) > 1 and self._pool.tasks_are_small
-            pending, lacking = self._requested, self._claim_threads(1)
+            self.waiters += 1
+            holds_back = len(self._queue) > 1 and self._pool.tasks_are_small
+            self._holding_back += holds_back
 
         try:
-            self._expedite(pending, lacking)
-
-            if self._holding_back:
-                barrier.sleep(_HEAD_START)
-                self._call_threads()
+            if holds_back:
+                self._give_head_start(barrier)
+            else:
+                self._expedite()
 
             if barrier.remaining:
                 barrier.sleep(timeout)
@@ -321,45 +314,38 @@ class TaskScope(concurrent.futures.Executor):
         finally:
             self._stop_waiting(barrier)
 
-    def _call_threads(self) -> None:
-        """Request all the threads that there is work for, after the head start."""
-        with self._lock:
-            self._holding_back = False
-            lacking = self._claim_threads(self._max_workers)
+    def _give_head_start(self, barrier: _Barrier) -> None:
+        """Have all threads come that there is work for, but not at once."""
+        try:
+            self._expedite()
+            barrier.sleep(_HEAD_START)
+        finally:
+            with self._lock:
+                self._holding_back -= 1
+                lacking = self._claim_threads(self._max_workers)
 
-        # If none can be had, those that have come serve the queue.
-        self._request_threads(lacking)
+            self._request_threads(lacking)
 
     def _stop_waiting(self, barrier: _Barrier | None = None) -> None:
         # A task that ran inline may have forked.
-        if self._generation != self._pool.generation:
+        if self._forked:
             return
 
         with self._lock:
-            self._waiting -= 1
+            self.waiters -= 1
 
             if barrier is not None:
                 self._barriers.remove(barrier)
-                self._holding_back = False
 
-    def _expedite(self, pending: int, lacking: int) -> None:
-        """Let no request for a thread queue at the pool while this thread waits.
+    def _expedite(self) -> None:
+        """Let no request for a thread queue at the pool while this thread waits."""
+        with self._lock:
+            lacking = self._claim_threads(1)
 
-        :param pending: How many threads were requested before it began to wait.
-        :param lacking: How many were claimed then.
-        """
-        comes = True
-
-        if lacking:
-            comes = self._request_threads(lacking)
-        elif pending and not self._pool.expedite(self):
-            comes = False
-
-            with self._lock:
-                self._requested -= 1
-
-        if not comes:
-            self.serve("inline")
+        # One that queues is made anew: the pool sees now that it is waited for.
+        if lacking or self._pool.withdraw(self, 1):
+            if not self._request_threads(1):
+                self.serve("inline")
 
     def _claim_threads(self, most: int) -> int:
         """Return how many threads to request now, and note that. Needs the lock."""
@@ -367,38 +353,29 @@ class TaskScope(concurrent.futures.Executor):
             return 0
 
         free = self._max_workers - len(self._running)
-        lacking = min(most, len(self._queue), free) - self._requested
-
-        if lacking <= 0:
-            return 0
-
+        lacking = max(0, min(most, len(self._queue), free) - self._requested)
         self._requested += lacking
         return lacking
 
     def _request_threads(self, count: int) -> bool:
         """Request threads that were claimed, and return whether all of them come."""
         try:
-            while count:
-                extra = self._waiting > self._extra
-                comes = self._pool.request(self, extra=extra)
-
-                if self._waiting > self._extra and not extra:
-                    comes = self._pool.expedite(self)
-
-                if not comes:
-                    return False
-
+            while count and self._pool.request(self):
                 count -= 1
-        finally:
-            if count:
-                with self._lock:
-                    self._requested -= count
+        except BaseException:
+            # A Ctrl-C. Other threads may rely on these requests.
+            self._request_threads(count)
+            raise
+
+        if count:
+            with self._lock:
+                self._requested -= count
 
         if self._closed and not self._queue:
             # The scope has ended meanwhile, before a request could be withdrawn.
             self._pool.withdraw(self)
 
-        return True
+        return not count
 
     def _take(self) -> TaskFuture[t.Any] | None:
         """Move the first queued task to the running ones. Needs the lock."""
@@ -412,7 +389,7 @@ class TaskScope(concurrent.futures.Executor):
 
     def _finish(self, future: TaskFuture[t.Any]) -> TaskFuture[t.Any] | None:
         """Give back the slot of a task that is done, and take the next one."""
-        if self._generation != self._pool.generation:
+        if self._forked:
             # The task has forked. What else there is to do is for the parent.
             return None
 
