@@ -54,13 +54,14 @@ def find_request_context() -> t.Any | None:
     return context if not MERGED or context.has_request else None
 
 
-def is_pushed_again(request_context: t.Any) -> bool:
-    """Return whether a request that was torn down will be torn down once more.
+def find_push(request_context: t.Any) -> object:
+    """Return what stands for the push that a request's context will be popped from.
 
-    Before Flask 3.2, :func:`flask.stream_with_context` pushes its context again, for
-    the body. After that, only a thread that outlives the request sees it.
+    Before Flask 3.2, :func:`flask.stream_with_context` pushes it once more for the
+    body, after the teardown. A thread that outlives the request sees it without a push.
     """
-    return not MERGED and bool(request_context._cv_tokens)
+    pushes = () if MERGED else request_context._cv_tokens
+    return pushes[0][0] if pushes else None
 
 
 @dataclasses.dataclass(slots=True, eq=False)

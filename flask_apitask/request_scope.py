@@ -11,10 +11,10 @@ from flask import got_request_exception
 from flask import request_finished
 
 from .context import find_app_context
+from .context import find_push
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
-from .context import is_pushed_again
 from .context import MERGED
 from .executor.scope import TaskScope
 from .runner import TaskRunner
@@ -50,7 +50,7 @@ class RequestScope:
     for the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "outer")
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "outer", "push")
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -63,6 +63,8 @@ class RequestScope:
         self.closing: weakref.ref[Closing] | None = None
         # Another one that uses the same app context, before Flask 3.2.
         self.outer: RequestScope | None = None
+        # The push of the request's context that was torn down.
+        self.push: object = None
 
     @property
     def is_used(self) -> bool:
@@ -114,12 +116,14 @@ class RequestScope:
         closing = self._find_closing()
         own = () if scope is None else (scope,)
 
-        if closing is None:
+        if scope is not None and not deferred and closing is None:
+            scope.end()
+        elif closing is None:
             _end_all(deferred + own)
         elif closing.answers_first:
-            closing.add(deferred + own)
+            closing.add(*deferred, *own)
         else:
-            closing.add(deferred)
+            closing.add(*deferred)
             _end_all(own)
 
     def replace(self, request_context: t.Any) -> RequestScope:
@@ -133,7 +137,7 @@ class RequestScope:
                 successor = getattr(request_context, _SCOPE)
 
         # Whoever pops the context looks for leftovers after that.
-        if not is_pushed_again(request_context):
+        if find_push(request_context) is None:
             successor.end()
 
         return successor
@@ -181,7 +185,7 @@ class Closing:
         self._scopes: tuple[TaskScope, ...] = ()
         self._closed = False
 
-    def add(self, scopes: tuple[TaskScope, ...]) -> None:
+    def add(self, *scopes: TaskScope) -> None:
         """Have scopes ended at the close, or now if that was before."""
         for scope in scopes:
             scope.shutdown(wait=False)
@@ -215,7 +219,10 @@ def begin_request() -> None:
 
 def end_request(error: BaseException | None = None) -> None:
     """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
-    find_request_scope(get_request_context()).end()
+    request_context = get_request_context()
+    scope = find_request_scope(request_context)
+    scope.push = find_push(request_context)
+    scope.end()
 
 
 def end_leftovers(error: BaseException | None = None) -> None:
@@ -242,7 +249,8 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
     if scope is None:
         # In one step, as several threads may share the context.
         scope = vars(request_context).setdefault(_SCOPE, RequestScope())
-    elif scope.ended and is_pushed_again(request_context):
+    elif scope.ended and find_push(request_context) not in (scope.push, None):
+        # Flask 3.1 pushes it again for a streamed body, after the teardown.
         scope = scope.replace(request_context)
 
     return scope
@@ -287,11 +295,9 @@ def _unhook_response(app: Flask, **extra: object) -> None:
 
 def _end_all(scopes: tuple[TaskScope, ...]) -> None:
     """End scopes in order, though one wait is interrupted."""
-    if scopes:
-        try:
-            scopes[0].end()
-        finally:
-            _end_all(scopes[1:])
+    with contextlib.ExitStack() as stack:
+        for scope in reversed(scopes):
+            stack.callback(scope.end)
 
 
 def _close(closings: list[Closing]) -> None:
