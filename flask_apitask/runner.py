@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
+import threading
 import time
 import typing as t
+from types import CodeType
 from types import CoroutineType
 
 from flask import has_request_context
@@ -14,6 +17,7 @@ from .context import current_frame
 from .context import Frame
 from .context import task_context
 from .executor.runner import Runner
+from .executor.scope import TaskScope
 from .executor.task import task_name
 from .log import log
 from .signals import task_finished
@@ -22,7 +26,6 @@ from .signals import task_started
 if t.TYPE_CHECKING:
     import collections.abc as cabc
     import concurrent.futures
-    from types import CodeType
 
     import blinker
     from flask import Flask
@@ -69,6 +72,20 @@ class TaskRunner(Runner):
             raise
 
     def call_back(
+        self,
+        callback: cabc.Callable[[concurrent.futures.Future[t.Any]], object],
+        future: concurrent.futures.Future[t.Any],
+    ) -> None:
+        if getattr(future, "thread", 0) == threading.get_ident():
+            self._call_back(callback, future)
+            return
+
+        # It was added late, or the task was cancelled, by a thread that may serve a
+        # request. What is bound to that thread is not for others.
+        with TaskScope(self._app.extensions["apitask"].pool, 1) as scope:
+            scope.submit(self._call_back, callback, future)
+
+    def _call_back(
         self,
         callback: cabc.Callable[[concurrent.futures.Future[t.Any]], object],
         future: concurrent.futures.Future[t.Any],
@@ -276,16 +293,13 @@ def _find_endpoint() -> str | None:
 
 def _find_code(task: t.Any) -> CodeType | None:
     """Return the code of a task that is not this package's own."""
-    while not hasattr(task, "__code__"):
-        if hasattr(task, "func"):
-            task = task.func
-        elif hasattr(task, "__func__"):
-            task = task.__func__
-        else:
-            return None
+    while isinstance(task, functools.partial):
+        task = task.func
 
-    code: CodeType = inspect.unwrap(task).__code__
-    return None if code.co_filename.startswith(_PACKAGE) else code
+    code = getattr(inspect.unwrap(task), "__code__", None)
+    # That of a mock is a mock.
+    is_known = isinstance(code, CodeType) and not code.co_filename.startswith(_PACKAGE)
+    return code if is_known else None
 
 
 def _find_view(app: Flask) -> CodeType | None:

@@ -52,6 +52,15 @@ def make_app() -> AppFactory:
     return factory
 
 
+@pytest.fixture
+def without_gc() -> cabc.Iterator[None]:
+    """What is freed is freed by the count of its references."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def nothing_outlives_its_test(
     caplog: pytest.LogCaptureFixture,

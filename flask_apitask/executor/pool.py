@@ -76,6 +76,8 @@ class ThreadPool:
         self._numbers = itertools.count()
         # How often this process and those before it have forked.
         self.generation = 0
+        # Whether the last tasks took less time than it takes to wake a few threads.
+        self.tasks_are_small = True
         self.reset()
         _pools.add(self)
 
@@ -262,8 +264,10 @@ class ThreadPool:
 
     def _count(self) -> int:
         """Count the threads that the size limits. Needs the lock."""
-        abandoned = min(len(self._abandoned), self._size)
-        return len(self._busy) + len(self._idle) - abandoned
+        count = len(self._busy) + len(self._idle)
+        return (
+            count - min(len(self._abandoned), self._size) if self._abandoned else count
+        )
 
     def _wake(self, worker: Worker) -> bool:
         """Wake a thread, or start it if it is new, and return whether it comes."""

@@ -43,8 +43,9 @@ def reroute(app: Flask, config: Config) -> None:
             " its credentials and the mail. Name a file of CA certificates instead."
         )
 
-    app.extensions["apitask_mail"] = Transport(config)
+    # Flask refuses this once the app has served. Then nothing else has been done.
     app.before_request(_MailCheck())
+    app.extensions["apitask_mail"] = Transport(config)
     flask_mail.Connection = RoutedConnection  # type: ignore[misc]
 
 
