@@ -16,7 +16,7 @@ T = t.TypeVar("T")
 
 
 def make_late(app: Flask) -> Flask:
-    """Take the threads from an app, so that only a wait gets its tasks one.
+    """Take the threads from an app, so that only a wait gets its tasks done.
 
     What its tasks did is then what somebody waited for, and done at that moment: a
     test need not catch a thread that is quicker than a wait that is missing.

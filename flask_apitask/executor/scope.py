@@ -100,7 +100,7 @@ class TaskScope(concurrent.futures.Executor):
     3.  *A thread that can't come.* One thread is about to queue the scope at a full
         pool; another begins to wait, and finds nothing queued yet that could be
         expedited. So each looks after it has acted: the one that waits counts itself
-        before it looks for the request, and the one that has made a request looks then
+        before it looks for the request, and the pool queues a request before it looks
         whether somebody waits.
     4.  *Fork.* The child has a copy of the scope, with a lock that nobody may ever
         release, and tasks that run in the parent. So it is closed there, and nobody
@@ -136,9 +136,8 @@ class TaskScope(concurrent.futures.Executor):
         self._requested = 0
         # How many waiting threads have yet to call more threads, if need be.
         self._holding_back = 0
-        # How many threads wait, and how many serve that are beyond the pool's size.
-        self._waiting = 0
-        self._extra = 0
+        # How many threads wait. Read by the pool, without the lock.
+        self.waiters = 0
         self._closed = False
 
     @property
@@ -202,7 +201,7 @@ class TaskScope(concurrent.futures.Executor):
             return
 
         with self._lock:
-            self._waiting += 1
+            self.waiters += 1
 
         try:
             self._expedite()
@@ -248,17 +247,14 @@ class TaskScope(concurrent.futures.Executor):
         if report is not None:
             self._runner.report(report)
 
-    def serve(self, how: How, *, extra: bool = False) -> None:
+    def serve(self, how: How) -> None:
         """Run what is queued, and have another thread come if there is more of it.
 
         Called by the threads of the pool. They come one by one, for as long as there is
         work left for them, as waking a thread may take longer than a task does.
-
-        :param extra: The thread is beyond the pool's size.
         """
         with self._lock:
             self._requested -= how == "thread"
-            self._extra += extra
             future = self._take()
             lacking = 0 if self._holding_back else self._claim_threads(1)
 
@@ -266,13 +262,12 @@ class TaskScope(concurrent.futures.Executor):
             # Whether one comes or not, this one serves the queue.
             self._request_threads(1)
 
+        if how == "inline" and future is not None:
+            self._pool.warn()
+
         while future is not None:
             future.run(how)
             future = self._finish(future)
-
-        if extra and not self._forked:
-            with self._lock:
-                self._extra -= 1
 
     @property
     def _forked(self) -> bool:
@@ -291,7 +286,7 @@ class TaskScope(concurrent.futures.Executor):
 
             barrier = _Barrier(self._submitted, self._unfinished)
             self._barriers.append(barrier)
-            self._waiting += 1
+            self.waiters += 1
             holds_back = len(self._queue) > 1
             self._holding_back += holds_back
 
@@ -317,7 +312,7 @@ class TaskScope(concurrent.futures.Executor):
                 self._holding_back -= 1
                 lacking = self._claim_threads(self._max_workers)
 
-        self._request_threads(lacking)
+            self._request_threads(lacking)
 
     def _stop_waiting(self, barrier: _Barrier | None = None) -> None:
         # A task that ran inline may have forked.
@@ -325,7 +320,7 @@ class TaskScope(concurrent.futures.Executor):
             return
 
         with self._lock:
-            self._waiting -= 1
+            self.waiters -= 1
 
             if barrier is not None:
                 self._barriers.remove(barrier)
@@ -333,16 +328,12 @@ class TaskScope(concurrent.futures.Executor):
     def _expedite(self) -> None:
         """Let no request for a thread queue at the pool while this thread waits."""
         with self._lock:
-            pending = self._requested
             lacking = self._claim_threads(1)
 
-        if lacking:
-            comes = self._request_threads(1)
-        else:
-            comes = not pending or self._pool.expedite(self)
-
-        if not comes:
-            self.serve("inline")
+        # One that queues is made anew: the pool sees now that it is waited for.
+        if lacking or self._pool.withdraw(self, 1):
+            if not self._request_threads(1):
+                self.serve("inline")
 
     def _claim_threads(self, most: int) -> int:
         """Return how many threads to request now, and note that. Needs the lock."""
@@ -354,27 +345,22 @@ class TaskScope(concurrent.futures.Executor):
     def _request_threads(self, count: int) -> bool:
         """Request threads that were claimed, and return whether all of them come."""
         try:
-            while count:
-                extra = self._waiting > self._extra
-                comes = self._pool.request(self, extra=extra)
-
-                if self._waiting > self._extra and not extra:
-                    comes = self._pool.expedite(self)
-
-                if not comes:
-                    return False
-
+            while count and self._pool.request(self):
                 count -= 1
-        finally:
-            if count:
-                with self._lock:
-                    self._requested -= count
+        except BaseException:
+            # A Ctrl-C. Other threads may rely on these requests.
+            self._request_threads(count)
+            raise
+
+        if count:
+            with self._lock:
+                self._requested -= count
 
         if self._closed and not self._queue:
             # The scope has ended meanwhile, before a request could be withdrawn.
             self._pool.withdraw(self)
 
-        return True
+        return not count
 
     def _take(self) -> TaskFuture[t.Any] | None:
         """Move the first queued task to the running ones. Needs the lock."""
