@@ -17,6 +17,8 @@ from flask_apitask import run
 from flask_apitask import scoped
 from flask_apitask import task_finished
 from flask_apitask import task_started
+from flask_apitask.executor.runner import TimeoutReport
+from flask_apitask.runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -30,6 +32,7 @@ class OutOfTheTree(BaseException):
 
 
 def fail(error: BaseException | type[BaseException]) -> None:
+    """Raise an error."""
     raise error
 
 
@@ -350,3 +353,17 @@ def test_report_of_a_request_at_its_deadline(
         f" that hold 1 thread(s) of the app now. These are in:\n\n{name!r}:\n"
     )
     assert "release.wait(PATIENCE)" in running.getMessage()
+
+
+def test_report_of_tasks_that_never_ran(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing goes on, there is no WARNING (18)."""
+    app = make_app()
+
+    with app.app_context():
+        TaskRunner(app, None).report(TimeoutReport(0.5, ["a", "b"], [], 0))
+
+    assert caplog.messages == [
+        f"Task '{name}' was cancelled: not begun within 0.5 s." for name in "ab"
+    ]

@@ -51,8 +51,9 @@ def test_contexts_are_those_behind_the_proxies(make_app: AppFactory) -> None:
 
 
 def test_task_does_not_end_the_request(make_app: AppFactory) -> None:
-    """Without the request, which is hidden from ``pop()``: functions for
-    ``teardown_request`` are not called, and uploads not closed, at a task's end.
+    """At its end no function for teardown_request is called, and no upload closed.
+
+    This is why ``context.py`` takes the private ``_request`` from the context.
     """
     app = make_app()
     events: list[str] = []
@@ -63,7 +64,7 @@ def test_task_does_not_end_the_request(make_app: AppFactory) -> None:
         upload = request.files["file"]
         assert run(lambda: request.files["file"] is upload).result(PATIENCE)
         events.append("view")
-        return upload.read().decode()
+        return str(upload.read(), "ascii")
 
     file = io.BytesIO(b"upload"), "name.txt"
     response = app.test_client().post("/", data={"file": file})
@@ -72,8 +73,9 @@ def test_task_does_not_end_the_request(make_app: AppFactory) -> None:
 
 
 def test_request_is_not_routed_again(make_app: AppFactory) -> None:
-    """Without the adapter, which is hidden from ``push()``: a task does not undo what a
-    ``url_value_preprocessor`` did for the view. It builds URLs all the same.
+    """A task does not undo what a url_value_preprocessor did for the view.
+
+    This is why ``context.py`` hides the ``url_adapter`` from ``push()``.
     """
     app = make_app()
 
@@ -122,7 +124,7 @@ def test_task_without_a_request(make_app: AppFactory, around: str) -> None:
     def work() -> tuple[str, bool]:
         return current_app.name, has_request_context()
 
-    outer = make_app().app_context()
+    outer: t.Any = make_app().app_context()
 
     if around != "nothing":
         outer = make_app().test_request_context()

@@ -53,6 +53,7 @@ class Signals:
 
 @pytest.fixture
 def signals() -> cabc.Iterator[Signals]:
+    """Return what is sent in a test."""
     signals = Signals()
 
     with (
