@@ -57,7 +57,7 @@ def logger(make_app: AppFactory) -> cabc.Iterator[logging.Logger]:
     logger.disabled = before[3]
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("when", ["in view", "at the end", "after the response"])
 @pytest.mark.parametrize(
     "error_type",
     [
@@ -73,10 +73,10 @@ def test_failing_task(
     make_app: AppFactory,
     caplog: pytest.LogCaptureFixture,
     error_type: type[BaseException],
-    late: bool,
+    when: str,
 ) -> None:
     """A task that raises anything at all is contained, and logged (behaviour 11)."""
-    app = make_late(make_app()) if late else make_app()
+    app = make_app(APITASK_WAIT="close" if when == "after the response" else "teardown")
     error = error_type()
     done: list[str] = []
     futures = []
@@ -88,7 +88,10 @@ def test_failing_task(
         run(done.append, "third")
         return "ok"
 
-    response = app.test_client().get("/reset/secret")
+    if when != "in view":
+        make_late(app)
+
+    response = app.test_client().get("/reset/secret", buffered=True)
     assert (response.status_code, response.text) == (200, "ok")
     assert sorted(done) == ["second", "third"]
     assert futures[0].exception(0) is error

@@ -153,38 +153,51 @@ def test_teardown_function_that_fails(
     assert len(caplog.records) == 1
 
 
-def test_flask_works_in_a_task(make_app: AppFactory) -> None:
-    """current_app, request, session, url_for and templates do (behaviour 13)."""
-    app = make_app(SECRET_KEY="test")
+@pytest.mark.parametrize("waits", ["teardown", "close"])
+def test_flask_works_in_a_task(make_app: AppFactory, waits: str) -> None:
+    """current_app, request, session, url_for and templates do (behaviour 13).
 
-    def work() -> list[object]:
-        return [
-            current_app._get_current_object(),  # type: ignore[attr-defined]
-            request.method,
-            request.path,
-            request.args["q"],
-            request.endpoint,
-            session["user"],
-            url_for("index", _external=True),
-            render_template_string("{{ request.path }} {{ session.user }}"),
-        ]
+    Also after the request's own end.
+    """
+    app = make_late(make_app(APITASK_WAIT=waits, SECRET_KEY="secret"))
+    futures: list[Future[t.Any]] = []
 
-    @app.get("/index")
-    def index() -> str:
-        session["user"] = "me"
-        assert run(work).result(PATIENCE) == [
-            app,
-            "GET",
-            "/index",
-            "1",
-            "index",
-            "me",
-            "http://localhost/index",
-            "/index me",
-        ]
+    def work() -> dict[str, object]:
+        return {
+            "app": current_app._get_current_object(),  # type: ignore[attr-defined]
+            "g": list(g),
+            "request": (request.method, request.path, request.view_args),
+            "endpoint": request.endpoint,
+            "args": request.args["q"],
+            "headers": request.headers["X-Id"],
+            "json": request.json,
+            "session": dict(session),
+            "url": url_for("index", name="y", _external=True),
+            "template": render_template_string("{{ request.path }} {{ session.user }}"),
+        }
+
+    @app.post("/path/<name>")
+    def index(name: str) -> str:
+        g.who = "request"
+        session["user"] = "ann"
+        assert request.json == {"number": 7}
+        futures.append(run(work))
         return "ok"
 
-    assert app.test_client().get("/index?q=1").status_code == 200
+    client = app.test_client()
+    client.post("/path/x?q=1", json={"number": 7}, headers={"X-Id": "9"}, buffered=True)
+    assert futures[0].result(0) == {
+        "app": app,
+        "g": [],
+        "request": ("POST", "/path/x", {"name": "x"}),
+        "endpoint": "index",
+        "args": "1",
+        "headers": "9",
+        "json": {"number": 7},
+        "session": {"user": "ann"},
+        "url": "http://localhost/path/y",
+        "template": "/path/x ann",
+    }
 
 
 def test_task_of_a_command_has_no_request(make_app: AppFactory) -> None:

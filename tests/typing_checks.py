@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import typing as t
-from concurrent.futures import Future
 
 from typing_extensions import assert_type
 
@@ -22,6 +21,8 @@ from flask_apitask import TaskScope
 from flask_apitask.executor.future import TaskFuture
 
 if t.TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from flask import Flask
 
 
