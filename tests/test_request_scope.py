@@ -585,8 +585,11 @@ def test_nested_request(
     assert events == [*start, *end]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize("same", [True, False])
-def test_app_context_in_a_request(make_app: AppFactory, same: bool) -> None:
+def test_app_context_in_a_request(
+    make_app: AppFactory, same: bool, is_first: bool
+) -> None:
     """In another app's context, the request's scope is out of sight (behaviour 6).
 
     In one of its own app it is not, but from Flask 3.2 on there is no request in it.
@@ -596,13 +599,15 @@ def test_app_context_in_a_request(make_app: AppFactory, same: bool) -> None:
     is_seen = same and not MERGED
 
     with app.test_request_context():
-        scope = current_scope()
+        if not is_first:
+            run(int)
 
         with (app if same else make_app()).app_context():
-            assert current_scope() is (scope if is_seen else None)
             run(events.append, "task")
+            seen = current_scope()
+            assert (seen is not None) is is_seen
 
-        assert current_scope() is scope
+        assert current_scope() is (seen or current_scope()) is not None
         assert events == ([] if is_seen else ["task"])
 
     assert events == ["task"]
