@@ -50,6 +50,16 @@ def find_request_context() -> t.Any | None:
     return context if not MERGED or context.has_request else None
 
 
+def find_push(request_context: t.Any) -> object:
+    """Return what stands for the push that a request's context will be popped from.
+
+    Before Flask 3.2, :func:`flask.stream_with_context` pushes it once more for the
+    body, after the teardown. A thread that outlives the request sees it without a push.
+    """
+    pushes = () if MERGED else request_context._cv_tokens
+    return pushes[0][0] if pushes else None
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Frame:
     """A ``with`` block around the caller, or the task that the caller is in.

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import sys
 import threading
 import typing as t
@@ -12,6 +11,7 @@ from flask import got_request_exception
 from flask import request_finished
 
 from .context import find_app_context
+from .context import find_push
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
@@ -20,8 +20,6 @@ from .executor.scope import TaskScope
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
     from flask import Flask
     from flask import Response
 
@@ -54,7 +52,7 @@ class RequestScope:
     for the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended")
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "push")
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -65,6 +63,8 @@ class RequestScope:
         self.ended = False
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
+        # The push of the request's context that was torn down.
+        self.push: object = None
 
     @property
     def is_used(self) -> bool:
@@ -114,13 +114,33 @@ class RequestScope:
             deferred, self._deferred = self._deferred, ()
 
         closing = self._find_closing()
-        at_close = closing is not None and closing.answers_first
-        ends = [_ending(left, closing) for left in deferred]
+        own = () if scope is None else (scope,)
 
-        if scope is not None:
-            ends.append(_ending(scope, closing if at_close else None))
+        if scope is not None and not deferred and closing is None:
+            scope.end()
+        elif closing is None:
+            _end_all(deferred + own)
+        elif closing.answers_first:
+            closing.add(*deferred, *own)
+        else:
+            closing.add(*deferred)
+            _end_all(own)
 
-        _call_all(ends)
+    def replace(self, request_context: t.Any) -> RequestScope:
+        """Return the scope that comes after this one on the same context."""
+        with self._lock:
+            if getattr(request_context, _SCOPE) is self:
+                successor = RequestScope()
+                successor.closing = self.closing
+                setattr(request_context, _SCOPE, successor)
+            else:
+                successor = getattr(request_context, _SCOPE)
+
+        # Whoever pops the context looks for leftovers after that.
+        if find_push(request_context) is None:
+            successor.end()
+
+        return successor
 
     def _end_if_late(self) -> None:
         if self.ended:
@@ -158,15 +178,16 @@ class Closing:
         self._context = contextvars.copy_context()
         # Guards the others: a scope may come while another thread closes.
         self._lock = threading.Lock()
-        self._scopes: list[TaskScope] = []
+        self._scopes: tuple[TaskScope, ...] = ()
         self._closed = False
 
-    def add(self, scope: TaskScope) -> None:
-        """Have a scope ended at the close, or now if that was before."""
-        scope.shutdown(wait=False)
+    def add(self, *scopes: TaskScope) -> None:
+        """Have scopes ended at the close, or now if that was before."""
+        for scope in scopes:
+            scope.shutdown(wait=False)
 
         with self._lock:
-            self._scopes.append(scope)
+            self._scopes += scopes
             closed = self._closed
 
         if closed:
@@ -176,11 +197,10 @@ class Closing:
         """End the scopes, each once."""
         with self._lock:
             self._closed = True
-            scopes, self._scopes = self._scopes, []
+            scopes, self._scopes = self._scopes, ()
 
         # In a copy, as another thread may be in this one.
-        run = self._context.copy().run
-        _call_all([functools.partial(run, scope.end) for scope in scopes])
+        self._context.copy().run(_end_all, scopes)
 
 
 def begin_request() -> None:
@@ -195,7 +215,10 @@ def begin_request() -> None:
 
 def end_request(error: BaseException | None = None) -> None:
     """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
-    find_request_scope(get_request_context()).end()
+    request_context = get_request_context()
+    scope = find_request_scope(request_context)
+    scope.push = find_push(request_context)
+    scope.end()
 
 
 def end_leftovers(error: BaseException | None = None) -> None:
@@ -218,8 +241,11 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
     if scope is None:
         # In one step, as several threads may share the context.
         scope = vars(request_context).setdefault(_SCOPE, RequestScope())
+    elif scope.ended and find_push(request_context) not in (scope.push, None):
+        # Flask 3.1 pushes it again for a streamed body, after the teardown.
+        scope = scope.replace(request_context)
 
-    return t.cast("RequestScope", scope)
+    return scope
 
 
 def answer_first(app: Flask) -> None:
@@ -245,7 +271,7 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
         # Some apps answer with one object for ever: it is hooked once.
         if closings is None:
             closings = vars(response)[_CLOSINGS] = []
-            response.call_on_close(functools.partial(_close, closings))
+            response.call_on_close(lambda: _close(closings))
 
         closings.append(closing)
 
@@ -259,15 +285,11 @@ def _unhook_response(app: Flask, **extra: object) -> None:
         find_request_scope(request_context).closing = None
 
 
-def _ending(scope: TaskScope, closing: Closing | None) -> cabc.Callable[[], None]:
-    return scope.end if closing is None else functools.partial(closing.add, scope)
-
-
-def _call_all(functions: list[cabc.Callable[[], None]]) -> None:
-    """Call each in order, though one is interrupted."""
+def _end_all(scopes: tuple[TaskScope, ...]) -> None:
+    """End scopes in order, though one wait is interrupted."""
     with contextlib.ExitStack() as stack:
-        for function in reversed(functions):
-            stack.callback(function)
+        for scope in reversed(scopes):
+            stack.callback(scope.end)
 
 
 def _close(closings: list[Closing]) -> None:

@@ -19,7 +19,7 @@ if t.TYPE_CHECKING:
 T = t.TypeVar("T")
 
 # Those that look up the primitives of threading each time they need one.
-_MODULES: t.Any = (scope_module, pool_module, concurrent.futures._base)  # type: ignore[attr-defined]
+_MODULES: t.Any = (scope_module, pool_module, concurrent.futures._base)
 
 
 class _Abandoned(BaseException):
@@ -49,7 +49,7 @@ class Schedule:
     :param seed: Of the random choices.
     :param refusals: How often of three times the system gives no thread.
     :param interrupts: How often of three times a Ctrl-C hits the start of a thread,
-        unless a thread of the pool starts it. It may come all the same, sooner or later.
+        unless one of the pool starts it. It may come all the same, sooner or later.
     """
 
     def __init__(self, seed: object, refusals: int = 0, interrupts: int = 0) -> None:

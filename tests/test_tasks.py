@@ -7,8 +7,8 @@ import typing as t
 import pytest
 
 from flask_apitask import task
-from flask_apitask.tasks import make_callable
-from flask_apitask.tasks import task_name
+from flask_apitask.executor.task import make_callable
+from flask_apitask.executor.task import task_name
 
 
 def plain() -> None: ...

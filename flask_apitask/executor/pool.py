@@ -51,9 +51,9 @@ class ThreadPool:
     Guarantees:
 
     1.  A scope that asked for a thread gets one, or learns at once that there is none.
-    2.  At most ``size`` threads are busy or idle, not counting those started for a scope
-        that is waited for, at most one for each thread that waits, and those abandoned
-        with a stuck task, up to ``size`` of them (:meth:`abandon`).
+    2.  At most ``size`` threads are busy or idle. Not counted are those started for a
+        scope that is waited for, at most one for each thread that waits, and those
+        abandoned with a stuck task, up to ``size`` of them (:meth:`abandon`).
     3.  A thread keeps nothing of whoever started it, nor of a scope it has served.
 
     What could break it, and what prevents it:
@@ -76,6 +76,8 @@ class ThreadPool:
         self._numbers = itertools.count()
         # How often this process and those before it have forked.
         self.generation = 0
+        # Whether the last tasks took less time than it takes to wake a few threads.
+        self.tasks_are_small = True
         self.reset()
         _pools.add(self)
 
@@ -262,8 +264,10 @@ class ThreadPool:
 
     def _count(self) -> int:
         """Count the threads that the size limits. Needs the lock."""
-        abandoned = min(len(self._abandoned), self._size)
-        return len(self._busy) + len(self._idle) - abandoned
+        count = len(self._busy) + len(self._idle)
+        return (
+            count - min(len(self._abandoned), self._size) if self._abandoned else count
+        )
 
     def _wake(self, worker: Worker) -> bool:
         """Wake a thread, or start it if it is new, and return whether it comes."""

@@ -29,6 +29,8 @@ T = t.TypeVar("T")
 # of them. Small tasks are done by then, and waking a thread takes longer than they do.
 # A thread is woken within some 20 us; of a task of 5 ms, this is less than 1 %.
 _HEAD_START: t.Final = 30e-6
+# Seconds up to which a task counts as small: some wake-ups of a thread.
+_SMALL: t.Final = 200e-6
 
 
 class _Barrier:
@@ -169,10 +171,13 @@ class TaskScope(concurrent.futures.Executor):
             self._submitted = future.index = self._submitted + 1
             self._unfinished += 1
             self._queue.append(future)
-            lacking = self._claim_threads(1)
+            # Of small tasks, the thread that comes may have done all by the time that
+            # another one is awake. It calls the next thread if it has not.
+            waits = self._requested and self._pool.tasks_are_small
+            lacking = 0 if waits else self._claim_threads(self._max_workers)
 
         try:
-            if lacking and not self._request_threads(1):
+            if lacking and not self._request_threads(lacking):
                 self.serve("inline")
 
             return future
@@ -265,9 +270,15 @@ class TaskScope(concurrent.futures.Executor):
         if how == "inline" and future is not None:
             self._pool.warn()
 
+        started, count = time.monotonic(), 0
+
         while future is not None:
             future.run(how)
             future = self._finish(future)
+            count += 1
+
+        if count:
+            self._pool.tasks_are_small = (time.monotonic() - started) / count < _SMALL
 
     @property
     def _forked(self) -> bool:
@@ -287,14 +298,14 @@ class TaskScope(concurrent.futures.Executor):
             barrier = _Barrier(self._submitted, self._unfinished)
             self._barriers.append(barrier)
             self.waiters += 1
-            holds_back = len(self._queue) > 1
+            holds_back = len(self._queue) > 1 and self._pool.tasks_are_small
             self._holding_back += holds_back
 
         try:
-            self._expedite()
-
             if holds_back:
                 self._give_head_start(barrier)
+            else:
+                self._expedite()
 
             if barrier.remaining:
                 barrier.sleep(timeout)
@@ -304,8 +315,9 @@ class TaskScope(concurrent.futures.Executor):
             self._stop_waiting(barrier)
 
     def _give_head_start(self, barrier: _Barrier) -> None:
-        """Call all threads that there is work for, but not at once."""
+        """Have all threads come that there is work for, but not at once."""
         try:
+            self._expedite()
             barrier.sleep(_HEAD_START)
         finally:
             with self._lock:
@@ -337,6 +349,9 @@ class TaskScope(concurrent.futures.Executor):
 
     def _claim_threads(self, most: int) -> int:
         """Return how many threads to request now, and note that. Needs the lock."""
+        if not self._queue:
+            return 0
+
         free = self._max_workers - len(self._running)
         lacking = max(0, min(most, len(self._queue), free) - self._requested)
         self._requested += lacking
