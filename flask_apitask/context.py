@@ -5,9 +5,8 @@ import dataclasses
 import operator
 import typing as t
 
-from flask import has_request_context
+import flask.globals
 from flask.ctx import AppContext
-from flask.globals import app_ctx
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -22,14 +21,11 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED: t.Final = hasattr(AppContext, "has_request")
 
-if MERGED:
-    request_ctx: t.Any = app_ctx
-else:
-    from flask.globals import request_ctx
-
-# They raise a RuntimeError where there is none.
-get_app_context = app_ctx._get_current_object  # type: ignore[attr-defined]
-get_request_context = request_ctx._get_current_object
+# What is behind the proxies. They raise a RuntimeError where there is nothing.
+_app_ctx: t.Any = flask.globals.app_ctx
+_request_ctx: t.Any = _app_ctx if MERGED else flask.globals.request_ctx
+get_app_context: cabc.Callable[[], t.Any] = _app_ctx._get_current_object
+get_request_context: cabc.Callable[[], t.Any] = _request_ctx._get_current_object
 
 
 def find_app_context() -> t.Any | None:
@@ -86,10 +82,9 @@ current_frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar(
 
 
 def _merged_task_context(app: Flask) -> contextlib.AbstractContextManager[object]:
-    if has_request_context() and app_ctx.app is app:
-        return _MergedTaskContext(get_app_context())
-
-    return app.app_context()
+    context = find_request_context()
+    is_in_request = context is not None and context.app is app
+    return _MergedTaskContext(context) if is_in_request else app.app_context()
 
 
 class _MergedTaskContext:

@@ -26,10 +26,12 @@ if t.TYPE_CHECKING:
     from .config import Config
     from .executor.pool import ThreadPool
 
-# An attribute of what Flask pushes for a request; before Flask 3.2, of the app context
-# that is popped after it, too. A copy of the context, in another thread or in the same,
-# has none, and a nested request has its own. So neither sees the scope or ends it.
+# An attribute of what Flask pushes for a request. A copy of the context, in another
+# thread or in the same, has none, and a nested request has its own. So neither sees the
+# scope or ends it.
 _SCOPE = "_flask_apitask_scope"
+# An attribute of an app context, before Flask 3.2: the scopes of requests that use it.
+_LEFTOVERS = "_flask_apitask_leftovers"
 # An attribute of a response: what is waited for when it is closed.
 _CLOSINGS = "_flask_apitask_closings"
 
@@ -50,7 +52,7 @@ class RequestScope:
     for the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "outer", "push")
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "push")
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -61,8 +63,6 @@ class RequestScope:
         self.ended = False
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
-        # Another one that uses the same app context, before Flask 3.2.
-        self.outer: RequestScope | None = None
         # The push of the request's context that was torn down.
         self.push: object = None
 
@@ -149,14 +149,10 @@ class RequestScope:
     def _note_for_leftovers(self) -> None:
         """Keep this where :func:`end_leftovers` finds it."""
         app_context = find_app_context()
-        outer: RequestScope | None = getattr(app_context, _SCOPE, None)
-
         # In tests, the requests of a whole app context may come here, one by one.
-        while outer is not None and outer.ended:
-            outer = outer.outer
-
-        self.outer = outer
-        setattr(app_context, _SCOPE, self)
+        left = getattr(app_context, _LEFTOVERS, ())
+        left = [scope for scope in left if not scope.ended]
+        setattr(app_context, _LEFTOVERS, [*left, self])
 
     def _find_closing(self) -> Closing | None:
         """Return the closing of a response that is going to be closed."""
@@ -231,15 +227,11 @@ def end_leftovers(error: BaseException | None = None) -> None:
     Before Flask 3.2, a function for ``teardown_request`` that raises keeps those that
     were registered before it from being called, :func:`end_request` among them.
     """
-    scope: RequestScope | None = getattr(get_app_context(), _SCOPE, None)
-
     # Each task has an app context, too, and pays for this.
-    if scope is not None:
-        current = getattr(find_request_context(), _SCOPE, None)
-
-        while scope is not None and scope is not current:
+    for scope in getattr(get_app_context(), _LEFTOVERS, ()):
+        # An app context may end within a request, and that goes on.
+        if scope is not getattr(find_request_context(), _SCOPE, None):
             scope.end()
-            scope = scope.outer
 
 
 def find_request_scope(request_context: t.Any) -> RequestScope:

@@ -159,8 +159,7 @@ def call_observed(
     :param submitted: Seconds of the monotonic clock.
     """
     if app is None or not (task_started.receivers or task_finished.receivers):
-        result = task(*args, **kwargs)
-        return _complete(app, result) if isinstance(result, CoroutineType) else result
+        return _call(app, task, args, kwargs)
 
     fields: dict[str, t.Any] = {
         "name": task_name(task),
@@ -172,8 +171,7 @@ def call_observed(
     fields["exception"] = None
 
     try:
-        result = task(*args, **kwargs)
-        return _complete(app, result) if isinstance(result, CoroutineType) else result
+        return _call(app, task, args, kwargs)
     except BaseException as error:
         fields["exception"] = error
         raise
@@ -241,18 +239,26 @@ def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) ->
         )
 
 
-def _complete(
-    app: Flask | None, coroutine: CoroutineType[t.Any, t.Any, t.Any]
+def _call(
+    app: Flask | None,
+    task: cabc.Callable[..., t.Any],
+    args: tuple[t.Any, ...],
+    kwargs: dict[str, t.Any],
 ) -> t.Any:
-    """Run what an ``async def`` task returned."""
+    """Call a task, and run what it returns if it is ``async def``."""
+    result = task(*args, **kwargs)
+
+    if not isinstance(result, CoroutineType):
+        return result
+
     # It takes long to import, and most apps have no such task.
     import asyncio
 
     try:
         run = asyncio.run if app is None else app.ensure_sync(_await)
-        return _call_off_loop(run, coroutine)
+        return _call_off_loop(run, result)
     finally:
-        coroutine.close()
+        result.close()
 
 
 def _call_off_loop(run: cabc.Callable[..., t.Any], coroutine: object) -> t.Any:

@@ -15,9 +15,6 @@ from flask import Flask
 from flask_apitask import ApiTask
 from flask_apitask.config import Config
 
-if t.TYPE_CHECKING:
-    from conftest import AppFactory
-
 FLAG = "must be True or False."
 COUNT = "must be a whole number of at least 1."
 TIMEOUT = (
@@ -209,10 +206,3 @@ def test_bad_value_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         ApiTask(app)
 
     assert "apitask" not in app.extensions
-
-
-def test_config_is_read_once(make_app: AppFactory) -> None:
-    """What is changed after the set-up has no effect."""
-    app = make_app(APITASK_MAX_WORKERS=3)
-    app.config["APITASK_MAX_WORKERS"] = 5
-    assert app.extensions["apitask"].config.max_workers == 3
