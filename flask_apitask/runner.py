@@ -10,6 +10,7 @@ from types import CoroutineType
 from flask import has_request_context
 from flask import request
 
+from .body import share_body
 from .context import current_frame
 from .context import Frame
 from .context import task_context
@@ -45,6 +46,9 @@ class TaskRunner(Runner):
     def __init__(self, app: Flask, request: Request | None) -> None:
         self._app = app
         self._frame = Frame(app, None, request)
+
+        if request is not None:
+            share_body(request)
 
     def run(
         self,
