@@ -288,7 +288,7 @@ def _enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskS
     request_context = find_request_context()
     request = request_context and request_context.request
     limits = _read_limits(max_workers, timeout, config)
-    scope = TaskScope(pool, *limits, TaskRunner(app, request))
+    scope = TaskScope(pool, *limits, TaskRunner(app, request, config.copy_g))
     frame = Frame(app, scope, request, current_frame.get())
     current_frame.set(frame)
     return frame, scope

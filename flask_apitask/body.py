@@ -10,6 +10,7 @@ from flask import Request
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+    from _typeshed.wsgi import WSGIEnvironment
     from werkzeug.datastructures import FileStorage
     from werkzeug.datastructures import ImmutableMultiDict
 
@@ -71,19 +72,24 @@ class BodyLock:
 
 def share_body(request: Request) -> None:
     """Let several threads ask for the body of a request, if it has one. Idempotent."""
-    environ = request.environ
-    length = environ.get("CONTENT_LENGTH", "")
-
-    # Werkzeug reads nothing then.
-    if length in {"", "0"} and "wsgi.input_terminated" not in environ:
-        return
-
     request_class: t.Any = type(request)
 
     # Two threads may come at once, if both start the first task.
-    if not issubclass(request_class, SharedBody):
+    if _has_body(request.environ) and not issubclass(request_class, SharedBody):
         vars(request).setdefault(_LOCK, BodyLock())
         request.__class__ = _shared(request_class)
+
+
+def _has_body(environ: WSGIEnvironment) -> bool:
+    if environ.get("CONTENT_LENGTH", "") not in {"", "0"}:
+        return True
+
+    # Werkzeug reads nothing without a length, unless the server says where it ends.
+    # Some say so of each request, and most have none.
+    return "wsgi.input_terminated" in environ and (
+        environ["REQUEST_METHOD"] not in {"GET", "HEAD"}
+        or "HTTP_TRANSFER_ENCODING" in environ
+    )
 
 
 @functools.lru_cache

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import ssl
 import threading
@@ -28,6 +30,7 @@ class Config:
     :param timeout: Seconds the end of a scope waits, ``None`` for as long as it takes.
     :param wait: When it is waited for the tasks of a request: in its teardown, or when
         the server closes the response.
+    :param copy_g: Names that a task finds in its own ``g``.
     :param mail_background: Flask-Mail is rerouted.
     :param mail_timeout: Seconds of every SMTP socket operation.
     :param mail_connections: Most SMTP connections of the app in one process.
@@ -41,6 +44,7 @@ class Config:
     pool_size: int = 32
     timeout: float | None = None
     wait: t.Literal["teardown", "close"] = "teardown"
+    copy_g: tuple[str, ...] = ()
     mail_background: bool = False
     mail_timeout: float = 10.0
     mail_connections: int = 4
@@ -145,6 +149,27 @@ def read_keepalive(key: str, value: object) -> float:
     return number
 
 
+def read_names(key: str, value: object) -> tuple[str, ...]:
+    """Read names, given as a list or tuple, or as text with commas between them."""
+    names = value
+
+    if isinstance(value, str):
+        text = value.strip()
+        names = [name.strip() for name in text.split(",")] if text else []
+
+        if text.startswith("["):
+            with contextlib.suppress(ValueError):
+                names = json.loads(text)
+
+    if isinstance(names, list | tuple):
+        if all(isinstance(name, str) and name.isidentifier() for name in names):
+            return tuple(names)
+
+    raise ValueError(
+        f"{key} is {value!r}, but must be names, as in ('request_id', 'lang_code')."
+    )
+
+
 def read_trust(key: str, value: object) -> bool | str:
     """Read ``True``, ``False``, or the path of a readable file of CA certificates."""
     if isinstance(value, str | os.PathLike) and os.path.isfile(value):
@@ -184,6 +209,7 @@ _READERS: dict[str, cabc.Callable[[str, object], t.Any]] = {
     "pool_size": read_count,
     "timeout": read_timeout,
     "wait": functools.partial(read_word, first="teardown", second="close"),
+    "copy_g": read_names,
     "mail_background": read_flag,
     "mail_timeout": read_seconds,
     "mail_connections": read_count,

@@ -42,6 +42,8 @@ class ApiTask:
         -   ``APITASK_TIMEOUT`` (``None``): seconds the end of the request waits.
         -   ``APITASK_WAIT`` (``"teardown"``): when the request waits; ``"close"`` is
             after the response was sent.
+        -   ``APITASK_COPY_G`` (``()``): names that a task finds in its own ``g``, as
+            they were when it was started.
         -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
         -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the

@@ -77,7 +77,7 @@ class RequestScope:
             return self._scope
 
         config, pool = app.extensions["apitask"]
-        runner = TaskRunner(app, request_context.request)
+        runner = TaskRunner(app, request_context.request, config.copy_g)
 
         with self._lock:
             if self._scope is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextvars
 import inspect
 import logging
 import os
@@ -14,6 +15,7 @@ from .body import share_body
 from .context import current_frame
 from .context import Frame
 from .context import task_context
+from .copied_g import find_copier
 from .executor.runner import Runner
 from .executor.task import task_name
 from .log import log
@@ -41,14 +43,26 @@ class TaskRunner(Runner):
     What a task raises is logged, once, before it is raised to the future.
 
     :param request: The request that the scope is part of, if any.
+    :param copy_g: The names that a task finds in its own ``g``.
     """
 
-    def __init__(self, app: Flask, request: Request | None) -> None:
+    def __init__(
+        self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()
+    ) -> None:
         self._app = app
         self._frame = Frame(app, None, request)
+        self._copier = find_copier(app, copy_g)
 
         if request is not None:
             share_body(request)
+
+    def copy_context(self) -> contextvars.Context:
+        context = contextvars.copy_context()
+
+        if self._copier is not None:
+            self._copier.take(context)
+
+        return context
 
     def run(
         self,
@@ -64,6 +78,9 @@ class TaskRunner(Runner):
 
         try:
             with task_context(app):
+                if self._copier is not None:
+                    self._copier.put()
+
                 return call_observed(app, how, submitted, task, args, kwargs)
         except BaseException as error:
             duration = time.monotonic() - started
@@ -81,6 +98,9 @@ class TaskRunner(Runner):
 
         try:
             with task_context(self._app):
+                if self._copier is not None:
+                    self._copier.put()
+
                 callback(future)
         except BaseException as error:
             _log_callback(self._app, callback, error)

@@ -404,22 +404,39 @@ def test_request_is_not_kept(
 
 
 @pytest.mark.parametrize("kind", ["run", "open_scope"])
-def test_request_without_a_body(make_app: AppFactory, kind: str) -> None:
-    """Nothing is done to a request that has no body."""
+@pytest.mark.parametrize(
+    ("method", "environ", "body"),
+    [
+        ("GET", {}, False),
+        ("POST", {"CONTENT_LENGTH": "0"}, False),
+        ("POST", {"CONTENT_LENGTH": "1"}, True),
+        ("GET", {"CONTENT_LENGTH": "1"}, True),
+        ("GET", {"wsgi.input_terminated": True}, False),
+        ("POST", {"wsgi.input_terminated": True}, True),
+        (
+            "GET",
+            {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"},
+            True,
+        ),
+        ("POST", {"HTTP_TRANSFER_ENCODING": "chunked"}, False),
+    ],
+)
+def test_request_without_a_body(
+    make_app: AppFactory,
+    kind: str,
+    method: str,
+    environ: dict[str, t.Any],
+    body: bool,
+) -> None:
+    """Nothing is done to a request that has no body, or none that Werkzeug reads."""
     app = make_app()
 
-    @app.get("/")
-    def index() -> str:
+    with app.test_request_context(method=method, environ_overrides=environ) as context:
         with open_scope() if kind == "open_scope" else contextlib.nullcontext():
             run(int)
 
-        return type(request._get_current_object()).__module__  # type: ignore[attr-defined]
-
-    assert app.test_client().get("/").text == flask.Request.__module__
-    assert (
-        app.test_client().get("/", headers={"Content-Length": "0"}).text
-        == flask.Request.__module__
-    )
+        assert (type(context.request) is not flask.Request) is body
+        assert isinstance(context.request, flask.Request)
 
 
 def ask(
