@@ -72,6 +72,27 @@ class Config:
         return cls(**values)
 
 
+def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> list[str]:
+    """Say which keys look like ours and are none."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    mistakes = []
+
+    for key in mapping:
+        name = key.removeprefix("APITASK_").lower()
+
+        if key.startswith("APITASK_") and name not in names:
+            # Hardly any app needs it.
+            import difflib
+
+            meant = difflib.get_close_matches(name, names, 1)
+            hint = (
+                f"Did you mean APITASK_{meant[0].upper()}?" if meant else "Remove it."
+            )
+            mistakes.append(f"There is no key {key}. {hint}")
+
+    return mistakes
+
+
 def read_flag(key: str, value: object) -> bool:
     """Read ``True`` or ``False``, or a word for one of them."""
     if isinstance(value, bool):

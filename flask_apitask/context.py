@@ -75,6 +75,19 @@ current_frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar(
 )
 
 
+def is_in_task(request: Request) -> bool:
+    """Return whether the caller is in a task of this request."""
+    frame = current_frame.get()
+
+    while frame is not None:
+        if frame.scope is None and frame.request is request:
+            return True
+
+        frame = frame.parent
+
+    return False
+
+
 def _merged_task_context(app: Flask) -> contextlib.AbstractContextManager[object]:
     if has_request_context() and app_ctx.app is app:
         return _MergedTaskContext(get_app_context())

@@ -18,6 +18,7 @@ from .context import get_request_context
 from .context import MERGED
 from .executor.scope import TaskScope
 from .runner import TaskRunner
+from .session import own_sessions
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -77,6 +78,7 @@ class RequestScope:
             return self._scope
 
         config, pool = app.extensions["apitask"]
+        own_sessions(request_context)
         runner = TaskRunner(app, request_context.request, config.copy_g)
 
         with self._lock:

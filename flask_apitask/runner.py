@@ -19,6 +19,9 @@ from .copied_g import find_copier
 from .executor.runner import Runner
 from .executor.task import task_name
 from .log import log
+from .log import log_once
+from .session import begin_task
+from .session import find_changes
 from .signals import task_finished
 from .signals import task_started
 
@@ -75,13 +78,17 @@ class TaskRunner(Runner):
         app = self._app
         started = time.monotonic()
         current_frame.set(self._frame)
+        begin_task()
 
         try:
             with task_context(app):
                 if self._copier is not None:
                     self._copier.put()
 
-                return call_observed(app, how, submitted, task, args, kwargs)
+                try:
+                    return call_observed(app, how, submitted, task, args, kwargs)
+                finally:
+                    self._check_session(task)
         except BaseException as error:
             duration = time.monotonic() - started
             outcome = f"failed after {duration:.3f} s"
@@ -95,15 +102,32 @@ class TaskRunner(Runner):
         future: concurrent.futures.Future[t.Any],
     ) -> None:
         current_frame.set(self._frame)
+        begin_task()
 
         try:
             with task_context(self._app):
                 if self._copier is not None:
                     self._copier.put()
 
-                callback(future)
+                try:
+                    callback(future)
+                finally:
+                    self._check_session(callback)
         except BaseException as error:
             _log_callback(self._app, callback, error)
+
+    def _check_session(self, task: cabc.Callable[..., t.Any]) -> None:
+        if changes := find_changes():
+            log_once(
+                self._app,
+                "session",
+                "Task %r%s has changed the session (%s), which is dropped. The cookie"
+                " may have been made by then: change the session in the view.",
+                task_name(task),
+                _of_request(),
+                ", ".join(changes),
+                place=_find_code(task),
+            )
 
     def report(self, report: TimeoutReport) -> None:
         """Log an ERROR for each task that never ran, a WARNING for the others."""
