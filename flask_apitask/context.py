@@ -50,14 +50,17 @@ def find_request_context() -> t.Any | None:
     return context if not MERGED or context.has_request else None
 
 
-def find_push(request_context: t.Any) -> object:
-    """Return what stands for the push that a request's context will be popped from.
+def is_pushed_again(request_context: t.Any) -> bool:
+    """Return whether a request that was torn down is going to be torn down once more.
 
-    Before Flask 3.2, :func:`flask.stream_with_context` pushes it once more for the
-    body, after the teardown. A thread that outlives the request sees it without a push.
+    Before Flask 3.2, :func:`flask.stream_with_context` pushes the context again for the
+    body. A thread that outlives the request sees a context that is not pushed; and the
+    end of the first push takes the request out of the environ, as the last thing.
     """
-    pushes = () if MERGED else request_context._cv_tokens
-    return pushes[0][0] if pushes else None
+    if MERGED or not request_context._cv_tokens:
+        return False
+
+    return request_context.request.environ.get("werkzeug.request") is None
 
 
 @dataclasses.dataclass(slots=True, eq=False)

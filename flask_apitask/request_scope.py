@@ -11,10 +11,10 @@ from flask import got_request_exception
 from flask import request_finished
 
 from .context import find_app_context
-from .context import find_push
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
+from .context import is_pushed_again
 from .context import MERGED
 from .executor.scope import TaskScope
 from .runner import TaskRunner
@@ -53,7 +53,7 @@ class RequestScope:
     for the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "push")
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended")
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -64,8 +64,6 @@ class RequestScope:
         self.ended = False
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
-        # The push of the request's context that was torn down.
-        self.push: object = None
 
     @property
     def is_used(self) -> bool:
@@ -139,7 +137,7 @@ class RequestScope:
                 successor = getattr(request_context, _SCOPE)
 
         # Whoever pops the context looks for leftovers after that.
-        if find_push(request_context) is None:
+        if not is_pushed_again(request_context):
             successor.end()
 
         return successor
@@ -217,10 +215,7 @@ def begin_request() -> None:
 
 def end_request(error: BaseException | None = None) -> None:
     """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
-    request_context = get_request_context()
-    scope = find_request_scope(request_context)
-    scope.push = find_push(request_context)
-    scope.end()
+    find_request_scope(get_request_context()).end()
 
 
 def end_leftovers(error: BaseException | None = None) -> None:
@@ -243,8 +238,7 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
     if scope is None:
         # In one step, as several threads may share the context.
         scope = vars(request_context).setdefault(_SCOPE, RequestScope())
-    elif scope.ended and find_push(request_context) not in (scope.push, None):
-        # Flask 3.1 pushes it again for a streamed body, after the teardown.
+    elif scope.ended and is_pushed_again(request_context):
         scope = scope.replace(request_context)
 
     return scope
