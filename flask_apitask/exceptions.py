@@ -27,11 +27,17 @@ class DeliveryError(ApiTaskError, smtplib.SMTPException):
 
     :param message: What happened, and the remedy if there is one.
     :param message_id: The ``Message-ID`` of the message, to find it in a server's log.
+    :param stage: Where in the dialogue it happened: ``"connect"``, ``"greeting"``,
+        ``"EHLO"``, ``"STARTTLS"``, ``"TLS"``, ``"AUTH"``, ``"MAIL"``, ``"RCPT"``,
+        ``"DATA"``, ``"message"`` or ``"end of message"``.
     """
 
-    def __init__(self, message: str, *, message_id: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, message_id: str | None = None, stage: str | None = None
+    ) -> None:
         super().__init__(message)
         self.message_id = message_id
+        self.stage = stage
 
     def __str__(self) -> str:
         text = super().__str__()

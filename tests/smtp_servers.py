@@ -20,7 +20,7 @@ import trustme
 from conftest import wait_until
 
 from flask_apitask.mail.envelope import Envelope
-from flask_apitask.mail.envelope import Server
+from flask_apitask.mail.envelope import SMTPSettings
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -136,7 +136,7 @@ class ScriptedServer:
         self._listener.close()
         self.hang_up()
 
-    def settings(self, **changes: t.Any) -> Server:
+    def settings(self, **changes: t.Any) -> SMTPSettings:
         """Return how to reach it."""
         settings: dict[str, t.Any] = {"port": self.port, "timeout": 5.0}
         settings["host"] = "localhost"
@@ -147,7 +147,7 @@ class ScriptedServer:
         if self.tls is not None:
             settings["use_ssl" if self.implicit else "use_tls"] = True
 
-        return Server(**(settings | changes))
+        return SMTPSettings(**(settings | changes))
 
     def fail(self, stage: Stage, *faults: Fault | bytes | None) -> None:
         """Do these at the next times that the stage comes; ``None`` is no fault.
@@ -458,11 +458,11 @@ class Postfix:
         self._command("stop")
         self._process.wait(PATIENCE)
 
-    def settings(self, **changes: t.Any) -> Server:
+    def settings(self, **changes: t.Any) -> SMTPSettings:
         """Return how to reach it."""
         settings: dict[str, t.Any] = {"host": "localhost", "port": self.port}
         settings |= {"use_tls": True, "tls_verify": self._certificates.cafile}
-        return Server(**(settings | changes))
+        return SMTPSettings(**(settings | changes))
 
     def mailbox(self, name: str) -> list[bytes]:
         """Return what was delivered to someone so far."""

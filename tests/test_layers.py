@@ -17,16 +17,15 @@ PACKAGE = pathlib.Path(flask_apitask.__file__).parent
 
 # From the bottom up. A module imports from the rows below its own, and no other.
 LAYERS = (
-    {"exceptions", "futures", "locks", "signals", "uwsgi"},
+    {"exceptions", "futures", "locks", "log", "signals", "uwsgi"},
     {"config", "mail.envelope", "tasks", "threads"},
-    {"jobs", "mail.wire"},
-    {"mail.smtp", "scope"},
-    {"context", "mail.places"},
-    {"binding", "closing", "mail.pool"},
+    {"jobs", "mail.smtp"},
+    {"mail.pool", "scope"},
+    {"context"},
+    {"binding", "closing"},
     {"endings"},
     {"stack"},
-    {"mail.delivery"},
-    {"mail.rerouting"},
+    {"mail.flask_mail"},
     {"mail"},
     {"extension"},
     {"__init__"},
@@ -41,13 +40,16 @@ LIBRARIES = {
     "binding": {"blinker", "flask"},
     "endings": {"flask"},
     "stack": {"flask"},
-    "mail.delivery": {"flask", "flask_mail"},
-    "mail.rerouting": {"flask", "flask_mail", "typing_extensions"},
+    "mail.flask_mail": {"flask", "flask_mail", "typing_extensions"},
+    "mail.pool": {"typing_extensions"},
     "extension": {"flask", "werkzeug"},
 }
 
 # Private names of other packages: which one is used, and why it may be.
 FOREIGN_PRIVATE_NAMES = {
+    "_Mail": "what app.extensions['mail'] is, in annotations only",
+    "_MailMixin": "where Flask-Mail looks up all that it sends over, whatever stands in"
+    " its place, by whomever (test_mail_flask_mail.py)",
     "_base": "where the standard library has its future's first state; TaskFuture sets"
     " that class's private attributes, too, to be made for less (test_futures.py)",
     "_cv_app": "the context variable behind Flask's proxies, which take two calls more"

@@ -16,7 +16,7 @@ from smtp_servers import Postfix
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.mail.pool import ConnectionPool
-from flask_apitask.mail.wire import ConnectionLost
+from flask_apitask.mail.smtp import ConnectionLost
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -54,7 +54,7 @@ def pool(postfix: Postfix) -> cabc.Iterator[ConnectionPool]:
     """Make a pool for the connections that Postfix allows."""
     made = ConnectionPool(postfix.settings(), size=CONNECTIONS)
     yield made
-    made.close()
+    made.close_idle()
 
 
 def test_a_message_arrives(postfix: Postfix, pool: ConnectionPool) -> None:
@@ -76,8 +76,8 @@ def test_pipelining(pool: ConnectionPool) -> None:
     """Postfix offers PIPELINING, and it is used."""
     with pool.connection() as connection:
         connection.send(make_envelope())
-        assert connection._connection is not None
-        assert connection._connection.has_extn("pipelining")
+        assert connection._session is not None
+        assert connection._session.has_extn("pipelining")
 
 
 def test_an_unknown_recipient(postfix: Postfix, pool: ConnectionPool) -> None:
@@ -131,7 +131,7 @@ def test_beyond_the_limit_of_connections(postfix: Postfix) -> None:
 
             first.send(make_envelope())
 
-    pool.close()
+    pool.close_idle()
 
 
 def test_no_message_without_tls(postfix: Postfix) -> None:
@@ -144,7 +144,7 @@ def test_no_message_without_tls(postfix: Postfix) -> None:
     ):
         connection.send(make_envelope())
 
-    pool.close()
+    pool.close_idle()
 
 
 def test_the_certificate_is_verified(postfix: Postfix) -> None:
@@ -157,4 +157,4 @@ def test_the_certificate_is_verified(postfix: Postfix) -> None:
     ):
         connection.send(make_envelope())
 
-    pool.close()
+    pool.close_idle()

@@ -1,20 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import smtplib
 import ssl
-import typing as t
-import weakref
 
 _FOLD = re.compile(r"\r?\n(?=[ \t])")
 _UNFIT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
-
-# Those in use, by what they trust. To load a trust store takes some 30 ms and, for as
-# long as it is there, most of a megabyte: too much for every pool to have its own.
-_contexts: t.Final[weakref.WeakValueDictionary[bool | str, ssl.SSLContext]] = (
-    weakref.WeakValueDictionary()
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Envelope:
 
 
 @dataclasses.dataclass(frozen=True)
-class Server:
+class SMTPSettings:
     """Where mail is handed in, and how. Its ``repr`` shows no credential.
 
     :param port: 0 for the usual one: 25, or 465 with ``use_ssl``.
@@ -96,33 +89,29 @@ class Server:
     def tls_context(self) -> ssl.SSLContext | None:
         """Return the context for connections to this server, ``None`` without TLS.
 
-        It is shared with servers that are trusted for the same reason.
-
         :raises ValueError: The CA file can't be read.
         """
-        if not (self.use_tls or self.use_ssl):
-            return None
+        return load_trust(self.tls_verify) if self.use_tls or self.use_ssl else None
 
-        context = _contexts.get(self.tls_verify)
 
-        if context is None:
-            # Two threads may make one at the same time. Both will do.
-            context = _contexts[self.tls_verify] = self._make_context()
+# To load a trust store takes some 30 ms and most of a megabyte.
+@functools.lru_cache(maxsize=8)
+def load_trust(verify: bool | str) -> ssl.SSLContext:
+    """Return the context that trusts what ``tls_verify`` says, the same for all.
 
-        return context
+    :raises ValueError: The CA file can't be read.
+    """
+    cafile = verify if isinstance(verify, str) else None
 
-    def _make_context(self) -> ssl.SSLContext:
-        cafile = self.tls_verify if isinstance(self.tls_verify, str) else None
+    try:
+        context = ssl.create_default_context(cafile=cafile)
+    except OSError as error:
+        raise ValueError(
+            f"{cafile!r} can't be loaded as a file of CA certificates: {error}."
+        ) from error
 
-        try:
-            context = ssl.create_default_context(cafile=cafile)
-        except OSError as error:
-            raise ValueError(
-                f"{cafile!r} can't be loaded as a file of CA certificates: {error}."
-            ) from error
+    if verify is False:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
 
-        if self.tls_verify is False:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-
-        return context
+    return context

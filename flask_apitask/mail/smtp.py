@@ -2,74 +2,114 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import logging
-import os
+import functools
 import re
 import smtplib
+import socket
+import ssl
+import sys
 import time
 import typing as t
 
 from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
-from .wire import ConnectionLost
-from .wire import finish
-from .wire import Wire
-from .wire import with_crlf
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
-    import ssl
 
     from .envelope import Envelope
-    from .envelope import Server
-    from .wire import Reply
+    from .envelope import SMTPSettings
 
-logger = logging.getLogger(__name__)
+Reply: t.TypeAlias = "tuple[int, bytes]"
 
+# Bytes written under one timeout. It is the most that a TLS record holds: SSLSocket's
+# sendall() starts the timeout anew for every record, and so this bounds both kinds.
+_CHUNK = 16_384
 # Bytes of pipelined commands written before their replies are read. They fit into the
 # send buffer of any kernel, so that a server which waits for its replies to be read
 # never meets a client that waits for its commands to be (RFC 2920, section 3.1).
 _GROUP = 8_192
-# Seconds to wait for the reply to QUIT. Nothing depends on it any more.
+# Bytes of one reply, all of its lines: a hundred times the longest that is of use.
+_REPLY = 65_536
 _QUIT_TIMEOUT = 1.0
 
+_REPLY_LINE = re.compile(rb"[2-5][0-9]{2}(?:[ -].*)?\r?")
 _ENHANCED_CODE = re.compile(rb"[245]\.[0-9]{1,3}\.[0-9]{1,3}(?![0-9.])")
 
+_STAGES = {
+    "connect": "the TCP connect",
+    "greeting": "the greeting",
+    "TLS": "the TLS handshake",
+    "message": "the message",
+    "end of message": "the end of the message",
+}
 
-class Connection(Wire):
-    """One SMTP session: :meth:`open` it, :meth:`deliver` messages, :meth:`end` it.
 
-    It is for one thread at a time. A message takes two round trips where the server
-    offers ``PIPELINING`` (:rfc:`2920`), else three and one per recipient.
+class ConnectionLost(DeliveryError):
+    """Raised when a connection broke before the server had the whole of a message.
 
-    :param context: From :meth:`.Server.tls_context`.
-    :param local_hostname: The name for ``EHLO``. smtplib asks DNS for it each time.
+    Nothing was delivered: to send the message again can't make two of it.
+
+    :param busy: The server closes the connection with a 421, for a reason of its own.
     """
 
-    def __init__(
-        self, server: Server, *, context: ssl.SSLContext | None, local_hostname: str
-    ) -> None:
-        super().__init__(server, context=context, local_hostname=local_hostname)
+    def __init__(self, message: str, *, stage: str, busy: bool = False) -> None:
+        super().__init__(message, stage=stage)
+        self.busy = busy
+
+
+class SMTPSession(smtplib.SMTP):
+    """A dialogue with a mail server: :meth:`open` it, :meth:`deliver`, quit.
+
+    One that was closed can be opened again. It is for one thread at a time. A message
+    takes two round trips where the server offers ``PIPELINING`` (:rfc:`2920`), else
+    three and one per recipient.
+
+    What :mod:`smtplib` knows of ``EHLO``, ``AUTH`` and addresses stays. Its way to read
+    does not: there half a reply line is a reply, a reply that nothing asked for answers
+    the next command, and a byte within each timeout makes a reply take for ever.
+
+    No exception's text holds an address, a credential or words of the server, which may
+    quote them.
+    """
+
+    sock: t.Any = None
+
+    def __init__(self, settings: SMTPSettings) -> None:
+        super().__init__(local_hostname="", timeout=settings.timeout)
+        self.settings = settings
         self.messages = 0
+        self._received = b""
+        self._stage = "connect"
+        # Set while several replies share one timeout.
+        self._deadline: float | None = None
         # No reply is due and no transaction is open: any command may follow.
         self._in_order = False
 
     def open(self) -> None:
-        """Connect, switch to TLS and log in, as the server's settings say.
+        """Connect, switch to TLS and log in, as the settings say.
 
-        :raises DeliveryError: Something of it failed, and the connection is closed.
+        :raises DeliveryError: Something of it failed, and the session is closed.
         """
+        settings = self.settings
+        self.close()
+        self.messages = 0
+        self._received = b""
+        self._deadline = None
+        self.local_hostname = _local_hostname()
+        self.set_debuglevel(settings.debug)
+
         try:
             self._connect()
-            self._stage = "the greeting"
+            self._stage = "greeting"
             self._expect(self.getreply(), "The connection")
             self._greet()
 
-            if self.server.use_tls:
+            if settings.use_tls:
                 self._upgrade()
 
-            if self.server.username and self.server.password:
-                self._authenticate(self.server.username, self.server.password)
+            if settings.username and settings.password:
+                self._authenticate(settings.username, settings.password)
         except BaseException:
             self.close()
             raise
@@ -78,12 +118,11 @@ class Connection(Wire):
 
     def usable(self) -> bool:
         """Tell whether another message can be sent, without a round trip."""
-        limit = self.server.max_messages
+        limit = self.settings.max_messages
         return (
             self._in_order
-            and self.pid == os.getpid()
             and (not limit or self.messages < limit)
-            and not self._has_news()
+            and not self._is_dropped()
         )
 
     def deliver(self, envelope: Envelope) -> None:
@@ -93,49 +132,198 @@ class Connection(Wire):
         :raises ConnectionLost: The server can't have taken it.
         :raises DeliveryUnknown: The server had all of it, and gave no proper reply.
         """
-        content = with_crlf(envelope.content)
-        commands = self._commands(envelope, len(content))
+        content = dot_stuff(envelope.content)
+        # Without the final dot, and dots that are doubled don't count either.
+        commands = self._commands(envelope, len(content) - 3)
         self.messages += 1
         self._in_order = False
-        replies = self._offer(commands)
-        self._check_offer(envelope, replies)
-        self._stage = "the message"
+        replies = self._start_transaction(commands)
+        self._check_transaction(envelope, replies)
+        self._stage = "message"
         # A ConnectionLost up to here says that the line with the dot did not get out.
-        self.send(finish(content))
+        self.send(content)
         self._check_end()
         refused = [reply for reply in replies[1:-1] if not _is_positive(reply)]
 
         if refused:
             raise DeliveryError(
-                f"The message was taken by {self.server}, but not for {len(refused)} of"
-                f" {len(envelope.recipients)} recipients: {_codes(refused)}."
+                f"The message was taken by {self.settings}, but not for {len(refused)}"
+                f" of {len(envelope.recipients)} recipients: {_codes(refused)}.",
+                stage="RCPT",
             )
 
-    def end(self) -> None:
-        """Close the connection, with ``QUIT`` if the dialogue is at a place for it.
+    def close(self) -> None:
+        """Close the socket without a word, and without an effect on a forked twin."""
+        self._in_order = False
 
-        Never raises: what was taken before is delivered, whether this works or not.
+        with contextlib.suppress(OSError):
+            super().close()
+
+    def send(self, s: t.Any) -> None:
+        """Write commands or a message, each 16 KiB within the timeout.
+
+        :raises ConnectionLost: The operating system did not take the last byte, so the
+            server can't have it.
         """
-        if self._in_order and self.pid == os.getpid():
-            self._deadline = time.monotonic() + min(_QUIT_TIMEOUT, self.server.timeout)
+        octets = s.encode(self.command_encoding) if isinstance(s, str) else s
+
+        for start in range(0, len(octets), _CHUNK):
+            if self._is_dropped():
+                code, _ = self.getreply()
+                raise self._lost(f"the server said {code} unasked")
+
+            self.sock.settimeout(self.settings.timeout)
 
             try:
-                with contextlib.suppress(ConnectionLost):
-                    self.docmd("QUIT")
-            finally:
-                self.close()
+                super().send(octets[start : start + _CHUNK])
+            except smtplib.SMTPServerDisconnected as error:
+                raise self._lost(error.__context__) from None
 
+    def getreply(self) -> Reply:
+        """Read a reply of one or more lines, all of it within the timeout.
+
+        :raises ConnectionLost: There was none, or a 421.
+        """
+        deadline = self._deadline or time.monotonic() + self.settings.timeout
+        lines: list[bytes] = []
+        size = 0
+
+        while not lines or lines[-1][3:4] == b"-":
+            while b"\n" not in self._received:
+                self._receive(deadline)
+
+            line, _, self._received = self._received.partition(b"\n")
+            lines.append(line)
+
+            if self.debuglevel > 0:
+                sys.stderr.write(f"reply: {line!r}\n")
+
+            if not _REPLY_LINE.fullmatch(line) or line[:3] != lines[0][:3]:
+                raise self._lost("its answer is not an SMTP reply")
+
+            if (size := size + len(line) + 1) > _REPLY:
+                raise self._lost("its answer has no end")
+
+        reply = int(lines[0][:3]), b"\n".join(line[4:].strip() for line in lines)
+
+        if reply[0] == 421:
+            self.close()
+            raise ConnectionLost(
+                f"Sending was stopped at {self._where} by {self.settings} with a 421."
+                " It may allow fewer connections or messages.",
+                stage=self._stage,
+                busy=True,
+            )
+
+        return reply
+
+    def end(self, deadline: float) -> None:
+        """Close, with ``QUIT`` if the dialogue is at a place for it.
+
+        Never raises: what was taken before is delivered, whether this works or not.
+
+        :param deadline: When to wait for the reply no longer, by the monotonic clock.
+        """
+        self._deadline = deadline
+
+        try:
+            if self._in_order:
+                with contextlib.suppress(ConnectionLost):
+                    self._stage = "QUIT"
+                    self.docmd("QUIT")
+        finally:
+            self.close()
+
+    def _receive(self, deadline: float) -> None:
+        try:
+            # 0 would mean not to wait at all, which is another error.
+            self.sock.settimeout(max(deadline - time.monotonic(), 1e-6))
+            received = self.sock.recv(4096)
+        except OSError as error:
+            raise self._lost(error) from None
+
+        self._received += received
+
+        if not received or len(self._received) > _REPLY:
+            raise self._lost(
+                "its answer has no end" if received else "the server closed it"
+            )
+
+    def _is_dropped(self) -> bool:
+        """Tell whether something came that nothing has asked for, such as the end.
+
+        Reading tells it and selecting would not: TLS has messages of its own.
+        """
+        if not self._received:
+            self.sock.settimeout(0)
+
+            try:
+                self._received += self.sock.recv(4096)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                return False
+            except OSError:
+                pass
+
+        return True
+
+    def _connect(self) -> None:
+        self._stage = "connect"
+        address = self.settings.host, self.settings.port
+
+        try:
+            self.sock = socket.create_connection(address, self.settings.timeout)
+        except (OSError, UnicodeError) as error:
+            raise self._lost(error) from None
+
+        # The end of a chunk must not wait for a delayed acknowledgement.
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        if self.settings.use_ssl:
+            self._start_tls()
+
+    def _start_tls(self) -> None:
+        self._stage = "TLS"
+        context = t.cast("ssl.SSLContext", self.settings.tls_context())
+        self.sock.settimeout(self.settings.timeout)
+
+        try:
+            self.sock = context.wrap_socket(
+                self.sock, server_hostname=self.settings.host
+            )
+        except ssl.SSLCertVerificationError as error:
+            raise self._error(
+                f"The certificate of {self.settings} is not to be trusted:"
+                f" {error.verify_message.rstrip('.')}. Ask for the host by the name in"
+                " its certificate, and name the file of the CA if it is your own."
+            ) from None
+        except OSError as error:
+            raise self._lost(error) from None
+
+    def _lost(self, cause: object) -> ConnectionLost:
+        """Close the connection and make the exception that says why."""
         self.close()
 
-    def close(self) -> None:
-        self._in_order = False
-        super().close()
+        if isinstance(cause, TimeoutError):
+            cause = f"it took more than {self.settings.timeout:g} s"
+
+        return ConnectionLost(
+            f"The connection to {self.settings} failed at {self._where}: {cause}.",
+            stage=self._stage,
+        )
+
+    @property
+    def _where(self) -> str:
+        return _STAGES.get(self._stage, self._stage)
+
+    def _error(self, message: str) -> DeliveryError:
+        return DeliveryError(message, stage=self._stage)
 
     def _expect(self, reply: Reply, what: str) -> None:
         if not _is_positive(reply):
-            raise DeliveryError(
-                f"{what} was refused by {self.server}: {_codes([reply])}."
-            )
+            raise self._refused(what, [reply])
+
+    def _refused(self, what: str, replies: list[Reply]) -> DeliveryError:
+        return self._error(f"{what} was refused by {self.settings}: {_codes(replies)}.")
 
     def _greet(self) -> None:
         self._stage = "EHLO"
@@ -149,18 +337,19 @@ class Connection(Wire):
 
     def _upgrade(self) -> None:
         """Switch to TLS. Nothing learned or received before it counts after it."""
+        self._stage = "STARTTLS"
+
         if not self.has_extn("starttls"):
-            raise DeliveryError(
-                f"STARTTLS is not offered by {self.server}, so nothing was sent. It is"
-                " the wrong port, or someone in between removes the offer."
+            raise self._error(
+                f"STARTTLS is not offered by {self.settings}, so nothing was sent. It"
+                " is the wrong port, or someone in between removes the offer."
             )
 
-        self._stage = "STARTTLS"
         self._expect(self.docmd("STARTTLS"), "STARTTLS")
 
         if self._received:
-            raise DeliveryError(
-                f"Plain text follows the STARTTLS reply of {self.server}, so nothing"
+            raise self._error(
+                f"Plain text follows the STARTTLS reply of {self.settings}, so nothing"
                 " was sent. It is broken, or someone in between forges replies."
             )
 
@@ -170,7 +359,7 @@ class Connection(Wire):
     def _authenticate(self, username: str, password: str) -> None:
         """Log in, with one timeout for all of it: servers may ask many questions."""
         self._stage = "AUTH"
-        self._deadline = time.monotonic() + self.server.timeout
+        self._deadline = time.monotonic() + self.settings.timeout
         self.set_debuglevel(0)
 
         try:
@@ -178,62 +367,57 @@ class Connection(Wire):
         except ConnectionLost:
             raise
         except smtplib.SMTPResponseException as error:
-            raise DeliveryError(
-                f"The user name or the password was refused by {self.server}:"
-                f" {_codes([(error.smtp_code, t.cast('bytes', error.smtp_error))])}."
-            ) from None
+            reply = error.smtp_code, t.cast("bytes", error.smtp_error)
+            raise self._refused("The user name or the password", [reply]) from None
         except UnicodeEncodeError:
-            raise DeliveryError(
-                f"The user name or the password for {self.server} has a character"
+            raise self._error(
+                f"The user name or the password for {self.settings} has a character"
                 " outside of ASCII, and smtplib can't log in with it."
             ) from None
         except (smtplib.SMTPException, ValueError):
-            raise DeliveryError(
-                f"No way to log in that smtplib knows is offered by {self.server}. If"
+            raise self._error(
+                f"No way to log in that smtplib knows is offered by {self.settings}. If"
                 " it has none without TLS, switch TLS on; if it needs no log-in, leave"
                 " the user name out."
             ) from None
         finally:
             self._deadline = None
-            self.set_debuglevel(self.server.debug)
+            self.set_debuglevel(self.settings.debug)
 
     def _commands(self, envelope: Envelope, size: int) -> list[bytes]:
         """Make the lines that go before the message, ``DATA`` the last of them."""
-        options = list(envelope.mail_options)
-        names = {option.partition("=")[0].upper() for option in options}
+        options = [f"SIZE={size}"] if self.has_extn("size") else []
+        options += envelope.mail_options
 
         if not "".join([envelope.sender, *envelope.recipients]).isascii():
-            options += [] if "SMTPUTF8" in names else ["SMTPUTF8"]
-            options += [] if "BODY" in names else ["BODY=8BITMIME"]
-            names.add("SMTPUTF8")
+            if not self.has_extn("smtputf8"):
+                self._stage = "MAIL"
+                raise self._error(
+                    "The message needs SMTPUTF8, for an address outside of ASCII, and"
+                    f" {self.settings} does not offer it."
+                )
 
-        if "SMTPUTF8" in names and not self.has_extn("smtputf8"):
-            raise DeliveryError(
-                "The message needs SMTPUTF8, for an address outside of ASCII, and"
-                f" {self.server} does not offer it."
-            )
+            wanted = ("SMTPUTF8", "BODY=8BITMIME")
+            options += [option for option in wanted if option not in options]
 
-        if self.has_extn("size"):
-            options.insert(0, f"SIZE={size}")
-
-        if not self.does_esmtp:
-            options = []
-
-        rcpt_options = envelope.rcpt_options if self.does_esmtp else ()
-        lines = [(f"MAIL FROM:{smtplib.quoteaddr(envelope.sender)}", *options)]
-        lines += [
-            (f"RCPT TO:{smtplib.quoteaddr(recipient)}", *rcpt_options)
-            for recipient in envelope.recipients
+        lines = [
+            f"MAIL FROM:{smtplib.quoteaddr(envelope.sender)}",
+            *(f"RCPT TO:{smtplib.quoteaddr(path)}" for path in envelope.recipients),
         ]
-        return [" ".join(line).encode() + b"\r\n" for line in [*lines, ("DATA",)]]
 
-    def _offer(self, commands: list[bytes]) -> list[Reply]:
+        if self.does_esmtp:
+            lines[0] = " ".join([lines[0], *options])
+            lines[1:] = [" ".join([line, *envelope.rcpt_options]) for line in lines[1:]]
+
+        return [line.encode() + b"\r\n" for line in [*lines, "DATA"]]
+
+    def _start_transaction(self, commands: list[bytes]) -> list[Reply]:
         """Send the commands and return a reply for each that was of use."""
         replies: list[Reply] = []
         groups = _groups(commands, _GROUP if self.has_extn("pipelining") else 0)
 
         for group in groups:
-            if _is_hopeless(replies, len(commands)):
+            if _all_refused(replies, len(commands)):
                 break
 
             self._stage = group[0][:4].decode()
@@ -245,41 +429,38 @@ class Connection(Wire):
                     replies.append(self.getreply())
             except ConnectionLost:
                 # Hanging up on the rest of a group does not take back a refusal.
-                if not _is_hopeless(replies, len(commands)):
+                if not _all_refused(replies, len(commands)):
                     raise
 
         return replies
 
-    def _check_offer(self, envelope: Envelope, replies: list[Reply]) -> None:
+    def _check_transaction(self, envelope: Envelope, replies: list[Reply]) -> None:
         """Raise if the message itself is not to be sent."""
         sender, *recipients = replies[: 1 + len(envelope.recipients)]
 
-        for recipient, reply in zip(envelope.recipients, recipients, strict=False):
-            if not _is_positive(reply):
-                logger.debug("%s refused %s: %r", self.server, recipient, reply)
-
         if not _is_positive(sender):
-            what, refused = "The sender", [sender]
+            self._stage, what, refused = "MAIL", "The sender", [sender]
         elif not any(map(_is_positive, recipients)):
-            what, refused = f"Every recipient of {len(recipients)}", recipients
+            self._stage, what = "RCPT", f"Every recipient of {len(recipients)}"
+            refused = recipients
         elif replies[-1][0] != 354:
-            what, refused = "The message", [replies[-1]]
+            self._stage, what, refused = "DATA", "The message", [replies[-1]]
         else:
             return
 
-        asked = replies[-1][0] == 354
+        error = self._refused(what, refused)
 
-        if asked and any(map(_is_positive, recipients)):
-            # The sender was refused, and yet a lone dot would be a message to these.
+        if replies[-1][0] == 354:
+            # It waits for a message, which it might deliver.
             self.close()
         else:
-            self._reset("." if asked else "RSET")
+            self._reset()
 
-        raise DeliveryError(f"{what} was refused by {self.server}: {_codes(refused)}.")
+        raise error
 
     def _check_end(self) -> None:
         """Raise if the server did not take the message, or if nobody can tell."""
-        self._stage = "the end of the message"
+        self._stage = "end of message"
 
         try:
             reply = self.getreply()
@@ -293,29 +474,57 @@ class Connection(Wire):
             raise DeliveryUnknown(
                 f"The message may or may not be delivered: {lost} It was complete by"
                 " then, so it is not sent again. Look for it in the log of the server,"
-                " and allow a slow server a longer timeout."
+                " and allow a slow server a longer timeout.",
+                stage=self._stage,
             ) from None
 
         if not _is_positive(reply):
-            self._reset("RSET")
+            error = self._refused("The message", [reply])
+            self._reset()
+            raise error
 
-        self._expect(reply, "The message")
         self._in_order = True
 
-    def _reset(self, command: str) -> None:
+    def _reset(self) -> None:
         """End a transaction without a message, so that the next one can begin."""
         if self.sock is not None:
             with contextlib.suppress(ConnectionLost):
-                self._stage = command
-                reply = self.docmd(command)
-                self._in_order = command == "." or _is_positive(reply)
+                self._stage = "RSET"
+                self._in_order = _is_positive(self.docmd("RSET"))
+
+
+def end_all(sessions: cabc.Iterable[SMTPSession]) -> None:
+    """Close sessions, with a ``QUIT`` for each, and with one second for all replies.
+
+    A process that stops has little time, and nothing depends on them any more.
+    """
+    deadline = time.monotonic() + _QUIT_TIMEOUT
+
+    for session in sessions:
+        session.end(deadline)
+
+
+def dot_stuff(content: bytes) -> bytes:
+    """Make every line end CRLF, double leading dots and add the final one.
+
+    See :rfc:`5321#section-2.3.8` and section 4.5.2.
+    """
+    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    lines = (b"\n" + lines).replace(b"\n.", b"\n..").replace(b"\n", b"\r\n")[2:]
+    return lines + (b".\r\n" if lines.endswith(b"\r\n") else b"\r\n.\r\n")
+
+
+@functools.cache
+def _local_hostname() -> str:
+    # smtplib asks DNS for it with each connection.
+    return str(smtplib.SMTP().local_hostname)
 
 
 def _is_positive(reply: Reply) -> bool:
     return reply[0] // 100 == 2
 
 
-def _is_hopeless(replies: list[Reply], commands: int) -> bool:
+def _all_refused(replies: list[Reply], commands: int) -> bool:
     """Tell whether the sender was refused, or every recipient."""
     if not replies:
         return False

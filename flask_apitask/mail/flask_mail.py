@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import re
+import time
+import typing as t
+
+import flask_mail
+from flask import current_app
+
+from ..binding import notify
+from ..context import find_app_context
+from ..exceptions import DeliveryError
+from ..stack import current_scope
+from ..stack import run
+from ..tasks import task
+from ..uwsgi import threads_go_on
+from .envelope import Envelope
+from .envelope import SMTPSettings
+from .pool import ConnectionPools
+
+if t.TYPE_CHECKING:
+    import typing_extensions as te
+    from flask import Flask
+
+    from ..config import Config
+    from .pool import ConnectionPool
+    from .pool import PooledConnection
+
+# Before Python 3.13, email.policy ends a header at whatever str.splitlines() does.
+_LINE_BREAK = re.compile(r"[\n-\r\x1c-\x1e\x85\u2028\u2029]")
+
+Address: t.TypeAlias = "str | tuple[str, str]"
+# What to deliver, and the message as it was then, to tell of it.
+Outgoing: t.TypeAlias = "tuple[Envelope, flask_mail.Message]"
+
+
+def reroute(app: Flask, config: Config) -> None:
+    """Send the mail of an app in the background of its requests.
+
+    All that Flask-Mail sends, it sends over what a ``connect`` returns. From now on
+    that is ours for each rerouted app, and for all others what it was.
+    """
+    if config.mail_tls_verify is False:
+        app.logger.warning(
+            "APITASK_MAIL_TLS_VERIFY is False: whoever answers for the mail server gets"
+            " its credentials and the mail. Name a file of CA certificates instead."
+        )
+
+    app.extensions["apitask_mail"] = ReroutedMail(config)
+    flask_mail._MailMixin.__getattribute__ = _look_up  # type: ignore[method-assign, assignment]
+
+
+class ReroutedMail:
+    """The way that the mail of one app takes: its configuration and its connections."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._pools = ConnectionPools()
+
+    def pool(self, mail: flask_mail._Mail) -> ConnectionPool:
+        """Return the pool for what ``app.extensions["mail"]`` says by now."""
+        config = self._config
+        settings = SMTPSettings(
+            host=mail.server,
+            port=int(mail.port or 0),
+            use_tls=bool(mail.use_tls),
+            use_ssl=bool(mail.use_ssl),
+            # Environment variables bring numbers where they look like some.
+            username=None if mail.username is None else str(mail.username),
+            password=None if mail.password is None else str(mail.password),
+            timeout=config.mail_timeout,
+            tls_verify=config.mail_tls_verify,
+            max_messages=int(mail.max_emails or 0) or None,
+            debug=int(mail.debug),
+        )
+        # None is kept where no thread could close it in time.
+        keepalive = config.mail_keepalive if threads_go_on() else 0
+        return self._pools.get(
+            settings, size=config.mail_connections, keepalive=keepalive
+        )
+
+
+def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
+    """Look up an attribute of a ``Mail``, in place of its ``__getattribute__``."""
+    value = object.__getattribute__(self, name)
+    context = find_app_context() if name == "connect" else None
+
+    if context is not None:
+        extensions = context.app.extensions
+        # It may belong to another app than the current one.
+        app = vars(self).get("app") or context.app
+
+        if {"mail", "apitask_mail"} <= extensions.keys() and app == context.app:
+            return functools.partial(
+                BackgroundConnection, extensions["apitask_mail"], extensions["mail"]
+            )
+
+    return value
+
+
+class BackgroundConnection:
+    """What ``mail.connect()`` returns, in place of a :class:`flask_mail.Connection`.
+
+    In a scope, what is sent is rendered at once, and delivered by one task when the
+    block is left. Without one it is delivered at once.
+    """
+
+    host = None
+
+    def __init__(self, rerouted: ReroutedMail, mail: flask_mail._Mail) -> None:
+        self.mail = mail
+        self.num_emails = 0
+        self._rerouted = rerouted
+        self._left = False
+        self._batch: collections.deque[Outgoing] = collections.deque()
+        # Where the batch goes to; or, without a scope, each message.
+        self._pool: ConnectionPool | None = None
+        self._connection: PooledConnection | None = None
+
+    def __enter__(self) -> te.Self:
+        # What is suppressed takes no time, and the outbox of a test is in order so.
+        if self.mail.suppress:
+            return self
+
+        pool = self._rerouted.pool(self.mail)
+
+        if current_scope() is None:
+            self._connection = pool.connection()
+        else:
+            self._pool = pool
+
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+
+        if self._connection is not None:
+            self._connection.close()
+
+        if self._pool is not None and self._batch:
+            run(deliver, self._pool, self._batch)
+
+    def send(
+        self, message: flask_mail.Message, envelope_from: Address | None = None
+    ) -> None:
+        """Check and render a message, and pass it on.
+
+        :raises AssertionError: There is no recipient or no sender, as in Flask-Mail.
+        :raises flask_mail.BadHeaderError: There is a line break in a header. Flask-Mail
+            lets one through in ``cc``, ``bcc``, ``extra_headers`` and attachments.
+        :raises RuntimeError: The ``with`` block that this belongs to has been left.
+        :raises DeliveryError: Only without a scope: the message was not delivered.
+        """
+        if self._left:
+            raise RuntimeError(
+                "This connection ended with the 'with mail.connect()' block that it"
+                " comes from. Send inside of the block."
+            )
+
+        check(message, envelope_from)
+        self.num_emails += 1
+
+        if self._connection is None and self._pool is None:
+            _announce(_snapshot(message))
+            return
+
+        self._batch.append((render(message, envelope_from), _snapshot(message)))
+
+        if self._connection is not None:
+            delivered, failures = _send(self._connection, self._batch)
+            _conclude(delivered, failures)
+
+    def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
+        """Send what the arguments of :class:`flask_mail.Message` say."""
+        self.send(flask_mail.Message(*args, **kwargs))
+
+
+@task("flask_mail.send")
+def deliver(pool: ConnectionPool, batch: collections.deque[Outgoing]) -> None:
+    """Deliver messages in order.
+
+    One that is refused does not stop the others. A server that can't be reached does:
+    to wait for it once more for each of them would hold the request for minutes.
+
+    :raises DeliveryError: Some were not delivered; the text says which, and why.
+    """
+    with pool.connection() as connection:
+        delivered, failures = _send(connection, batch)
+
+    # A receiver may send mail, and must not wait for the connection used for this.
+    _conclude(delivered, failures)
+
+
+def _send(
+    connection: PooledConnection, batch: collections.deque[Outgoing]
+) -> tuple[list[flask_mail.Message], list[DeliveryError]]:
+    """Send a batch, and return what was delivered and what went wrong."""
+    delivered: list[flask_mail.Message] = []
+    failures: list[DeliveryError] = []
+
+    while batch:
+        envelope, message = batch.popleft()
+
+        try:
+            if failures and not connection.is_reachable:
+                raise DeliveryError("It was not tried.")
+
+            connection.send(envelope)
+            delivered.append(message)
+        except DeliveryError as error:
+            error.message_id = envelope.message_id
+            failures.append(error)
+
+    return delivered, failures
+
+
+def _conclude(
+    delivered: list[flask_mail.Message], failures: list[DeliveryError]
+) -> None:
+    """Tell of what was delivered, and raise what went wrong."""
+    for message in delivered:
+        _announce(message)
+
+    if len(failures) == 1:
+        raise failures[0]
+
+    if failures:
+        count = len(delivered) + len(failures)
+        causes = "\n".join(f"- {error}" for error in failures)
+        raise DeliveryError(
+            f"{len(failures)} of {count} messages were not delivered:\n{causes}"
+        )
+
+
+def _announce(message: flask_mail.Message) -> None:
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    # It is delivered: a receiver that fails must not make it a failure.
+    notify(flask_mail.email_dispatched, app, {"message": message})
+
+
+def check(message: flask_mail.Message, envelope_from: Address | None = None) -> None:
+    """Refuse what Flask-Mail does, and line breaks where it lets them through."""
+    if not message.send_to:
+        raise AssertionError("No recipients have been added")
+
+    if not message.sender:
+        raise AssertionError(
+            "The message does not specify a sender and a default sender has not been"
+            " configured"
+        )
+
+    headers = message.extra_headers or {}
+    fields: list[t.Any] = [envelope_from or "", message.sender, message.reply_to or ""]
+    fields += [*message.recipients, *message.cc, *message.bcc, *headers.items()]
+    # A subject may be folded, as Flask-Mail checks.
+    fields.append(str(message.subject or "").replace("\r\n", ""))
+
+    for attachment in message.attachments:
+        fields += [attachment.filename or "", attachment.content_type]
+        fields += attachment.headers.items()
+
+    broken = any(_LINE_BREAK.search("".join(map(str, field))) for field in fields)
+
+    if broken or message.has_bad_headers():
+        raise flask_mail.BadHeaderError(
+            "There is a line break in an address, the subject, an extra header, an"
+            " attachment's name or headers, or the envelope's sender."
+        )
+
+
+def render(
+    message: flask_mail.Message, envelope_from: Address | None = None
+) -> Envelope:
+    """Render a message as Flask-Mail does."""
+    if message.date is None:
+        message.date = time.time()
+
+    return Envelope(
+        flask_mail.sanitize_address(envelope_from or message.sender),
+        tuple(flask_mail.sanitize_addresses(message.send_to)),
+        message.as_bytes(),
+        message.msgId,
+        tuple(message.mail_options),
+        tuple(message.rcpt_options),
+    )
+
+
+def _snapshot(message: flask_mail.Message) -> flask_mail.Message:
+    """Copy a message, so that receivers of the signal get it as it was when sent."""
+    snapshot = copy.copy(message)
+
+    for name, value in vars(message).items():
+        if isinstance(value, list | dict):
+            setattr(snapshot, name, value.copy())
+
+    return snapshot
