@@ -269,8 +269,9 @@ def test_waiting_has_an_end(server: ScriptedServer, pools: Pools) -> None:
         send(pool)
 
     assert f"{caught.value}" == (
-        f"No connection to {pool.settings} was free within 0.3 s: all 1 are in use"
-        " and 0 more wait. Allow more connections, or send less at once."
+        f"No connection to {pool.settings} was free, and it was silent for 0.3 s"
+        " (APITASK_MAIL_TIMEOUT): all 1 are in use and 0 more wait. Allow more"
+        " (APITASK_MAIL_CONNECTIONS), or send less at once."
     )
     assert "waiting=0" in f"{pool!r}"
     holder.end()
@@ -487,8 +488,10 @@ def test_a_busy_server_is_asked_twice(server: ScriptedServer, pools: Pools) -> N
 
     assert server.connects == 4
     assert f"{caught.value}" == (
-        f"Sending was stopped at the greeting by {pool.settings} with a 421. It may"
-        " allow fewer connections or messages."
+        f"The connection to {pool.settings} failed at the greeting: '421 4.7.0 too many"
+        " connections' ended it. The server may allow fewer connections"
+        " (APITASK_MAIL_CONNECTIONS) or messages (MAIL_MAX_EMAILS)."
+        " If MAIL_PORT is one for TLS from the start, mostly 465, set MAIL_USE_SSL."
     )
 
 
@@ -533,7 +536,7 @@ def test_a_refused_message_keeps_the_connection(
     server.fail(Stage.RCPT, Fault.PERMANENT)
 
     with pool.connection() as connection:
-        with pytest.raises(DeliveryError, match=r"554 5\.7\.1\.$"):
+        with pytest.raises(DeliveryError, match=r": 554 5\.7\.1 <address> not ever\.$"):
             connection.send(make_envelope())
 
         connection.send(make_envelope())

@@ -14,6 +14,7 @@ _UNFIT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 class Envelope:
     """A rendered message and whom it goes to. Its ``repr`` shows no address.
 
+    :param sender: An address, as all recipients; a display name is dropped.
     :param content: The message as of :rfc:`5322`, with any kind of line ends.
     :param message_id: The ``Message-ID`` header, by which errors name the message.
     :raises ValueError: There is no recipient, or an address or an option has a control
@@ -33,15 +34,18 @@ class Envelope:
 
         # A long display name is folded, like the header that it was made for.
         paths = [_FOLD.sub("", path) for path in (self.sender, *self.recipients)]
+        sender, *recipients = [smtplib.quoteaddr(path)[1:-1] for path in paths]
+        options = self.mail_options + self.rcpt_options
+        broken = any({"\r", "\n", "\0"} & {*path} for path in paths)
 
-        if any(map(_UNFIT.search, (*paths, *self.mail_options, *self.rcpt_options))):
+        if broken or any(map(_UNFIT.search, (sender, *recipients, *options))):
             raise ValueError(
                 f"An address or an option of the message {self.message_id!r} has a line"
                 " break, another control character or a lone surrogate in it."
             )
 
-        object.__setattr__(self, "sender", paths[0])
-        object.__setattr__(self, "recipients", tuple(paths[1:]))
+        object.__setattr__(self, "sender", sender)
+        object.__setattr__(self, "recipients", tuple(recipients))
 
 
 @dataclasses.dataclass(frozen=True)

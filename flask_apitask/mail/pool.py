@@ -28,6 +28,12 @@ if t.TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a server that has enough connections says at these stages, if it says anything.
+_OPENING = {"connect", "greeting", "TLS", "EHLO", "STARTTLS", "AUTH", "MAIL"}
+_ENOUGH = {421, 432, 450, 451, 452, 454}
+# Seconds after which one more connection is tried than the server has allowed.
+_TRY_MORE_AFTER = 30.0
+
 # Guards the state of all pools and of their closer. It is held for list operations and
 # to start a thread, never for I/O.
 _lock = threading.Lock()
@@ -77,6 +83,7 @@ class ConnectionPool:
         self.size = size
         self.keepalive = keepalive
         self.owner: object = None
+        self._told = False
         self.begin()
         _pools.add(self)
 
@@ -84,6 +91,11 @@ class ConnectionPool:
         """Have no connections: in a new pool, and in the child of a fork."""
         self._freed = threading.Condition(_lock)
         self._waiting: collections.deque[object] = collections.deque()
+        # What the server allows, as far as is known, and when to try one more.
+        self._limit = self.size
+        self._try_more_at = 0.0
+        # When the server was last heard of.
+        self._heard_at = 0.0
         # Each has a place, open or not: len(in_use) + len(idle) <= size.
         self._in_use: set[SMTPSession] = set()
         # With the time at which each is to be closed, soonest first.
@@ -99,10 +111,11 @@ class ConnectionPool:
     def acquire(self) -> SMTPSession:
         """Take the session used last, or one that is not open; wait for it if need be.
 
-        :raises DeliveryError: None was free within the timeout.
+        While something is heard of the server, to wait is no error.
+
+        :raises DeliveryError: None was free for the timeout, and nothing was heard.
         """
-        timeout = self.settings.timeout
-        deadline = time.monotonic() + timeout
+        began = time.monotonic()
         ticket = object()
 
         with _lock:
@@ -110,17 +123,13 @@ class ConnectionPool:
 
             try:
                 while self._waiting[0] is not ticket or not self._has_room():
-                    left = deadline - time.monotonic()
+                    self._listen(self._in_use)
+                    wait_until = max(began, self._heard_at) + self.settings.timeout
 
-                    if left <= 0:
-                        raise DeliveryError(
-                            f"No connection to {self.settings} was free within"
-                            f" {timeout:g} s: all {self.size} are in use and"
-                            f" {len(self._waiting) - 1} more wait. Allow more"
-                            " connections, or send less at once."
-                        )
+                    if wait_until <= time.monotonic():
+                        raise self._none_free()
 
-                    self._freed.wait(left)
+                    self._freed.wait(wait_until - time.monotonic())
 
                 session = self._idle.pop()[1] if self._idle else None
                 session = session or SMTPSession(self.settings)
@@ -129,6 +138,62 @@ class ConnectionPool:
             finally:
                 self._waiting.remove(ticket)
                 self._changed()
+
+    def _listen(self, sessions: cabc.Iterable[SMTPSession]) -> None:
+        heard_at = (session.heard_at for session in sessions)
+        self._heard_at = max([self._heard_at, *heard_at])
+
+    def _has_room(self) -> bool:
+        now = time.monotonic()
+
+        if not self._idle and self._limit < self.size and self._try_more_at <= now:
+            self._limit, self._try_more_at = self._limit + 1, now + _TRY_MORE_AFTER
+
+        return bool(self._idle) or len(self._in_use) < self._limit
+
+    def _none_free(self) -> DeliveryError:
+        return DeliveryError(
+            f"No connection to {self.settings} was free, and it was silent for"
+            f" {self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT): all"
+            f" {len(self._in_use)} are in use and {len(self._waiting) - 1} more wait."
+            " Allow more (APITASK_MAIL_CONNECTIONS), or send less at once."
+        )
+
+    def narrow(self, session: SMTPSession, error: DeliveryError) -> bool:
+        """Take an error for the limit of a server, and close one session too many.
+
+        :return: Whether it was that: others may do the work.
+        """
+        hung_up = isinstance(error, ConnectionLost) and not (
+            error.timed_out or error.smtp_code
+        )
+
+        with _lock:
+            others = len(self._in_use | {session for _, session in self._idle}) - 1
+            has_enough = hung_up or error.smtp_code in _ENOUGH
+
+            if error.stage not in _OPENING or not has_enough or not others:
+                return False
+
+            self._limit = min(self._limit, others)
+            self._try_more_at = time.monotonic() + _TRY_MORE_AFTER
+            told, self._told = self._told, True
+
+        if not told:
+            log(
+                logger,
+                logging.INFO,
+                "Fewer than %d connections are allowed by %s (%s at %s), so mail goes"
+                " over those that work. Set APITASK_MAIL_CONNECTIONS to the limit.",
+                self.size,
+                self.settings,
+                error.smtp_code or "a hang-up",
+                error.stage,
+            )
+
+        end_all([session])
+        self.forget([session])
+        return True
 
     def release(self, session: SMTPSession) -> None:
         """Give a session back, and keep its connection if somebody may want it."""
@@ -148,6 +213,7 @@ class ConnectionPool:
     def forget(self, sessions: cabc.Iterable[SMTPSession]) -> None:
         """Free the places of sessions that were closed."""
         with _lock:
+            self._listen(sessions)
             self._in_use.difference_update(sessions)
             self._changed()
 
@@ -171,9 +237,6 @@ class ConnectionPool:
         self._changed()
         return taken
 
-    def _has_room(self) -> bool:
-        return bool(self._idle) or len(self._in_use) < self.size
-
     def _keep(self, session: SMTPSession) -> bool:
         with _lock:
             wanted = self.keepalive or self._waiting
@@ -181,6 +244,7 @@ class ConnectionPool:
             if _closer.ended or not wanted or session not in self._in_use:
                 return False
 
+            self._listen([session])
             self._in_use.remove(session)
             # A thread that waits takes it at once.
             closes_at = time.monotonic() + (self.keepalive or 1.0)
@@ -244,24 +308,30 @@ class PooledConnection:
             )
 
         self.is_reachable = False
+        narrowed = retried = 0
 
-        if self._session is None:
-            self._session = self._pool.acquire()
+        while True:
+            if self._session is None:
+                self._session = self._pool.acquire()
 
-        kept = self._session.usable()
+            kept = self._session.usable()
 
-        try:
-            self._deliver(self._session, envelope, kept)
-            return
-        except ConnectionLost as error:
-            if not (kept or error.busy):
-                raise
+            try:
+                return self._deliver(self._session, envelope, kept)
+            except DeliveryError as error:
+                may_wait = not kept and narrowed < self._pool.size
+                lost = isinstance(error, ConnectionLost) and (kept or error.busy)
 
-            log(
-                logger, logging.DEBUG, "%s Trying again: %s", error, envelope.message_id
-            )
+                if may_wait and self._pool.narrow(self._session, error):
+                    self._session = None
+                    narrowed += 1
+                elif lost and not retried:
+                    retried = 1
+                else:
+                    raise
 
-        self._deliver(self._session, envelope, kept=False)
+                text = "%s It is tried again: %s"
+                log(logger, logging.DEBUG, text, error, envelope.message_id)
 
     def _deliver(self, session: SMTPSession, envelope: Envelope, kept: bool) -> None:
         if not kept:

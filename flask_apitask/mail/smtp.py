@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import re
@@ -13,14 +12,15 @@ import typing as t
 
 from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
+from .replies import explain
+from .replies import Reply
+from .replies import show
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from .envelope import Envelope
     from .envelope import SMTPSettings
-
-Reply: t.TypeAlias = "tuple[int, bytes]"
 
 # Bytes written under one timeout. It is the most that a TLS record holds: SSLSocket's
 # sendall() starts the timeout anew for every record, and so this bounds both kinds.
@@ -34,14 +34,20 @@ _REPLY = 65_536
 _QUIT_TIMEOUT = 1.0
 
 _REPLY_LINE = re.compile(rb"[2-5][0-9]{2}(?:[ -].*)?\r?")
-_ENHANCED_CODE = re.compile(rb"[245]\.[0-9]{1,3}\.[0-9]{1,3}(?![0-9.])")
 
+# What an error calls a stage, and which key to look at.
 _STAGES = {
-    "connect": "the TCP connect",
-    "greeting": "the greeting",
-    "TLS": "the TLS handshake",
-    "message": "the message",
-    "end of message": "the end of the message",
+    "connect": ("the TCP connect", " Check MAIL_SERVER and MAIL_PORT."),
+    "greeting": (
+        "the greeting",
+        " If MAIL_PORT is one for TLS from the start, mostly 465, set MAIL_USE_SSL.",
+    ),
+    "TLS": (
+        "the TLS handshake",
+        " MAIL_PORT may be wrong: 465 is usual for MAIL_USE_SSL, 587 for MAIL_USE_TLS.",
+    ),
+    "message": ("the message", ""),
+    "end of message": ("the end of the message", ""),
 }
 
 
@@ -50,12 +56,15 @@ class ConnectionLost(DeliveryError):
 
     Nothing was delivered: to send the message again can't make two of it.
 
-    :param busy: The server closes the connection with a 421, for a reason of its own.
+    :param timed_out: Nothing came in time, while the other cases are a hang-up.
     """
 
-    def __init__(self, message: str, *, stage: str, busy: bool = False) -> None:
-        super().__init__(message, stage=stage)
-        self.busy = busy
+    timed_out = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether the server said 421: it hangs up for a reason of its own."""
+        return self.smtp_code == 421
 
 
 class SMTPSession(smtplib.SMTP):
@@ -69,8 +78,8 @@ class SMTPSession(smtplib.SMTP):
     does not: there half a reply line is a reply, a reply that nothing asked for answers
     the next command, and a byte within each timeout makes a reply take for ever.
 
-    No exception's text holds an address, a credential or words of the server, which may
-    quote them.
+    No exception's text holds an address or a credential. The server's words, which may
+    quote them, are masked in it.
     """
 
     sock: t.Any = None
@@ -83,6 +92,8 @@ class SMTPSession(smtplib.SMTP):
         self._stage = "connect"
         # Set while several replies share one timeout.
         self._deadline: float | None = None
+        # When the server last answered, or took a part of a message.
+        self.heard_at = 0.0
         # No reply is due and no transaction is open: any command may follow.
         self._in_order = False
 
@@ -102,7 +113,7 @@ class SMTPSession(smtplib.SMTP):
         try:
             self._connect()
             self._stage = "greeting"
-            self._expect(self.getreply(), "The connection")
+            self._expect(self.getreply())
             self._greet()
 
             if settings.use_tls:
@@ -142,15 +153,11 @@ class SMTPSession(smtplib.SMTP):
         self._stage = "message"
         # A ConnectionLost up to here says that the line with the dot did not get out.
         self.send(content)
-        self._check_end()
-        refused = [reply for reply in replies[1:-1] if not _is_positive(reply)]
+        self._check_end(envelope)
+        refused = _refused_recipients(envelope, replies)
 
         if refused:
-            raise DeliveryError(
-                f"The message was taken by {self.settings}, but not for {len(refused)}"
-                f" of {len(envelope.recipients)} recipients: {_codes(refused)}.",
-                stage="RCPT",
-            )
+            raise self._recipients_refused(envelope, refused, taken=True)
 
     def close(self) -> None:
         """Close the socket without a word, and without an effect on a forked twin."""
@@ -169,8 +176,9 @@ class SMTPSession(smtplib.SMTP):
 
         for start in range(0, len(octets), _CHUNK):
             if self._is_dropped():
-                code, _ = self.getreply()
-                raise self._lost(f"the server said {code} unasked")
+                reply = self.getreply()
+                shown = show([reply], self._secrets)
+                raise self._lost(f"the server said {shown!r} unasked", reply)
 
             self.sock.settimeout(self.settings.timeout)
 
@@ -178,6 +186,8 @@ class SMTPSession(smtplib.SMTP):
                 super().send(octets[start : start + _CHUNK])
             except smtplib.SMTPServerDisconnected as error:
                 raise self._lost(error.__context__) from None
+
+            self.heard_at = time.monotonic()
 
     def getreply(self) -> Reply:
         """Read a reply of one or more lines, all of it within the timeout.
@@ -204,15 +214,15 @@ class SMTPSession(smtplib.SMTP):
             if (size := size + len(line) + 1) > _REPLY:
                 raise self._lost("its answer has no end")
 
-        reply = int(lines[0][:3]), b"\n".join(line[4:].strip() for line in lines)
+        self.heard_at = time.monotonic()
+        words = b"\n".join(line[4:].strip() for line in lines)
+        reply = Reply(int(lines[0][:3]), words)
 
-        if reply[0] == 421:
-            self.close()
-            raise ConnectionLost(
-                f"Sending was stopped at {self._where} by {self.settings} with a 421."
-                " It may allow fewer connections or messages.",
-                stage=self._stage,
-                busy=True,
+        if reply.code == 421:
+            raise self._lost(
+                f"{show([reply], self._secrets)!r} ended it. The server may allow fewer"
+                " connections (APITASK_MAIL_CONNECTIONS) or messages (MAIL_MAX_EMAILS)",
+                reply,
             )
 
         return reply
@@ -292,48 +302,78 @@ class SMTPSession(smtplib.SMTP):
             )
         except ssl.SSLCertVerificationError as error:
             raise self._error(
-                f"The certificate of {self.settings} is not to be trusted:"
-                f" {error.verify_message.rstrip('.')}. Ask for the host by the name in"
-                " its certificate, and name the file of the CA if it is your own."
+                f"The certificate of {self.settings} could not be verified:"
+                f" {error.verify_message.rstrip('.')}. Set MAIL_SERVER to a name in the"
+                " certificate, or APITASK_MAIL_TLS_VERIFY to your CA file."
             ) from None
         except OSError as error:
             raise self._lost(error) from None
 
-    def _lost(self, cause: object) -> ConnectionLost:
+    def _lost(self, cause: object, reply: Reply | None = None) -> ConnectionLost:
         """Close the connection and make the exception that says why."""
         self.close()
+        place, remedy = _STAGES.get(self._stage, (self._stage, ""))
+        timed_out = isinstance(cause, TimeoutError)
 
-        if isinstance(cause, TimeoutError):
-            cause = f"it took more than {self.settings.timeout:g} s"
+        if timed_out:
+            seconds = f"{self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT)"
+            cause = f"it took more than {seconds}"
 
-        return ConnectionLost(
-            f"The connection to {self.settings} failed at {self._where}: {cause}.",
+        lost = ConnectionLost(
+            f"The connection to {self.settings} failed at {place}: {cause}.{remedy}",
             stage=self._stage,
+            reply=reply,
         )
-
-    @property
-    def _where(self) -> str:
-        return _STAGES.get(self._stage, self._stage)
+        lost.timed_out = timed_out
+        return lost
 
     def _error(self, message: str) -> DeliveryError:
         return DeliveryError(message, stage=self._stage)
 
-    def _expect(self, reply: Reply, what: str) -> None:
-        if not _is_positive(reply):
-            raise self._refused(what, [reply])
+    @property
+    def _secrets(self) -> list[str]:
+        return [self.settings.username or "", self.settings.password or ""]
 
-    def _refused(self, what: str, replies: list[Reply]) -> DeliveryError:
-        return self._error(f"{what} was refused by {self.settings}: {_codes(replies)}.")
+    def _expect(self, reply: Reply) -> None:
+        if not reply.is_positive:
+            raise self._refused(reply)
+
+    def _refused(self, reply: Reply, *secrets: str) -> DeliveryError:
+        meaning, remedy = explain(self._stage, reply)
+        return DeliveryError(
+            f"{meaning.format(self.settings)}:"
+            f" {show([reply], [*self._secrets, *secrets])}. {remedy}".rstrip(),
+            stage=self._stage,
+            reply=reply,
+        )
+
+    def _recipients_refused(
+        self, envelope: Envelope, refused: dict[str, Reply], *, taken: bool
+    ) -> DeliveryError:
+        replies = refused.values()
+        of_all = f"{len(refused)} of {len(envelope.recipients)} recipients"
+        what = (
+            f"The message was taken by {self.settings}, but not for {of_all}"
+            if taken
+            else f"Every recipient of {len(refused)} was refused by {self.settings}"
+        )
+        remedies = {explain("RCPT", reply)[1] for reply in replies}
+        shown = show(replies, [*self._secrets, *refused])
+        return DeliveryError(
+            f"{what}: {shown}. {' '.join(remedies)}".rstrip(),
+            stage="RCPT",
+            recipients=dict(refused),
+        )
 
     def _greet(self) -> None:
         self._stage = "EHLO"
         self.does_esmtp = False
         reply = self.ehlo()
 
-        if not _is_positive(reply):
+        if not Reply(*reply).is_positive:
             reply = self.helo()
 
-        self._expect(reply, "EHLO")
+        self._expect(Reply(*reply))
 
     def _upgrade(self) -> None:
         """Switch to TLS. Nothing learned or received before it counts after it."""
@@ -341,16 +381,17 @@ class SMTPSession(smtplib.SMTP):
 
         if not self.has_extn("starttls"):
             raise self._error(
-                f"STARTTLS is not offered by {self.settings}, so nothing was sent. It"
-                " is the wrong port, or someone in between removes the offer."
+                f"STARTTLS is not offered by {self.settings}, so nothing was sent."
+                " MAIL_PORT may be wrong (587 is usual for STARTTLS), or something on"
+                " the way removes the offer."
             )
 
-        self._expect(self.docmd("STARTTLS"), "STARTTLS")
+        self._expect(Reply(*self.docmd("STARTTLS")))
 
         if self._received:
             raise self._error(
                 f"Plain text follows the STARTTLS reply of {self.settings}, so nothing"
-                " was sent. It is broken, or someone in between forges replies."
+                " was sent. It is broken, or something on the way forges replies."
             )
 
         self._start_tls()
@@ -367,18 +408,18 @@ class SMTPSession(smtplib.SMTP):
         except ConnectionLost:
             raise
         except smtplib.SMTPResponseException as error:
-            reply = error.smtp_code, t.cast("bytes", error.smtp_error)
-            raise self._refused("The user name or the password", [reply]) from None
+            reply = Reply(error.smtp_code, t.cast("bytes", error.smtp_error))
+            raise self._refused(reply) from None
         except UnicodeEncodeError:
             raise self._error(
-                f"The user name or the password for {self.settings} has a character"
+                f"MAIL_USERNAME or MAIL_PASSWORD for {self.settings} has a character"
                 " outside of ASCII, and smtplib can't log in with it."
             ) from None
         except (smtplib.SMTPException, ValueError):
             raise self._error(
                 f"No way to log in that smtplib knows is offered by {self.settings}. If"
-                " it has none without TLS, switch TLS on; if it needs no log-in, leave"
-                " the user name out."
+                " it has none without TLS, set MAIL_USE_TLS; if it needs none, leave"
+                " MAIL_USERNAME out."
             ) from None
         finally:
             self._deadline = None
@@ -401,8 +442,8 @@ class SMTPSession(smtplib.SMTP):
             options += [option for option in wanted if option not in options]
 
         lines = [
-            f"MAIL FROM:{smtplib.quoteaddr(envelope.sender)}",
-            *(f"RCPT TO:{smtplib.quoteaddr(path)}" for path in envelope.recipients),
+            f"MAIL FROM:<{envelope.sender}>",
+            *(f"RCPT TO:<{recipient}>" for recipient in envelope.recipients),
         ]
 
         if self.does_esmtp:
@@ -436,21 +477,21 @@ class SMTPSession(smtplib.SMTP):
 
     def _check_transaction(self, envelope: Envelope, replies: list[Reply]) -> None:
         """Raise if the message itself is not to be sent."""
-        sender, *recipients = replies[: 1 + len(envelope.recipients)]
+        sender, last = replies[0], replies[-1]
+        refused = _refused_recipients(envelope, replies)
 
-        if not _is_positive(sender):
-            self._stage, what, refused = "MAIL", "The sender", [sender]
-        elif not any(map(_is_positive, recipients)):
-            self._stage, what = "RCPT", f"Every recipient of {len(recipients)}"
-            refused = recipients
-        elif replies[-1][0] != 354:
-            self._stage, what, refused = "DATA", "The message", [replies[-1]]
+        if not sender.is_positive:
+            self._stage = "MAIL"
+            error = self._refused(sender, envelope.sender)
+        elif len(refused) == len(envelope.recipients):
+            error = self._recipients_refused(envelope, refused, taken=False)
+        elif last.code != 354:
+            self._stage = "DATA"
+            error = self._refused(last)
         else:
             return
 
-        error = self._refused(what, refused)
-
-        if replies[-1][0] == 354:
+        if last.code == 354:
             # It waits for a message, which it might deliver.
             self.close()
         else:
@@ -458,15 +499,15 @@ class SMTPSession(smtplib.SMTP):
 
         raise error
 
-    def _check_end(self) -> None:
+    def _check_end(self, envelope: Envelope) -> None:
         """Raise if the server did not take the message, or if nobody can tell."""
         self._stage = "end of message"
 
         try:
             reply = self.getreply()
 
-            if reply[0] // 100 == 3:
-                raise self._lost(f"it is no answer to a message to say {reply[0]}")
+            if reply.code // 100 == 3:
+                raise self._lost(f"it is no answer to a message to say {reply.code}")
         except ConnectionLost as lost:
             if lost.busy:
                 raise
@@ -474,12 +515,12 @@ class SMTPSession(smtplib.SMTP):
             raise DeliveryUnknown(
                 f"The message may or may not be delivered: {lost} It was complete by"
                 " then, so it is not sent again. Look for it in the log of the server,"
-                " and allow a slow server a longer timeout.",
+                " and allow a slow server a longer timeout (APITASK_MAIL_TIMEOUT).",
                 stage=self._stage,
             ) from None
 
-        if not _is_positive(reply):
-            error = self._refused("The message", [reply])
+        if not reply.is_positive:
+            error = self._refused(reply, envelope.sender, *envelope.recipients)
             self._reset()
             raise error
 
@@ -490,7 +531,7 @@ class SMTPSession(smtplib.SMTP):
         if self.sock is not None:
             with contextlib.suppress(ConnectionLost):
                 self._stage = "RSET"
-                self._in_order = _is_positive(self.docmd("RSET"))
+                self._in_order = Reply(*self.docmd("RSET")).is_positive
 
 
 def end_all(sessions: cabc.Iterable[SMTPSession]) -> None:
@@ -520,8 +561,9 @@ def _local_hostname() -> str:
     return str(smtplib.SMTP().local_hostname)
 
 
-def _is_positive(reply: Reply) -> bool:
-    return reply[0] // 100 == 2
+def _refused_recipients(envelope: Envelope, replies: list[Reply]) -> dict[str, Reply]:
+    pairs = zip(envelope.recipients, replies[1:], strict=False)
+    return {recipient: reply for recipient, reply in pairs if not reply.is_positive}
 
 
 def _all_refused(replies: list[Reply], commands: int) -> bool:
@@ -530,8 +572,9 @@ def _all_refused(replies: list[Reply], commands: int) -> bool:
         return False
 
     recipients = replies[1 : commands - 1]
-    return not _is_positive(replies[0]) or (
-        len(recipients) == commands - 2 and not any(map(_is_positive, recipients))
+    return not replies[0].is_positive or (
+        len(recipients) == commands - 2
+        and not any(reply.is_positive for reply in recipients)
     )
 
 
@@ -547,15 +590,3 @@ def _groups(commands: list[bytes], limit: int) -> cabc.Iterator[list[bytes]]:
         group.append(command)
 
     yield group
-
-
-def _codes(replies: list[Reply]) -> str:
-    """Name the codes of replies and how often each came, without the text."""
-    found = ((code, _ENHANCED_CODE.match(text)) for code, text in replies)
-    counts = collections.Counter(
-        f"{code} {match[0].decode()}" if match else f"{code}" for code, match in found
-    )
-    return ", ".join(
-        code if count == 1 else f"{code} ({count} times)"
-        for code, count in counts.items()
-    )
