@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import functools
+import logging
 import re
+import smtplib
 import time
 import typing as t
 
@@ -13,15 +16,20 @@ from flask import current_app
 from ..binding import notify
 from ..context import find_app_context
 from ..exceptions import DeliveryError
+from ..log import log
 from ..stack import current_scope
 from ..stack import run
 from ..tasks import task
 from ..uwsgi import threads_go_on
+from .changes import find_change
 from .envelope import Envelope
 from .envelope import SMTPSettings
 from .pool import ConnectionPools
+from .replies import mask
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     import typing_extensions as te
     from flask import Flask
 
@@ -32,7 +40,10 @@ if t.TYPE_CHECKING:
 # Before Python 3.13, email.policy ends a header at whatever str.splitlines() does.
 _LINE_BREAK = re.compile(r"[\n-\r\x1c-\x1e\x85\u2028\u2029]")
 
+T = t.TypeVar("T")
 Address: t.TypeAlias = "str | tuple[str, str]"
+# A method, and its arguments.
+Call: t.TypeAlias = "tuple[str, tuple[t.Any, ...], dict[str, t.Any]]"
 # What to deliver, and the message as it was then, to tell of it.
 Outgoing: t.TypeAlias = "tuple[Envelope, flask_mail.Message]"
 
@@ -40,9 +51,13 @@ Outgoing: t.TypeAlias = "tuple[Envelope, flask_mail.Message]"
 def reroute(app: Flask, config: Config) -> None:
     """Send the mail of an app in the background of its requests.
 
-    All that Flask-Mail sends, it sends over what a ``connect`` returns. From now on
-    that is ours for each rerouted app, and for all others what it was.
+    All that Flask-Mail sends goes through ``send`` and ``connect`` of a ``Mail``, which
+    are looked up by our function from now on. It changes nothing for other apps.
+
+    :raises ValueError: There are two kinds of TLS at once.
     """
+    check_tls(app.config)
+
     if config.mail_tls_verify is False:
         app.logger.warning(
             "APITASK_MAIL_TLS_VERIFY is False: whoever answers for the mail server gets"
@@ -59,6 +74,7 @@ class ReroutedMail:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._pools = ConnectionPools()
+        self._told: set[str] = set()
 
     def pool(self, mail: flask_mail._Mail) -> ConnectionPool:
         """Return the pool for what ``app.extensions["mail"]`` says by now."""
@@ -66,8 +82,8 @@ class ReroutedMail:
         settings = SMTPSettings(
             host=mail.server,
             port=int(mail.port or 0),
-            use_tls=bool(mail.use_tls),
-            use_ssl=bool(mail.use_ssl),
+            use_tls=is_true(mail.use_tls),
+            use_ssl=is_true(mail.use_ssl),
             # Environment variables bring numbers where they look like some.
             username=None if mail.username is None else str(mail.username),
             password=None if mail.password is None else str(mail.password),
@@ -82,23 +98,82 @@ class ReroutedMail:
             settings, size=config.mail_connections, keepalive=keepalive
         )
 
+    def tell(self, app: Flask, change: str) -> None:
+        """Warn, once, of something that sends in our place."""
+        if change not in self._told:
+            self._told.add(change)
+            log(
+                app.logger,
+                logging.WARNING,
+                "Flask-Mail is changed: %s. That sends the mail of this app, then, in"
+                " the background as before, but with no kept connections and no"
+                " pipelining; the APITASK_MAIL_* keys of connections have no effect.",
+                change,
+            )
+
+
+def is_true(value: object) -> bool:
+    """Read a flag of Flask-Mail, also where an environment variable made it text."""
+    if isinstance(value, str):
+        return value.strip().lower() not in {"", "0", "false", "no", "none", "off"}
+
+    return bool(value)
+
+
+def check_tls(config: cabc.Mapping[str, t.Any]) -> None:
+    """Refuse the keys of an app that ask for two kinds of TLS at once."""
+    use_tls, use_ssl = config.get("MAIL_USE_TLS"), config.get("MAIL_USE_SSL")
+
+    if is_true(use_tls) and is_true(use_ssl):
+        raise ValueError(
+            f"MAIL_USE_TLS is {use_tls!r} and MAIL_USE_SSL is {use_ssl!r}, but only one"
+            " can be: STARTTLS, mostly on port 587, or TLS from the start, mostly on"
+            " port 465."
+        )
+
 
 def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
     """Look up an attribute of a ``Mail``, in place of its ``__getattribute__``."""
     value = object.__getattribute__(self, name)
-    context = find_app_context() if name == "connect" else None
 
-    if context is not None:
-        extensions = context.app.extensions
-        # It may belong to another app than the current one.
-        app = vars(self).get("app") or context.app
+    if name == "init_app":
+        return functools.partial(_init_app, value)
 
-        if {"mail", "apitask_mail"} <= extensions.keys() and app == context.app:
-            return functools.partial(
-                BackgroundConnection, extensions["apitask_mail"], extensions["mail"]
-            )
+    context = find_app_context() if name in {"connect", "send"} else None
 
-    return value
+    if context is None:
+        return value
+
+    app: Flask = context.app
+    rerouted: ReroutedMail | None = app.extensions.get("apitask_mail")
+    mail: flask_mail._Mail | None = app.extensions.get("mail")
+
+    # It may belong to another app than the current one.
+    if rerouted is None or mail is None or (vars(self).get("app") or app) != app:
+        return value
+
+    change = find_change(self, name, is_true(mail.suppress))
+
+    if change is None:
+        connect = functools.partial(BackgroundConnection, rerouted, mail)
+        # Flask-Mail's own send() looks up connect() in turn.
+        return connect if name == "connect" else value
+
+    rerouted.tell(app, change)
+
+    if current_scope() is None:
+        return value
+
+    return functools.partial(
+        RecordedConnection if name == "connect" else _send_changed, value
+    )
+
+
+def _init_app(init_app: cabc.Callable[[Flask], T], app: Flask) -> T:
+    if "apitask_mail" in app.extensions:
+        check_tls(app.config)
+
+    return init_app(app)
 
 
 class BackgroundConnection:
@@ -286,6 +361,83 @@ def render(
         tuple(message.mail_options),
         tuple(message.rcpt_options),
     )
+
+
+class RecordedConnection:
+    """What ``mail.connect()`` returns where somebody else's code sends.
+
+    What is done with it in a ``with`` block is done later by one task, with what the
+    other ``connect()`` returns there: all of it is theirs, and none of it ours.
+    """
+
+    def __init__(self, connect: cabc.Callable[[], t.Any]) -> None:
+        self._connect = connect
+        self._calls: list[Call] | None = None
+
+    def __enter__(self) -> te.Self:
+        self._calls = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._calls:
+            run(_replay, self._connect, self._calls)
+
+    def __getattr__(self, name: str) -> t.Any:
+        if self._calls is None:
+            # Not in a block, whose end would send: it is as without us.
+            return getattr(self._connect(), name)
+
+        return functools.partial(self._record, name)
+
+    def _record(self, name: str, /, *args: t.Any, **kwargs: t.Any) -> None:
+        t.cast("list[Call]", self._calls).append((name, _freeze(args), kwargs))
+
+
+@task("flask_mail.send")
+def _replay(connect: cabc.Callable[[], t.Any], calls: list[Call]) -> None:
+    with _without_addresses(), connect() as connection:
+        for name, args, kwargs in calls:
+            getattr(connection, name)(*args, **kwargs)
+
+
+def _send_changed(
+    send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any
+) -> None:
+    """Have a task call somebody else's ``send``."""
+    run(_call, send, _freeze(args), kwargs)
+
+
+@task("flask_mail.send")
+def _call(
+    send: cabc.Callable[..., t.Any], args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
+) -> None:
+    with _without_addresses():
+        send(*args, **kwargs)
+
+
+def _freeze(args: tuple[t.Any, ...]) -> tuple[t.Any, ...]:
+    """Take messages as they are now."""
+    return tuple(
+        _snapshot(arg) if isinstance(arg, flask_mail.Message) else arg for arg in args
+    )
+
+
+@contextlib.contextmanager
+def _without_addresses() -> cabc.Iterator[None]:
+    """Turn errors of :mod:`smtplib`, which show addresses, into what can be logged."""
+    try:
+        yield
+    except DeliveryError:
+        raise
+    except smtplib.SMTPException as error:
+        recipients = getattr(error, "recipients", {})
+        code = getattr(error, "smtp_code", None)
+        raise DeliveryError(
+            f"The message was not delivered: {type(error).__name__}:"
+            f" {mask(str(error), recipients)}.",
+            reply=None if code is None else (code, getattr(error, "smtp_error", b"")),
+            recipients=recipients,
+        ) from None
 
 
 def _snapshot(message: flask_mail.Message) -> flask_mail.Message:
