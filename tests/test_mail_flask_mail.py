@@ -200,12 +200,11 @@ def test_order_of_initialisation(inbox: Mailbox, mail_first: bool) -> None:
         ({"body": "\ud800"}, UnicodeEncodeError),
         ({"mail_options": ["SIZE=1\r\nRSET"]}, ValueError),
         ({"subject": "a\x0cBcc: eve@example.org"}, BadHeaderError),
-        ({"recipients": [("A\x0bBcc: eve", "ann@example.org")]}, BadHeaderError),
         ({"attachments": [Attachment("a\nBcc: x", "text/plain", "")]}, BadHeaderError),
         (
             {
                 "attachments": [
-                    Attachment("a", "text/plain", "", headers={"X": "\u2028"})
+                    Attachment("a", "text/plain", "", headers={"X": "a\nBcc: eve"})
                 ]
             },
             BadHeaderError,
@@ -225,7 +224,6 @@ def test_order_of_initialisation(inbox: Mailbox, mail_first: bool) -> None:
         "body",
         "option",
         "form feed",
-        "vertical tab",
         "attachment",
         "attachment header",
     ],

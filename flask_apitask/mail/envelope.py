@@ -7,7 +7,7 @@ import smtplib
 import ssl
 
 _FOLD = re.compile(r"\r?\n(?=[ \t])")
-_UNFIT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+_UNFIT = re.compile(r"[\0\r\n\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Envelope:
     :param sender: An address, as all recipients; a display name is dropped.
     :param content: The message as of :rfc:`5322`, with any kind of line ends.
     :param message_id: The ``Message-ID`` header, by which errors name the message.
-    :raises ValueError: There is no recipient, or an address or an option has a control
-        character, which could be taken for a command, or can't be encoded.
+    :raises ValueError: There is no recipient, or an address or an option has a line
+        break, after which a command could follow, or can't be encoded.
     """
 
     sender: str = dataclasses.field(repr=False)
@@ -34,16 +34,14 @@ class Envelope:
 
         # A long display name is folded, like the header that it was made for.
         paths = [_FOLD.sub("", path) for path in (self.sender, *self.recipients)]
-        sender, *recipients = [smtplib.quoteaddr(path)[1:-1] for path in paths]
-        options = self.mail_options + self.rcpt_options
-        broken = any({"\r", "\n", "\0"} & {*path} for path in paths)
 
-        if broken or any(map(_UNFIT.search, (sender, *recipients, *options))):
+        if any(map(_UNFIT.search, (*paths, *self.mail_options, *self.rcpt_options))):
             raise ValueError(
                 f"An address or an option of the message {self.message_id!r} has a line"
-                " break, another control character or a lone surrogate in it."
+                " break, a null character or a lone surrogate in it."
             )
 
+        sender, *recipients = [smtplib.quoteaddr(path)[1:-1] for path in paths]
         object.__setattr__(self, "sender", sender)
         object.__setattr__(self, "recipients", tuple(recipients))
 

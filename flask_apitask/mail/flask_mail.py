@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import copy
+import email
+import email.errors
 import functools
 import logging
 import re
@@ -37,15 +40,19 @@ if t.TYPE_CHECKING:
     from .pool import ConnectionPool
     from .pool import PooledConnection
 
-# Before Python 3.13, email.policy ends a header at whatever str.splitlines() does.
-_LINE_BREAK = re.compile(r"[\n-\r\x1c-\x1e\x85\u2028\u2029]")
+# Bytes of rendered messages with which a block begins to deliver while it is open.
+_BATCH = 4 * 1024 * 1024
+
+_LINE_BREAK = re.compile(r"[\r\n]")
+# Before Python 3.13, email ends a line of a header wherever str.splitlines() does.
+_SEPARATOR = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 
 T = t.TypeVar("T")
 Address: t.TypeAlias = "str | tuple[str, str]"
 # A method, and its arguments.
 Call: t.TypeAlias = "tuple[str, tuple[t.Any, ...], dict[str, t.Any]]"
-# What to deliver, and the message as it was then, to tell of it.
-Outgoing: t.TypeAlias = "tuple[Envelope, flask_mail.Message]"
+# What to deliver, and the message as it was then, if anybody wants to be told of it.
+Outgoing: t.TypeAlias = "tuple[Envelope, flask_mail.Message | None]"
 
 
 def reroute(app: Flask, config: Config) -> None:
@@ -180,7 +187,8 @@ class BackgroundConnection:
     """What ``mail.connect()`` returns, in place of a :class:`flask_mail.Connection`.
 
     In a scope, what is sent is rendered at once, and delivered by one task when the
-    block is left. Without one it is delivered at once.
+    block is left; some megabytes are delivered before that, by one task after another.
+    Without a scope a message is delivered at once.
     """
 
     host = None
@@ -191,6 +199,8 @@ class BackgroundConnection:
         self._rerouted = rerouted
         self._left = False
         self._batch: collections.deque[Outgoing] = collections.deque()
+        self._size = 0
+        self._delivery: concurrent.futures.Future[None] | None = None
         # Where the batch goes to; or, without a scope, each message.
         self._pool: ConnectionPool | None = None
         self._connection: PooledConnection | None = None
@@ -216,7 +226,7 @@ class BackgroundConnection:
             self._connection.close()
 
         if self._pool is not None and self._batch:
-            run(deliver, self._pool, self._batch)
+            self._begin_delivery(self._pool)
 
     def send(
         self, message: flask_mail.Message, envelope_from: Address | None = None
@@ -238,15 +248,43 @@ class BackgroundConnection:
         check(message, envelope_from)
         self.num_emails += 1
 
+        if message.date is None:
+            message.date = time.time()
+
+        # Those who listen now are those who are told, as in Flask-Mail.
+        listened = bool(flask_mail.email_dispatched.receivers)
+        copied = _snapshot(message) if listened else None
+
         if self._connection is None and self._pool is None:
-            _announce(_snapshot(message))
+            _announce([copied])
             return
 
-        self._batch.append((render(message, envelope_from), _snapshot(message)))
+        envelope = render(message, envelope_from)
+        self._batch.append((envelope, copied))
+        self._size += len(envelope.content)
 
         if self._connection is not None:
             delivered, failures = _send(self._connection, self._batch)
-            _conclude(delivered, failures)
+            _announce(delivered)
+
+            if failures:
+                raise failures[0]
+
+        elif self._pool is not None and self._size >= _BATCH:
+            self._begin_delivery(self._pool)
+
+    def _begin_delivery(self, pool: ConnectionPool) -> None:
+        """Have a task deliver the batch, once the one before is through."""
+        give_up = False
+
+        if self._delivery is not None:
+            # It is cancelled if the time of the request is up.
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                error = self._delivery.exception()
+                give_up = isinstance(error, DeliveryError) and error.unreachable
+
+        self._delivery = run(deliver, pool, self._batch, give_up)
+        self._batch, self._size = collections.deque(), 0
 
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
         """Send what the arguments of :class:`flask_mail.Message` say."""
@@ -254,66 +292,82 @@ class BackgroundConnection:
 
 
 @task("flask_mail.send")
-def deliver(pool: ConnectionPool, batch: collections.deque[Outgoing]) -> None:
+def deliver(
+    pool: ConnectionPool, batch: collections.deque[Outgoing], give_up: bool = False
+) -> None:
     """Deliver messages in order.
 
     One that is refused does not stop the others. A server that can't be reached does:
     to wait for it once more for each of them would hold the request for minutes.
 
+    :param give_up: It could not be reached before, so nothing is tried.
     :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
     with pool.connection() as connection:
-        delivered, failures = _send(connection, batch)
+        delivered, failures = _send(connection, batch, give_up)
 
     # A receiver may send mail, and must not wait for the connection used for this.
-    _conclude(delivered, failures)
+    _announce(delivered)
+
+    if failures:
+        # From here, as what is below is of no use to those who read the log.
+        error = _sum_up(failures, len(delivered) + len(failures))
+        error.unreachable = not connection.is_reachable
+        raise error
+
+
+# The exit of the process waits for it: the timeouts of its connection bound it.
+deliver.exit_grace = None  # type: ignore[attr-defined]
 
 
 def _send(
-    connection: PooledConnection, batch: collections.deque[Outgoing]
-) -> tuple[list[flask_mail.Message], list[DeliveryError]]:
+    connection: PooledConnection,
+    batch: collections.deque[Outgoing],
+    give_up: bool = False,
+) -> tuple[list[flask_mail.Message | None], list[DeliveryError]]:
     """Send a batch, and return what was delivered and what went wrong."""
-    delivered: list[flask_mail.Message] = []
+    delivered: list[flask_mail.Message | None] = []
     failures: list[DeliveryError] = []
 
     while batch:
         envelope, message = batch.popleft()
 
         try:
-            if failures and not connection.is_reachable:
+            if (failures or give_up) and not connection.is_reachable:
                 raise DeliveryError("It was not tried.")
 
             connection.send(envelope)
             delivered.append(message)
         except DeliveryError as error:
             error.message_id = envelope.message_id
-            failures.append(error)
+            failures.append(error.with_traceback(None))
 
     return delivered, failures
 
 
-def _conclude(
-    delivered: list[flask_mail.Message], failures: list[DeliveryError]
-) -> None:
-    """Tell of what was delivered, and raise what went wrong."""
-    for message in delivered:
-        _announce(message)
-
+def _sum_up(failures: list[DeliveryError], count: int) -> DeliveryError:
     if len(failures) == 1:
-        raise failures[0]
+        return failures[0]
 
-    if failures:
-        count = len(delivered) + len(failures)
-        causes = "\n".join(f"- {error}" for error in failures)
-        raise DeliveryError(
-            f"{len(failures)} of {count} messages were not delivered:\n{causes}"
-        )
+    causes = "\n".join(f"- {error}" for error in failures)
+    return DeliveryError(
+        f"{len(failures)} of {count} messages were not delivered:\n{causes}",
+        recipients={
+            recipient: reply
+            for error in failures
+            for recipient, reply in error.recipients.items()
+        },
+        failures=tuple(failures),
+    )
 
 
-def _announce(message: flask_mail.Message) -> None:
+def _announce(messages: list[flask_mail.Message | None]) -> None:
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-    # It is delivered: a receiver that fails must not make it a failure.
-    notify(flask_mail.email_dispatched, app, {"message": message})
+
+    for message in messages:
+        if message is not None:
+            # It is delivered: a receiver that fails must not make it a failure.
+            notify(flask_mail.email_dispatched, app, {"message": message})
 
 
 def check(message: flask_mail.Message, envelope_from: Address | None = None) -> None:
@@ -327,40 +381,93 @@ def check(message: flask_mail.Message, envelope_from: Address | None = None) -> 
             " configured"
         )
 
-    headers = message.extra_headers or {}
-    fields: list[t.Any] = [envelope_from or "", message.sender, message.reply_to or ""]
-    fields += [*message.recipients, *message.cc, *message.bcc, *headers.items()]
     # A subject may be folded, as Flask-Mail checks.
-    fields.append(str(message.subject or "").replace("\r\n", ""))
-
-    for attachment in message.attachments:
-        fields += [attachment.filename or "", attachment.content_type]
-        fields += attachment.headers.items()
-
-    broken = any(_LINE_BREAK.search("".join(map(str, field))) for field in fields)
+    texts = _header_texts(message, envelope_from)
+    broken = any(map(_LINE_BREAK.search, texts))
 
     if broken or message.has_bad_headers():
-        raise flask_mail.BadHeaderError(
-            "There is a line break in an address, the subject, an extra header, an"
-            " attachment's name or headers, or the envelope's sender."
-        )
+        raise _bad_header()
 
 
 def render(
     message: flask_mail.Message, envelope_from: Address | None = None
 ) -> Envelope:
-    """Render a message as Flask-Mail does."""
-    if message.date is None:
-        message.date = time.time()
+    """Render a message as Flask-Mail does.
+
+    :raises flask_mail.BadHeaderError: A separator in a text has made a header of it.
+    """
+    try:
+        content = message.as_bytes()
+
+        if any(map(_SEPARATOR.search, _header_texts(message, envelope_from))):
+            harmless = _clean(message)
+
+            if _outline(content) != _outline(harmless.as_bytes()):
+                raise _bad_header()
+    except email.errors.MessageError as error:
+        # Newer versions of Python find it out by themselves.
+        raise _bad_header() from error
 
     return Envelope(
         flask_mail.sanitize_address(envelope_from or message.sender),
         tuple(flask_mail.sanitize_addresses(message.send_to)),
-        message.as_bytes(),
+        content,
         message.msgId,
         tuple(message.mail_options),
         tuple(message.rcpt_options),
     )
+
+
+def _header_texts(
+    message: flask_mail.Message, envelope_from: Address | None
+) -> cabc.Iterator[str]:
+    """Yield what goes into headers, but for the folds that a subject may have."""
+    headers = message.extra_headers or {}
+    yield str(message.subject or "").replace("\r\n", "")
+    fields: list[t.Any] = [envelope_from or "", message.sender, message.reply_to or ""]
+    fields += [*message.recipients, *message.cc, *message.bcc, *headers.items()]
+
+    for attachment in message.attachments:
+        fields += [attachment.filename or "", attachment.content_type]
+        fields += [attachment.disposition, *attachment.headers.items()]
+
+    for field in fields:
+        yield "".join(map(str, field))
+
+
+def _bad_header() -> flask_mail.BadHeaderError:
+    return flask_mail.BadHeaderError(
+        "There is a line break in an address, the subject, an extra header, an"
+        " attachment's name or headers, or the envelope's sender."
+    )
+
+
+def _clean(value: t.Any) -> t.Any:
+    """Copy a message, or a part of it, without separators in what goes into headers."""
+    if isinstance(value, flask_mail.Message | flask_mail.Attachment):
+        clean = copy.copy(value)
+        vars(clean).update(
+            (name, _clean(part))
+            for name, part in vars(value).items()
+            if name not in {"body", "alts", "data"}
+        )
+        return clean
+
+    if isinstance(value, dict):
+        return {_clean(name): _clean(part) for name, part in value.items()}
+
+    if isinstance(value, list | tuple):
+        return type(value)(map(_clean, value))
+
+    # Anything else may be a lazy text.
+    is_number = value is None or isinstance(value, int | float)
+    return value if is_number else _SEPARATOR.sub("_", str(value))
+
+
+def _outline(content: bytes) -> list[tuple[list[str], int]]:
+    """Return the headers of each part of a message, by name, and what is odd there."""
+    parts = email.message_from_bytes(content).walk()
+    return [(sorted(map(str.lower, part)), len(part.defects)) for part in parts]
 
 
 class RecordedConnection:
