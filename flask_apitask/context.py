@@ -50,14 +50,12 @@ def find_request_context() -> t.Any | None:
     return context if not MERGED or context.has_request else None
 
 
-def find_push(request_context: t.Any) -> object:
-    """Return what stands for the push that a request's context will be popped from.
+def is_pushed(request_context: t.Any) -> bool:
+    """Return whether somebody is going to pop the context of a request.
 
-    Before Flask 3.2, :func:`flask.stream_with_context` pushes it once more for the
-    body, after the teardown. A thread that outlives the request sees it without a push.
+    A thread that outlives the request sees a context that was popped.
     """
-    pushes = () if MERGED else request_context._cv_tokens
-    return pushes[0][0] if pushes else None
+    return MERGED or bool(request_context._cv_tokens)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
