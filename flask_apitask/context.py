@@ -79,6 +79,19 @@ current_frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar(
 )
 
 
+def is_in_task(request: Request) -> bool:
+    """Return whether the caller is in a task of this request."""
+    frame = current_frame.get()
+
+    while frame is not None:
+        if frame.scope is None and frame.request is request:
+            return True
+
+        frame = frame.parent
+
+    return False
+
+
 def _merged_task_context(app: Flask) -> contextlib.AbstractContextManager[object]:
     context = find_request_context()
     is_in_request = context is not None and context.app is app

@@ -18,6 +18,7 @@ from .context import is_pushed
 from .context import MERGED
 from .executor.scope import TaskScope
 from .runner import TaskRunner
+from .session import own_sessions
 
 if t.TYPE_CHECKING:
     from flask import Flask
@@ -77,7 +78,8 @@ class RequestScope:
             return self._scope
 
         config, pool = app.extensions["apitask"]
-        runner = TaskRunner(app, request_context.request)
+        own_sessions(request_context)
+        runner = TaskRunner(app, request_context.request, config.copy_g)
 
         with self._lock:
             if self._scope is None:

@@ -40,8 +40,11 @@ class Gate:
     def __init__(self) -> None:
         self.begun = threading.Event()
         self.opened = threading.Event()
+        # Those that have come.
+        self.threads: list[threading.Thread] = []
 
     def __call__(self, *args: object) -> str:
+        self.threads.append(threading.current_thread())
         self.begun.set()
         assert self.opened.wait(PATIENCE)
         return "through"

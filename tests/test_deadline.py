@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
-import os
-import socket
 import sys
 import threading
 import traceback
@@ -36,7 +33,6 @@ from flask_apitask.executor.runner import Runner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
-    import types
 
     from conftest import AppFactory
     from flask import Flask
@@ -45,116 +41,31 @@ if t.TYPE_CHECKING:
 DEADLINE = 0.1
 
 
-class Trap:
-    """Where tasks are stuck until the test lets them out.
-
-    :param hold: Blocks.
-    :param release: Lets all of them out, and those that come later through.
-    """
-
-    def __init__(
-        self, hold: cabc.Callable[[], object], release: cabc.Callable[[], object]
-    ) -> None:
-        self._hold = hold
-        self._release: list[cabc.Callable[[], object]] = [release]
-        self.threads: list[threading.Thread] = []
-
-    def fill(self, count: int) -> None:
-        """Run tasks of the current scope, and return as soon as they are stuck."""
-        present = len(self.threads)
-
-        for _ in range(count):
-            run(task("trapped")(functools.partial(self.enter)))
-
-        wait_until(lambda: len(self.threads) == present + count)
-        wait_until(lambda: all(map(self._holds, self.threads)))
-
-    def open(self) -> None:
-        """Let the tasks out."""
-        if self._release:
-            self._release.pop()()
-
-    def enter(self) -> None:
-        self.threads.append(threading.current_thread())
-        self._hold()
-
-    def _holds(self, thread: threading.Thread) -> bool:
-        frame = sys._current_frames()[t.cast("int", thread.ident)]
-        code = t.cast("types.FunctionType", self._hold).__code__
-        return frame.f_code is code
+@pytest.fixture
+def trap() -> cabc.Iterator[Gate]:
+    """Where tasks are stuck until the end of the test, or until it lets them out."""
+    trap = Gate()
+    yield trap
+    trap.opened.set()
 
 
-@contextlib.contextmanager
-def in_lock() -> cabc.Iterator[Trap]:
-    lock = threading.Lock()
-    lock.acquire()
+def get_stuck(trap: Gate, count: int = 1) -> None:
+    """Run tasks of the current scope, and return as soon as they are stuck."""
+    present = len(trap.threads)
 
-    def hold() -> None:
-        with lock:  # stuck here
-            pass
+    for _ in range(count):
+        run(task("trapped")(functools.partial(trap)))
 
-    yield Trap(hold, lock.release)
+    wait_until(lambda: len(trap.threads) == present + count)
 
 
-@contextlib.contextmanager
-def in_socket() -> cabc.Iterator[Trap]:
-    ours, theirs = socket.socketpair()
-
-    def hold() -> None:
-        ours.recv(1)  # stuck here
-
-    with theirs:
-        yield Trap(hold, theirs.close)
-
-    ours.close()
-
-
-@contextlib.contextmanager
-def in_c() -> cabc.Iterator[Trap]:
-    reading, writing = os.pipe()
-
-    def hold() -> None:
-        os.read(reading, 1)  # stuck here
-
-    yield Trap(hold, lambda: os.close(writing))
-    os.close(reading)
-
-
-@contextlib.contextmanager
-def in_python() -> cabc.Iterator[Trap]:
-    released: list[bool] = []
-
-    def hold() -> None:
-        while not released:  # stuck here
-            pass
-
-    yield Trap(hold, lambda: released.append(True))
-
-
-@pytest.fixture(params=[in_lock])
-def trap(request: pytest.FixtureRequest) -> cabc.Iterator[Trap]:
-    """A trap, in a lock if a test does not say otherwise."""
-    with request.param() as trap:
-        try:
-            yield trap
-        finally:
-            trap.open()
-
-
-each_trap = pytest.mark.parametrize(
-    "trap", [in_lock, in_socket, in_c, in_python], indirect=True
-)
-
-
-def make_stuck_app(
-    make_app: AppFactory, trap: Trap, size: int, **config: t.Any
-) -> Flask:
+def make_stuck_app(make_app: AppFactory, trap: Gate, size: int) -> Flask:
     """Make an app with a view that leaves as many stuck tasks as it is told."""
-    app = make_app(APITASK_POOL_SIZE=size, APITASK_TIMEOUT=DEADLINE, **config)
+    app = make_app(APITASK_POOL_SIZE=size, APITASK_TIMEOUT=DEADLINE)
 
     @app.get("/stuck/<int:count>")
     def stuck(count: int) -> str:
-        trap.fill(count)
+        get_stuck(trap, count)
         return "ok"
 
     @app.get("/threads/<int:count>")
@@ -172,20 +83,19 @@ def make_stuck_app(
 
 
 def test_tasks_left_behind_are_reported(
-    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, trap: Gate
 ) -> None:
     """At the deadline the response goes out, and the rest is told (behaviour 18)."""
     app = make_app(APITASK_TIMEOUT=DEADLINE, APITASK_MAX_WORKERS=1)
     ran: list[str] = []
     futures: list[t.Any] = []
-    gate = Gate()
 
     @app.get("/")
     def index() -> str:
-        futures.append(run(task("slow.one")(functools.partial(gate))))
+        futures.append(run(task("slow.one")(functools.partial(trap))))
         futures.append(run(task("never.one")(lambda: ran.append("first"))))
         futures.append(run(task("never.two")(lambda: ran.append("second"))))
-        assert gate.begun.wait(PATIENCE)
+        assert trap.begun.wait(PATIENCE)
         return "ok"
 
     @app.get("/next")
@@ -210,7 +120,7 @@ def test_tasks_left_behind_are_reported(
     assert "'slow.one'" in text
     assert "assert self.opened.wait(PATIENCE)" in text
 
-    gate.opened.set()
+    trap.opened.set()
     assert futures[0].result(PATIENCE) == "through"
     assert ran == []
     assert len(caplog.records) == 3
@@ -267,13 +177,13 @@ def test_tasks_in_time(
 
 
 def test_deadline_of_a_block(
-    make_app: AppFactory, caplog: pytest.LogCaptureFixture, trap: Trap
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, trap: Gate
 ) -> None:
     """A block has a deadline of its own, and its tasks are told the same way."""
     app = make_app()
 
     with app.app_context(), open_scope(timeout=DEADLINE):
-        trap.fill(1)
+        get_stuck(trap)
 
     (record,) = t.cast("list[t.Any]", caplog.records)
     assert record.levelname == "WARNING"
@@ -281,13 +191,12 @@ def test_deadline_of_a_block(
     assert record.apitask_endpoint is None
 
 
-@each_trap
 def test_stuck_threads_are_named_and_replaced(
-    make_app: AppFactory, caplog: pytest.LogCaptureFixture, trap: Trap
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, trap: Gate
 ) -> None:
-    """Whatever holds the threads: the response goes out, and others serve the next.
+    """The response goes out, and other threads serve the next request.
 
-    They overlap their tasks with the view, as ever.
+    It overlaps its tasks with the view, as ever.
     """
     app = make_stuck_app(make_app, trap, 2)
     how: list[str] = []
@@ -300,7 +209,7 @@ def test_stuck_threads_are_named_and_replaced(
     (record,) = t.cast("list[t.Any]", caplog.records)
     assert record.levelname == "WARNING"
     assert record.apitask_tasks == ["trapped", "trapped"]
-    assert record.getMessage().count("# stuck here") == 2
+    assert record.getMessage().count("self.opened.wait(PATIENCE)") == 2
     pool = app.extensions["apitask"].pool
     assert repr(pool) == "<ThreadPool size=2 busy=2 idle=0 abandoned=2 waiting=0>"
 
@@ -311,19 +220,19 @@ def test_stuck_threads_are_named_and_replaced(
     ours = {threading.get_ident(), *(thread.ident for thread in trap.threads)}
     assert used is not None
     assert not ours.intersection(used)
-    trap.open()
+    trap.opened.set()
     resting = "<ThreadPool size=2 busy=0 idle=2 abandoned=0 waiting=0>"
     wait_until(lambda: repr(pool) == resting)
     assert len(caplog.records) == 1
 
 
-def test_more_stuck_tasks_than_threads(make_app: AppFactory, trap: Trap) -> None:
+def test_more_stuck_tasks_than_threads(make_app: AppFactory, trap: Gate) -> None:
     """With all threads stuck and more, requests end and have their tasks done."""
     app = make_stuck_app(make_app, trap, 1)
 
     @app.get("/more")
     def more() -> str:
-        run(trap.enter)
+        run(trap)
         return "ok"
 
     for count in range(1, 5):
@@ -331,12 +240,12 @@ def test_more_stuck_tasks_than_threads(make_app: AppFactory, trap: Trap) -> None
         wait_until(lambda count=count: len(trap.threads) == count)  # type: ignore[misc]
 
     assert in_time(app.test_client().get, "/threads/1").json
-    trap.open()
+    trap.opened.set()
     pool = app.extensions["apitask"].pool
     wait_until(lambda: pool._count() <= 1 and not pool._abandoned)
 
 
-def test_scopes_that_queue_are_served(make_app: AppFactory, trap: Trap) -> None:
+def test_scopes_that_queue_are_served(make_app: AppFactory, trap: Gate) -> None:
     """What queues while all threads are stuck begins at the deadline of those."""
     app = make_stuck_app(make_app, trap, 1)
     queued = threading.Event()
@@ -344,7 +253,7 @@ def test_scopes_that_queue_are_served(make_app: AppFactory, trap: Trap) -> None:
 
     @app.get("/late")
     def late() -> str:
-        trap.fill(1)
+        get_stuck(trap)
         assert queued.wait(PATIENCE)
         return "late"
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import threading
 import typing as t
 import weakref
 
@@ -227,13 +226,3 @@ def test_context_of_a_submission_goes_with_the_future() -> None:
         reference = contextvars.copy_context().run(submit)
         scope.wait()
         wait_until(lambda: reference() is None)
-
-
-def test_it_says_what_it_is() -> None:
-    """It is shown as the standard library shows its own."""
-    thread = threading.get_ident()
-
-    with make_scope() as scope:
-        future = scope.submit(threading.get_ident)
-        assert future.result(PATIENCE) == future.thread != thread
-        assert "state=finished returned int" in repr(future)

@@ -26,6 +26,8 @@ IMPORTERS = {
 
 # Private names of other packages: which one is used, and why it may be.
 FOREIGN_PRIVATE_NAMES = {
+    "_cv_tokens": "Flask < 3.2: whether a request context is pushed; nothing public"
+    " tells, once a stream has pushed it anew (test_request_scope.py)",
     "_current_frames": "documented by Python: what every thread is doing",
     "_get_current_object": "documented by Werkzeug: the object behind a proxy",
     "_register_atexit": "Python's own thread pool ends by it: atexit comes too late for"

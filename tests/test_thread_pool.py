@@ -71,7 +71,7 @@ def fill(pool: ThreadPool, count: int = 1) -> tuple[list[Calling], Gate]:
     """Keep threads of a pool busy until a gate is opened."""
     gate = Gate()
     busy = [request(pool, gate) for _ in range(count)]
-    wait_until(lambda: sum(len(scope.threads) for scope in busy) == count)
+    wait_until(lambda: len(gate.threads) == count)
     return busy, gate
 
 

@@ -327,10 +327,6 @@ class TaskScope(concurrent.futures.Executor):
             self._request_threads(lacking)
 
     def _stop_waiting(self, barrier: _Barrier | None = None) -> None:
-        # A task that ran inline may have forked.
-        if self._forked:
-            return
-
         with self._lock:
             self.waiters -= 1
 
@@ -390,7 +386,14 @@ class TaskScope(concurrent.futures.Executor):
     def _finish(self, future: TaskFuture[t.Any]) -> TaskFuture[t.Any] | None:
         """Give back the slot of a task that is done, and take the next one."""
         if self._forked:
-            # The task has forked. What else there is to do is for the parent.
+            # The task has forked. What else there is to do is for the parent, and not
+            # waited for in here, where the task may have run inline.
+            self._lock = threading.Lock()
+            self._queue.clear()
+
+            for barrier in self._barriers:
+                barrier.remaining = 0
+
             return None
 
         with self._lock:
