@@ -23,6 +23,7 @@ TIMEOUT = (
 SECONDS = "must be a number of seconds above 0."
 KEEPALIVE = "must be a number of seconds, or 0 for one connection per batch."
 WAIT = "must be 'teardown' or 'close'."
+NAMES = "must be names, as in ('request_id', 'lang_code')."
 TRUST = "must be True, False, or the path of a file of CA certificates."
 
 ALLOWED = {
@@ -31,6 +32,7 @@ ALLOWED = {
     "pool_size": COUNT,
     "timeout": TIMEOUT,
     "wait": WAIT,
+    "copy_g": NAMES,
     "mail_background": FLAG,
     "mail_timeout": SECONDS,
     "mail_connections": COUNT,
@@ -68,6 +70,13 @@ GOOD: dict[str, list[tuple[object, object]]] = {
         (threading.TIMEOUT_MAX, threading.TIMEOUT_MAX),
     ],
     WAIT: [("teardown", "teardown"), ("close", "close"), (" Close ", "close")],
+    NAMES: [
+        ((), ()),
+        (["user"], ("user",)),
+        ("user, lang", ("user", "lang")),
+        ('["user", "lang"]', ("user", "lang")),
+        (" ", ()),
+    ],
     SECONDS: [*GOOD_SECONDS],
     KEEPALIVE: [*GOOD_SECONDS, (0, 0.0), ("0", 0.0)],
     TRUST: [*GOOD_FLAGS],
@@ -80,6 +89,7 @@ BAD: dict[str, list[object]] = {
     COUNT: [*NO_NUMBERS, None, 0, 0.5, 1.5, "0", "2.5", math.inf, "inf", TOO_BIG],
     TIMEOUT: [*NO_NUMBERS, 0, 0.0, "0", -0.5, -math.inf],
     WAIT: [None, True, 0, "", "return", "response", ["close"], b"close"],
+    NAMES: [None, 1, "a b", "a,", ["a", 1], ("1",), "[1]", "[", b"user"],
     SECONDS: [*NO_NUMBERS, None, "none", 0, "0", math.inf, "inf", TOO_BIG],
     KEEPALIVE: [*NO_NUMBERS, None, "none", -0.1, math.inf, TOO_BIG],
     TRUST: [None, 2, "", "maybe", "/no/such/file.pem", pathlib.Path("/"), []],
@@ -99,6 +109,7 @@ def test_defaults() -> None:
         pool_size=32,
         timeout=None,
         wait="teardown",
+        copy_g=(),
         mail_background=False,
         mail_timeout=10.0,
         mail_connections=4,
