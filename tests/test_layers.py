@@ -40,6 +40,7 @@ OPTIONAL = {"asyncio", "celery", "flask_debugtoolbar", "flask_mail"}
 
 
 def name_of(path: pathlib.Path) -> str:
+    """Return the dotted name of a module."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and parts[1:] else parts)
 
@@ -83,6 +84,7 @@ def find_imports(name: str, *, types: bool = False) -> set[str]:
 
 
 def own_name(imported: str) -> str:
+    """Return the name of a module of ours, or else of a package."""
     package, _, rest = imported.partition(".")
 
     if package != "flask_apitask":
