@@ -82,11 +82,13 @@ class Wire(io.RawIOBase):
 
 
 def make_field(value: str) -> bytes:
+    """Return a form of one field, as multipart."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="colour"\r\n\r\n'
     return f"{head}{value}\r\n--{BOUNDARY}--\r\n".encode()
 
 
 def make_multipart(content: bytes) -> bytes:
+    """Return a form of a file and a field."""
     head = (
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file";'
         ' filename="a.bin"\r\n\r\n'
@@ -95,14 +97,17 @@ def make_multipart(content: bytes) -> bytes:
 
 
 def read_json() -> object:
+    """Ask for the body as JSON."""
     return request.get_json()
 
 
 def read_form() -> object:
+    """Ask for the body as a form."""
     return request.form.to_dict()
 
 
 def read_files() -> object:
+    """Ask for the files of the body."""
     return [(name, file.filename) for name, file in request.files.items()]
 
 

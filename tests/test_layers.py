@@ -37,12 +37,14 @@ FOREIGN_PRIVATE_NAMES = {
     " what a task needs, and not at all in a child of multiprocessing; optional",
     "_request": "Flask >= 3.2: without it, the end of a task's context is not the end"
     " of the request; nothing public takes it away (test_merged_context.py)",
+    "_typeshed": "the types of WSGI, which only type checkers import",
 }
 
 OPTIONAL = {"asyncio", "celery", "flask_debugtoolbar", "flask_mail"}
 
 
 def name_of(path: pathlib.Path) -> str:
+    """Return the dotted name of a module."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and parts[1:] else parts)
 
@@ -86,6 +88,7 @@ def find_imports(name: str, *, types: bool = False) -> set[str]:
 
 
 def own_name(imported: str) -> str:
+    """Return the name of a module of ours, or else of a package."""
     package, _, rest = imported.partition(".")
 
     if package != "flask_apitask":

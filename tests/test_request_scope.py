@@ -446,23 +446,28 @@ def test_client_that_preserves_the_context(make_app: AppFactory) -> None:
 
 @pytest.mark.parametrize("consume", [True, False])
 def test_stream_with_context(make_app: AppFactory, consume: bool) -> None:
-    """run() in a generator with context is never lost, nor refused (behaviour 4).
+    """A task of a generator with context is one like any other (behaviour 4).
 
     Flask 3.1.3 tears the request down before the generator runs, and once more at its
     end; others do so only at the end.
     """
     app = make_late(make_app())
     events: list[str] = []
+    threads: list[int] = []
+
+    def work(name: str) -> None:
+        events.append(name)
+        threads.append(threading.get_ident())
 
     @app.get("/")
     def index() -> flask.Response:
         def generate() -> cabc.Iterator[str]:
-            run(events.append, "first")
+            run(work, "first")
             yield "1"
-            run(events.append, "second")
+            run(work, "second")
             yield "2"
 
-        run(events.append, "view")
+        run(work, "view")
         return flask.Response(stream_with_context(generate()))
 
     response = app.test_client().get("/", buffered=False)
@@ -474,6 +479,35 @@ def test_stream_with_context(make_app: AppFactory, consume: bool) -> None:
 
     response.close()
     assert events == (["view", "first", "second"] if consume else ["view", "first"])
+    assert threading.get_ident() not in threads
+
+
+@pytest.mark.skipif(MERGED, reason="A context is over for good from Flask 3.2 on.")
+def test_context_that_is_pushed_anew(make_app: AppFactory) -> None:
+    """It has a new scope if it is pushed, which only ``_cv_tokens`` tells."""
+    app = make_late(make_app())
+    request_context = app.test_request_context()
+    events: list[str] = []
+
+    with request_context:
+        late = contextvars.copy_context()
+
+    # A thread that outlives the request makes a plain call, as nobody would end it.
+    late.run(run, events.append, "late")
+    assert events == ["late"]
+    ended = request_scope.find_request_scope(request_context)
+
+    with request_context:
+        run(events.append, "anew")
+        assert events == ["late"]
+        # Two threads may see that the former has ended.
+        handle = ended.replace(request_context)
+        assert handle is request_scope.find_request_scope(request_context)
+        assert handle.open(app, request_context) is current_scope()
+
+    assert events == ["late", "anew"]
+    # And one may come to replace it when the context was popped meanwhile.
+    assert handle.replace(request_context).ended
 
 
 @MODES
