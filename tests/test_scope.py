@@ -608,6 +608,32 @@ def test_scope_that_has_ended_waits_for_no_thread(
     assert not pool._waiting
 
 
+def test_scope_that_is_shut_down_while_it_is_served_waits_for_no_thread() -> None:
+    """A thread that is requested when there is nothing left to do is not waited for."""
+    late: list[TaskScope] = []
+    waiting: list[int] = []
+    gate = Gate()
+
+    class Ending(ThreadPool):
+        def request(self, scope: TaskScope) -> bool:
+            while late:
+                late.pop().shutdown(wait=False, cancel_futures=True)
+
+            return super().request(scope)
+
+    pool = Ending(1)
+
+    with make_scope(pool=pool) as busy:
+        busy.submit(gate)
+        scope = make_scope(2, pool)
+        done = scope.submit(lambda: waiting.append(len(pool._waiting)))
+        scope.submit(nothing)
+        late.append(scope)
+        gate.opened.set()
+        concurrent.futures.wait([done], PATIENCE)
+        assert waiting == [0]
+
+
 def test_thousand_tasks_stay_under_the_caps() -> None:
     """A thousand tasks start no more threads than the cap, and one more for a wait."""
     cap, size = 4, 8
