@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import functools
 import gc
@@ -203,6 +204,31 @@ def test_nested_scopes_end(size: int, max_workers: int) -> None:
 
     in_time(nest, 5)
     assert len(leaves) == 64
+
+
+def test_wait_begins_while_a_thread_is_requested() -> None:
+    """A scope that has not queued yet when a thread begins to wait is seen to."""
+    waiting: list[threading.Thread] = []
+    looked = threading.Event()
+
+    class Pool(ThreadPool):
+        def withdraw(self, *args: t.Any) -> bool:
+            found = super().withdraw(*args)
+            looked.set()
+            return found
+
+    class Slow(collections.deque[TaskScope]):
+        def append(self, scope: TaskScope) -> None:
+            waiting.append(start(scope.wait))
+            assert looked.wait(PATIENCE)
+            super().append(scope)
+
+    pool = Pool(0)
+    pool._waiting = Slow()
+    scope = make_scope(pool=pool)
+    scope.submit(nothing)
+    join(*waiting)
+    scope.end()
 
 
 def test_full_pool_of_stuck_tasks() -> None:
