@@ -17,13 +17,16 @@ from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
 from .context import Frame
+from .context import is_in_task
 from .exceptions import ScopeClosed
 from .executor.future import TaskFuture
 from .executor.scope import TaskScope
 from .executor.task import make_callable
+from .log import log_once
 from .runner import call_observed
 from .runner import PlainRunner
 from .runner import TaskRunner
+from .session import own_sessions
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -89,11 +92,34 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     task = make_callable(task)
     app_context = find_app_context()
     app = None if app_context is None else app_context.app
+
+    if app is not None and "apitask" not in app.extensions:
+        warn_without_apitask(app)
+
     submitted = time.monotonic()
     result = call_observed(app, "inline", submitted, task, args, kwargs)
     future: TaskFuture[t.Any] = TaskFuture(PlainRunner(app))
     future.set_result(result)
     return future
+
+
+def warn_without_apitask(app: Flask, what: str = "run() was called") -> None:
+    """Log a WARNING, once, if a request of this app lacks its :class:`ApiTask`.
+
+    :param what: What has been done on the spot therefore.
+    """
+    request_context = find_request_context()
+
+    if request_context is not None and request_context.app is app:
+        log_once(
+            app,
+            "without_apitask",
+            "%s in a request of %r, which has no ApiTask: it was %s on the spot. Create"
+            " one with ApiTask(app), or call its init_app(app).",
+            what,
+            app.name,
+            what.rpartition(" ")[2],
+        )
 
 
 def wait(timeout: float | None = None) -> None:
@@ -105,7 +131,13 @@ def wait(timeout: float | None = None) -> None:
 
     :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
     :raises TimeoutError: Some are not done yet; they go on.
+    :raises TypeError: ``timeout`` is no number.
     """
+    if not isinstance(timeout, int | float | None):
+        raise TypeError(
+            f"wait() takes a number of seconds, or None, and not {timeout!r}."
+        )
+
     scope = _find_scope()
 
     if scope is not None:
@@ -177,12 +209,18 @@ def scoped(
         @scoped(max_workers=2, timeout=5.0)
         def signup(): ...
 
+    Above it, it has no effect: the app has the view without it. This is wrong::
+
+        @scoped(max_workers=2, timeout=5.0)
+        @app.post("/signup")
+        def signup(): ...
+
     :param view: A function, sync or ``async def``.
     :param max_workers: As for :func:`open_scope`.
     :param timeout: As for :func:`open_scope`.
     :param wait: When to wait for the tasks: ``"return"``, or ``"close"`` for after the
         response to the request was sent, where there is a request.
-    :raises TypeError: ``view`` is not a function.
+    :raises TypeError: ``view`` is not a function, or it is a generator function.
     :raises ValueError: A limit is not a positive number, or ``wait`` is another word.
     """
     _read_limits(max_workers, timeout, Config())
@@ -193,10 +231,16 @@ def scoped(
             scoped, max_workers=max_workers, timeout=timeout, wait=wait
         )
 
-    if not callable(view):
+    if not callable(view) or inspect.isclass(view):
         raise TypeError(
             f"scoped() takes a function, or limits by name, as in"
             f" @scoped(max_workers=2), not {view!r}."
+        )
+
+    if inspect.isgeneratorfunction(view) or inspect.isasyncgenfunction(view):
+        raise TypeError(
+            f"scoped() can't wait for {view!r}: a generator begins when it is left."
+            " Use 'with open_scope()' in it."
         )
 
     if inspect.iscoroutinefunction(view):
@@ -288,7 +332,11 @@ def _enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskS
     request_context = find_request_context()
     request = request_context and request_context.request
     limits = _read_limits(max_workers, timeout, config)
-    scope = TaskScope(pool, *limits, TaskRunner(app, request))
+
+    if request_context is not None:
+        own_sessions(request_context)
+
+    scope = TaskScope(pool, *limits, TaskRunner(app, request, config.copy_g))
     frame = Frame(app, scope, request, current_frame.get())
     current_frame.set(frame)
     return frame, scope
@@ -312,7 +360,7 @@ def _leave_view(frame: Frame, scope: TaskScope, at_close: bool) -> bool:
     request_context = find_request_context()
 
     # The response is no concern of a function that is called by a task.
-    if not at_close or request_context is None or _is_in_task(request_context.request):
+    if not at_close or request_context is None or is_in_task(request_context.request):
         return False
 
     if request_context.app is not frame.app:
@@ -321,19 +369,6 @@ def _leave_view(frame: Frame, scope: TaskScope, at_close: bool) -> bool:
     request_scope.answer_first(frame.app)
     request_scope.find_request_scope(request_context).defer(scope)
     return True
-
-
-def _is_in_task(request: Request) -> bool:
-    """Return whether the caller is in a task of the current request."""
-    frame = current_frame.get()
-
-    while frame is not None:
-        if frame.scope is None and frame.request is request:
-            return True
-
-        frame = frame.parent
-
-    return False
 
 
 def _read_limits(

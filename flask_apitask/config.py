@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import ssl
 import threading
@@ -29,6 +31,7 @@ class Config:
     pool_size: int = 32
     timeout: float | None = None
     wait: t.Literal["teardown", "close"] = "teardown"
+    copy_g: tuple[str, ...] = ()
     mail_background: bool = False
     mail_timeout: float = 10.0
     mail_connections: int = 4
@@ -58,6 +61,27 @@ class Config:
 def refuse(key: str, value: object, allowed: str) -> ValueError:
     """Make the error for a value that is not allowed."""
     return ValueError(f"{key} is {value!r}, but must be {allowed}.")
+
+
+def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> list[str]:
+    """Say which keys look like ours and are none."""
+    names = [field.name for field in dataclasses.fields(Config)]
+    mistakes = []
+
+    for key in mapping:
+        name = key.removeprefix("APITASK_").lower()
+
+        if key.startswith("APITASK_") and name not in names:
+            # Hardly any app needs it.
+            import difflib
+
+            meant = difflib.get_close_matches(name, names, 1)
+            hint = (
+                f"Did you mean APITASK_{meant[0].upper()}?" if meant else "Remove it."
+            )
+            mistakes.append(f"There is no key {key}. {hint}")
+
+    return mistakes
 
 
 def read_flag(key: str, value: object, allowed: str = "True or False") -> bool:
@@ -125,6 +149,25 @@ def read_keepalive(key: str, value: object) -> float:
     return number
 
 
+def read_names(key: str, value: object) -> tuple[str, ...]:
+    """Read names, given as a list or tuple, or as text with commas between them."""
+    names = value
+
+    if isinstance(value, str):
+        text = value.strip()
+        names = [name.strip() for name in text.split(",")] if text else []
+
+        if text.startswith("["):
+            with contextlib.suppress(ValueError):
+                names = json.loads(text)
+
+    if isinstance(names, list | tuple):
+        if all(isinstance(name, str) and name.isidentifier() for name in names):
+            return tuple(names)
+
+    raise refuse(key, value, "names, as in ('request_id', 'lang_code')")
+
+
 def read_trust(key: str, value: object) -> bool | str:
     """Read ``True``, ``False``, or the path of a readable file of CA certificates."""
     if not (isinstance(value, str | os.PathLike) and os.path.isfile(value)):
@@ -163,6 +206,7 @@ _READERS: dict[str, cabc.Callable[[str, object], t.Any]] = {
     "pool_size": read_count,
     "timeout": read_timeout,
     "wait": read_wait,
+    "copy_g": read_names,
     "mail_background": read_flag,
     "mail_timeout": read_seconds,
     "mail_connections": read_count,

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-import typing as t
+import logging
 
+from flask import Flask
 from werkzeug.local import LocalProxy
 
 from . import request_scope
 from .config import Config
+from .config import find_mistakes
 from .context import MERGED
 from .executor.pool import ThreadPool
-
-if t.TYPE_CHECKING:
-    from flask import Flask
+from .log import log
 
 
 class ApiTask:
@@ -42,6 +42,8 @@ class ApiTask:
         -   ``APITASK_TIMEOUT`` (``None``): seconds the end of the request waits.
         -   ``APITASK_WAIT`` (``"teardown"``): when the request waits; ``"close"`` is
             after the response was sent.
+        -   ``APITASK_COPY_G`` (``()``): names that a task finds in its own ``g``, as
+            they were when it was started.
         -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
         -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the
@@ -54,10 +56,14 @@ class ApiTask:
         :param app: The app, with its configuration loaded.
         :raises RuntimeError: The app has an :class:`ApiTask` already, or
             ``APITASK_MAIL_BACKGROUND`` is on and Flask-Mail is not installed.
+        :raises TypeError: ``app`` is no Flask app.
         :raises ValueError: A key has a value that is not allowed.
         """
         if isinstance(app, LocalProxy):
             app = app._get_current_object()
+
+        if not isinstance(app, Flask):
+            raise TypeError(f"ApiTask takes the Flask app, and not {app!r}.")
 
         if "apitask" in app.extensions:
             raise RuntimeError(
@@ -66,6 +72,9 @@ class ApiTask:
             )
 
         config = Config.from_mapping(app.config)
+
+        for mistake in find_mistakes(app.config):
+            log(app.logger, logging.WARNING, "%s", mistake)
 
         if config.mail_background:
             _reroute_mail(app, config)

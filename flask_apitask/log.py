@@ -8,6 +8,8 @@ import typing as t
 if t.TYPE_CHECKING:
     from types import CodeType
 
+    from flask import Flask
+
 # Of the attributes that our records have. With it, they can't collide with those that
 # the app's own record factory, filters or adapters set.
 _PREFIX: t.Final = "apitask_"
@@ -62,3 +64,14 @@ def log(
     except Exception:
         # There is no place left to say it.
         return
+
+
+def log_once(
+    app: Flask, reason: str, message: str, *args: object, place: CodeType | None = None
+) -> None:
+    """Log a WARNING of an app, but not a second one for the same reason."""
+    mark = object()
+
+    # In one step, as several threads may come at once.
+    if app.extensions.setdefault(f"apitask_warned_{reason}", mark) is mark:
+        log(app.logger, logging.WARNING, message, *args, place=place)

@@ -11,13 +11,14 @@ from flask import got_request_exception
 from flask import request_finished
 
 from .context import find_app_context
-from .context import find_push
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
+from .context import is_pushed_again
 from .context import MERGED
 from .executor.scope import TaskScope
 from .runner import TaskRunner
+from .session import own_sessions
 
 if t.TYPE_CHECKING:
     from flask import Flask
@@ -26,10 +27,12 @@ if t.TYPE_CHECKING:
     from .config import Config
     from .executor.pool import ThreadPool
 
-# An attribute of what Flask pushes for a request; before Flask 3.2, of the app context
-# that is popped after it, too. A copy of the context, in another thread or in the same,
-# has none, and a nested request has its own. So neither sees the scope or ends it.
+# An attribute of what Flask pushes for a request. A copy of the context, in another
+# thread or in the same, has none, and a nested request has its own. So neither sees the
+# scope or ends it.
 _SCOPE = "_flask_apitask_scope"
+# An attribute of an app context, before Flask 3.2: the scopes of requests that use it.
+_LEFTOVERS = "_flask_apitask_leftovers"
 # An attribute of a response: what is waited for when it is closed.
 _CLOSINGS = "_flask_apitask_closings"
 
@@ -50,7 +53,7 @@ class RequestScope:
     for the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "outer", "push")
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended")
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -61,10 +64,6 @@ class RequestScope:
         self.ended = False
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
-        # Another one that uses the same app context, before Flask 3.2.
-        self.outer: RequestScope | None = None
-        # The push of the request's context that was torn down.
-        self.push: object = None
 
     @property
     def is_used(self) -> bool:
@@ -77,7 +76,8 @@ class RequestScope:
             return self._scope
 
         config, pool = app.extensions["apitask"]
-        runner = TaskRunner(app, request_context.request)
+        own_sessions(request_context)
+        runner = TaskRunner(app, request_context.request, config.copy_g)
 
         with self._lock:
             if self._scope is None:
@@ -137,7 +137,7 @@ class RequestScope:
                 successor = getattr(request_context, _SCOPE)
 
         # Whoever pops the context looks for leftovers after that.
-        if find_push(request_context) is None:
+        if not is_pushed_again(request_context):
             successor.end()
 
         return successor
@@ -149,14 +149,10 @@ class RequestScope:
     def _note_for_leftovers(self) -> None:
         """Keep this where :func:`end_leftovers` finds it."""
         app_context = find_app_context()
-        outer: RequestScope | None = getattr(app_context, _SCOPE, None)
-
         # In tests, the requests of a whole app context may come here, one by one.
-        while outer is not None and outer.ended:
-            outer = outer.outer
-
-        self.outer = outer
-        setattr(app_context, _SCOPE, self)
+        left = getattr(app_context, _LEFTOVERS, ())
+        left = [scope for scope in left if not scope.ended]
+        setattr(app_context, _LEFTOVERS, [*left, self])
 
     def _find_closing(self) -> Closing | None:
         """Return the closing of a response that is going to be closed."""
@@ -219,10 +215,7 @@ def begin_request() -> None:
 
 def end_request(error: BaseException | None = None) -> None:
     """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
-    request_context = get_request_context()
-    scope = find_request_scope(request_context)
-    scope.push = find_push(request_context)
-    scope.end()
+    find_request_scope(get_request_context()).end()
 
 
 def end_leftovers(error: BaseException | None = None) -> None:
@@ -231,15 +224,11 @@ def end_leftovers(error: BaseException | None = None) -> None:
     Before Flask 3.2, a function for ``teardown_request`` that raises keeps those that
     were registered before it from being called, :func:`end_request` among them.
     """
-    scope: RequestScope | None = getattr(get_app_context(), _SCOPE, None)
-
     # Each task has an app context, too, and pays for this.
-    if scope is not None:
-        current = getattr(find_request_context(), _SCOPE, None)
-
-        while scope is not None and scope is not current:
+    for scope in getattr(get_app_context(), _LEFTOVERS, ()):
+        # An app context may end within a request, and that goes on.
+        if scope is not getattr(find_request_context(), _SCOPE, None):
             scope.end()
-            scope = scope.outer
 
 
 def find_request_scope(request_context: t.Any) -> RequestScope:
@@ -249,8 +238,7 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
     if scope is None:
         # In one step, as several threads may share the context.
         scope = vars(request_context).setdefault(_SCOPE, RequestScope())
-    elif scope.ended and find_push(request_context) not in (scope.push, None):
-        # Flask 3.1 pushes it again for a streamed body, after the teardown.
+    elif scope.ended and is_pushed_again(request_context):
         scope = scope.replace(request_context)
 
     return scope

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import logging
@@ -13,13 +14,18 @@ from types import CoroutineType
 from flask import has_request_context
 from flask import request
 
+from .body import share_body
 from .context import current_frame
 from .context import Frame
 from .context import task_context
+from .copied_g import find_copier
 from .executor.runner import Runner
 from .executor.scope import TaskScope
 from .executor.task import task_name
 from .log import log
+from .log import log_once
+from .session import begin_task
+from .session import find_changes
 from .signals import task_finished
 from .signals import task_started
 
@@ -43,11 +49,26 @@ class TaskRunner(Runner):
     What a task raises is logged, once, before it is raised to the future.
 
     :param request: The request that the scope is part of, if any.
+    :param copy_g: The names that a task finds in its own ``g``.
     """
 
-    def __init__(self, app: Flask, request: Request | None) -> None:
+    def __init__(
+        self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()
+    ) -> None:
         self._app = app
         self._frame = Frame(app, None, request)
+        self._copier = find_copier(app, copy_g)
+
+        if request is not None:
+            share_body(request)
+
+    def copy_context(self) -> contextvars.Context:
+        context = contextvars.copy_context()
+
+        if self._copier is not None:
+            self._copier.take(context)
+
+        return context
 
     def run(
         self,
@@ -60,10 +81,17 @@ class TaskRunner(Runner):
         app = self._app
         started = time.monotonic()
         current_frame.set(self._frame)
+        begin_task()
 
         try:
             with task_context(app):
-                return call_observed(app, how, submitted, task, args, kwargs)
+                if self._copier is not None:
+                    self._copier.put()
+
+                try:
+                    return call_observed(app, how, submitted, task, args, kwargs)
+                finally:
+                    self._check_session(task)
         except BaseException as error:
             duration = time.monotonic() - started
             outcome = f"failed after {duration:.3f} s"
@@ -91,12 +119,32 @@ class TaskRunner(Runner):
         future: concurrent.futures.Future[t.Any],
     ) -> None:
         current_frame.set(self._frame)
+        begin_task()
 
         try:
             with task_context(self._app):
-                callback(future)
+                if self._copier is not None:
+                    self._copier.put()
+
+                try:
+                    callback(future)
+                finally:
+                    self._check_session(callback)
         except BaseException as error:
             _log_callback(self._app, callback, error)
+
+    def _check_session(self, task: cabc.Callable[..., t.Any]) -> None:
+        if changes := find_changes():
+            log_once(
+                self._app,
+                "session",
+                "Task %r%s has changed the session (%s), which is dropped. The cookie"
+                " may have been made by then: change the session in the view.",
+                task_name(task),
+                _of_request(),
+                ", ".join(changes),
+                place=_find_code(task),
+            )
 
     def report(self, report: TimeoutReport) -> None:
         """Log an ERROR for each task that never ran, a WARNING for the others."""
@@ -159,8 +207,7 @@ def call_observed(
     :param submitted: Seconds of the monotonic clock.
     """
     if app is None or not (task_started.receivers or task_finished.receivers):
-        result = task(*args, **kwargs)
-        return _complete(app, result) if isinstance(result, CoroutineType) else result
+        return _call(app, task, args, kwargs)
 
     fields: dict[str, t.Any] = {
         "name": task_name(task),
@@ -172,8 +219,7 @@ def call_observed(
     fields["exception"] = None
 
     try:
-        result = task(*args, **kwargs)
-        return _complete(app, result) if isinstance(result, CoroutineType) else result
+        return _call(app, task, args, kwargs)
     except BaseException as error:
         fields["exception"] = error
         raise
@@ -241,18 +287,26 @@ def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) ->
         )
 
 
-def _complete(
-    app: Flask | None, coroutine: CoroutineType[t.Any, t.Any, t.Any]
+def _call(
+    app: Flask | None,
+    task: cabc.Callable[..., t.Any],
+    args: tuple[t.Any, ...],
+    kwargs: dict[str, t.Any],
 ) -> t.Any:
-    """Run what an ``async def`` task returned."""
+    """Call a task, and run what it returns if it is ``async def``."""
+    result = task(*args, **kwargs)
+
+    if not isinstance(result, CoroutineType):
+        return result
+
     # It takes long to import, and most apps have no such task.
     import asyncio
 
     try:
         run = asyncio.run if app is None else app.ensure_sync(_await)
-        return _call_off_loop(run, coroutine)
+        return _call_off_loop(run, result)
     finally:
-        coroutine.close()
+        result.close()
 
 
 def _call_off_loop(run: cabc.Callable[..., t.Any], coroutine: object) -> t.Any:

@@ -46,6 +46,7 @@ inner = app.wsgi_app
 
 
 def note_environ(environ: dict[str, t.Any], start_response: t.Any) -> t.Any:
+    """Serve a request whose environ is looked after."""
     noted = Environ(environ)
     environs.append(weakref.ref(noted))
     return inner(noted, start_response)
@@ -56,17 +57,20 @@ app.wsgi_app = note_environ  # type: ignore[method-assign]
 
 @app.post("/name")
 def name() -> str:
+    """Return the name of the thread that a task has."""
     return run(lambda: threading.current_thread().name).result(PATIENCE)
 
 
 @app.get("/fails")
 def fails() -> str:
+    """Have a task fail."""
     run(divmod, 1, 0)
     return "ok"
 
 
 @app.get("/fails/asked")
 def asked() -> str:
+    """Have a task fail, and ask for its result."""
     return type(run(divmod, 1, 0).exception(PATIENCE)).__name__
 
 
@@ -74,15 +78,9 @@ client = app.test_client()
 # Sentry starts threads of its own in the first request, and keeps that.
 client.get("/missing").close()
 environs.clear()
-threads = []
-
-for _ in range(3):
-    response = client.post("/name", data=b"x" * 1000)
-    threads.append(response.text)
-    response.close()
-
-# The client of the tests keeps the last one.
-del response
+threads = [client.post("/name", data=b"x" * 1000).text for _ in range(3)]
+# A client keeps its last request.
+client = app.test_client()
 gc.collect()
 alive = [environ() is not None for environ in environs]
 

@@ -393,38 +393,45 @@ def test_object_whose_session_is_gone(make_site: SiteFactory) -> None:
 
 
 def no_query(site: Site, task: cabc.Callable[[], None]) -> None:
+    """makes no query"""
     run(task)
 
 
 def read(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads"""
     site.find()
     run(task)
 
 
 def write(site: Site, task: cabc.Callable[[], None]) -> None:
+    """writes, and does not commit"""
     site.visit()
     run(task)
 
 
 def fail(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads, and raises"""
     site.find()
     run(task)
     raise LookupError
 
 
 def commit(site: Site, task: cabc.Callable[[], None]) -> None:
+    """writes and commits"""
     site.visit()
     run(task)
     site.db.session.commit()
 
 
 def close(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads, and closes the session"""
     site.find()
     run(task)
     site.db.session.close()
 
 
 def commit_then_read(site: Site, task: cabc.Callable[[], None]) -> None:
+    """commits, and reads an attribute after that"""
     user = site.find()
     site.visit()
     site.db.session.commit()
@@ -433,12 +440,14 @@ def commit_then_read(site: Site, task: cabc.Callable[[], None]) -> None:
 
 
 def read_then_wait(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads, and calls `wait()`"""
     site.find()
     run(task)
     wait()
 
 
 def commit_then_wait(site: Site, task: cabc.Callable[[], None]) -> None:
+    """commits, and calls `wait()`"""
     site.visit()
     site.db.session.commit()
     run(task)
@@ -447,27 +456,32 @@ def commit_then_wait(site: Site, task: cabc.Callable[[], None]) -> None:
 
 @scoped
 def read_scoped(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads, in `@scoped`"""
     read(site, task)
 
 
 @scoped
 def commit_scoped(site: Site, task: cabc.Callable[[], None]) -> None:
+    """commits, in `@scoped`"""
     commit(site, task)
 
 
-# The views that the rows of the table in the documentation speak of.
+# Each row of the table in the documentation speaks of one of these.
 VIEWS = {
-    "makes no query": no_query,
-    "reads": read,
-    "writes, and does not commit": write,
-    "reads, and raises": fail,
-    "writes and commits": commit,
-    "reads, and closes the session": close,
-    "commits, and reads an attribute after that": commit_then_read,
-    "reads, and calls `wait()`": read_then_wait,
-    "commits, and calls `wait()`": commit_then_wait,
-    "reads, in `@scoped`": read_scoped,
-    "commits, in `@scoped`": commit_scoped,
+    str(view.__doc__): view
+    for view in (
+        no_query,
+        read,
+        write,
+        fail,
+        commit,
+        close,
+        commit_then_read,
+        read_then_wait,
+        commit_then_wait,
+        read_scoped,
+        commit_scoped,
+    )
 }
 
 

@@ -13,6 +13,7 @@ from flask import Blueprint
 from flask import current_app
 from flask import Flask
 from flask import g
+from flask import has_app_context
 from late_threads import make_late
 
 import flask_apitask
@@ -38,6 +39,7 @@ HOOKS = [
 
 
 def hooks_of(app: Flask) -> dict[str, t.Any]:
+    """Return a copy of the functions that an app has registered."""
     return {name: copy.deepcopy(getattr(app, name)) for name in HOOKS}
 
 
@@ -190,7 +192,7 @@ def test_run_is_a_plain_call(make_app: AppFactory, where: str) -> None:
         app = make_app(APITASK_ENABLED=False)
 
     def note(future: object) -> None:
-        called.extend([future, threading.get_ident(), (g or {}).get("who")])
+        called.extend([future, threading.get_ident(), has_app_context() and g.who])
 
     with contextlib.ExitStack() as stack:
         if where == "app":
@@ -205,7 +207,7 @@ def test_run_is_a_plain_call(make_app: AppFactory, where: str) -> None:
         future = run(threading.get_ident)
         assert future.result(0) == threading.get_ident()
         future.add_done_callback(note)
-        who = None if where == "nowhere" else "caller"
+        who = where != "nowhere" and "caller"
         assert called[1] == threading.get_ident()
         assert called == [future, called[1], who]
 

@@ -19,7 +19,7 @@ from conftest import PATIENCE
 from flask import Flask
 from flask import g
 from late_threads import make_late
-from playhouse.flask_utils import FlaskDB
+from playhouse.flask_utils import FlaskDB  # type: ignore[import-untyped]
 from sqlalchemy import orm
 
 from flask_apitask import ApiTask
@@ -37,39 +37,47 @@ if t.TYPE_CHECKING:
 
 
 def at_the_end(work: Work) -> None:
+    """The request waits for the task."""
     run(work)
 
 
 def in_wait(work: Work) -> None:
+    """The view waits for it."""
     run(work)
     wait()
 
 
 def in_block(work: Work) -> None:
+    """A block waits for it."""
     with open_scope():
         run(work)
 
 
 @scoped
 def in_scoped(work: Work) -> None:
+    """The view's own scope waits for it."""
     run(work)
 
 
 def by_result(work: Work) -> None:
+    """The view asks for its result."""
     run(work).exception(PATIENCE)
 
 
 def by_callback(work: Work) -> None:
+    """A done callback does the work."""
     run(str).add_done_callback(lambda future: work())
 
 
 def by_late_callback(work: Work) -> None:
+    """A done callback does it that is added when the task is done."""
     future = run(str)
     future.result(PATIENCE)
     future.add_done_callback(lambda future: work())
 
 
 def by_callback_of_cancelled(work: Work) -> None:
+    """A done callback of a task that never ran does it."""
     with open_scope(max_workers=1) as scope:
         release = threading.Event()
         run(release.wait, PATIENCE)
@@ -80,6 +88,8 @@ def by_callback_of_cancelled(work: Work) -> None:
 
 
 def in_event_loop(work: Work) -> None:
+    """A coroutine awaits it, when it is done."""
+
     async def view() -> None:
         done = run(work)
         done.exception(PATIENCE)
@@ -200,6 +210,7 @@ class Row(Base):
 
 @pytest.fixture
 def engine(tmp_path: pathlib.Path) -> cabc.Iterator[sqlalchemy.Engine]:
+    """Return a database with a table of rows."""
     engine = sqlalchemy.create_engine(
         f"sqlite:///{tmp_path / 'orders.db'}", connect_args={"timeout": PATIENCE}
     )

@@ -17,6 +17,8 @@ from flask_apitask import run
 from flask_apitask import scoped
 from flask_apitask import task_finished
 from flask_apitask import task_started
+from flask_apitask.executor.runner import TimeoutReport
+from flask_apitask.runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -30,6 +32,7 @@ class OutOfTheTree(BaseException):
 
 
 def fail(error: BaseException | type[BaseException]) -> None:
+    """Raise an error."""
     raise error
 
 
@@ -54,7 +57,7 @@ def logger(make_app: AppFactory) -> cabc.Iterator[logging.Logger]:
     logger.disabled = before[3]
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("when", ["in view", "at the end", "after the response"])
 @pytest.mark.parametrize(
     "error_type",
     [
@@ -70,10 +73,10 @@ def test_failing_task(
     make_app: AppFactory,
     caplog: pytest.LogCaptureFixture,
     error_type: type[BaseException],
-    late: bool,
+    when: str,
 ) -> None:
     """A task that raises anything at all is contained, and logged (behaviour 11)."""
-    app = make_late(make_app()) if late else make_app()
+    app = make_app(APITASK_WAIT="close" if when == "after the response" else "teardown")
     error = error_type()
     done: list[str] = []
     futures = []
@@ -85,7 +88,10 @@ def test_failing_task(
         run(done.append, "third")
         return "ok"
 
-    response = app.test_client().get("/reset/secret")
+    if when != "in view":
+        make_late(app)
+
+    response = app.test_client().get("/reset/secret", buffered=True)
     assert (response.status_code, response.text) == (200, "ok")
     assert sorted(done) == ["second", "third"]
     assert futures[0].exception(0) is error
@@ -350,3 +356,17 @@ def test_report_of_a_request_at_its_deadline(
         f" that hold 1 thread(s) of the app now. These are in:\n\n{name!r}:\n"
     )
     assert "release.wait(PATIENCE)" in running.getMessage()
+
+
+def test_report_of_tasks_that_never_ran(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing goes on, there is no WARNING (18)."""
+    app = make_app()
+
+    with app.app_context():
+        TaskRunner(app, None).report(TimeoutReport(0.5, ["a", "b"], [], 0))
+
+    assert caplog.messages == [
+        f"Task '{name}' was cancelled: not begun within 0.5 s." for name in "ab"
+    ]

@@ -43,6 +43,7 @@ if t.TYPE_CHECKING:
 
     from flask_apitask.request_scope import RequestScope
 
+MODES = pytest.mark.parametrize("waits", ["teardown", "close"])
 # As it is, or from Flask 3.2 on in an exception group.
 TEARDOWN_ERRORS = "another extension|Errors during context teardown"
 
@@ -475,9 +476,10 @@ def test_stream_with_context(make_app: AppFactory, consume: bool) -> None:
     assert events == (["view", "first", "second"] if consume else ["view", "first"])
 
 
-def test_generator_without_context(make_app: AppFactory) -> None:
+@MODES
+def test_generator_without_context(make_app: AppFactory, waits: str) -> None:
     """run() in a plain generator, after the request, is a plain call (behaviour 4)."""
-    app = make_late(make_app())
+    app = make_late(make_app(APITASK_WAIT=waits))
     events: list[str] = []
 
     @app.get("/")
@@ -539,16 +541,19 @@ def test_task_that_pushes_the_context_of_the_request(make_app: AppFactory) -> No
 
 @pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.parametrize("inner", ["same", "other", "mounted", "without extension"])
-def test_nested_request(make_app: AppFactory, inner: str, starts: bool) -> None:
+@MODES
+def test_nested_request(
+    make_app: AppFactory, waits: str, inner: str, starts: bool
+) -> None:
     """A request in a view waits for its own tasks, and for no others (behaviour 6)."""
-    outer_app = make_late(make_app())
+    outer_app = make_late(make_app(APITASK_WAIT=waits))
 
     if inner == "same":
         inner_app = outer_app
     elif inner == "without extension":
         inner_app = Flask(__name__)
     else:
-        inner_app = make_late(make_app())
+        inner_app = make_late(make_app(APITASK_WAIT=waits))
 
     site = DispatcherMiddleware(outer_app, {"/mounted": inner_app})
     client = Client(site if inner == "mounted" else inner_app)
@@ -559,7 +564,7 @@ def test_nested_request(make_app: AppFactory, inner: str, starts: bool) -> None:
         scope = current_scope()
         run(events.append, "outer task")
         path = "/mounted/inner" if inner == "mounted" else "/inner"
-        assert client.get(path).status_code == 200
+        assert client.get(path, buffered=True).status_code == 200
         events.append("inner returned")
         assert current_scope() is scope
         run(events.append, "another outer task")
@@ -574,14 +579,17 @@ def test_nested_request(make_app: AppFactory, inner: str, starts: bool) -> None:
 
         return "ok"
 
-    assert Client(site).get("/outer").status_code == 200
+    assert Client(site).get("/outer", buffered=True).status_code == 200
     start = ["inner task"] if starts else []
     end = ["inner returned", "outer task", "another outer task"]
     assert events == [*start, *end]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize("same", [True, False])
-def test_app_context_in_a_request(make_app: AppFactory, same: bool) -> None:
+def test_app_context_in_a_request(
+    make_app: AppFactory, same: bool, is_first: bool
+) -> None:
     """In another app's context, the request's scope is out of sight (behaviour 6).
 
     In one of its own app it is not, but from Flask 3.2 on there is no request in it.
@@ -591,13 +599,15 @@ def test_app_context_in_a_request(make_app: AppFactory, same: bool) -> None:
     is_seen = same and not MERGED
 
     with app.test_request_context():
-        scope = current_scope()
+        if not is_first:
+            run(int)
 
         with (app if same else make_app()).app_context():
-            assert current_scope() is (scope if is_seen else None)
             run(events.append, "task")
+            seen = current_scope()
+            assert (seen is not None) is is_seen
 
-        assert current_scope() is scope
+        assert current_scope() is (seen or current_scope()) is not None
         assert events == ([] if is_seen else ["task"])
 
     assert events == ["task"]
@@ -657,9 +667,10 @@ def test_two_apps_have_two_pools(make_app: AppFactory) -> None:
 
 
 @pytest.mark.parametrize("where", ["thread", "same thread", "copied variables"])
-def test_copied_request_context(make_app: AppFactory, where: str) -> None:
+@MODES
+def test_copied_request_context(make_app: AppFactory, waits: str, where: str) -> None:
     """A copied request context has nothing of the request's scope (behaviour 7)."""
-    app = make_late(make_app())
+    app = make_late(make_app(APITASK_WAIT=waits))
     events: list[str] = []
 
     @app.get("/")
@@ -685,7 +696,7 @@ def test_copied_request_context(make_app: AppFactory, where: str) -> None:
         run(events.append, "view again")
         return "ok"
 
-    assert in_time(app.test_client().get, "/").status_code == 200
+    assert app.test_client().get("/", buffered=True).status_code == 200
     assert events == ["end of copy", "copied", "view", "view again"]
 
 
@@ -882,15 +893,21 @@ def test_no_context_variable_is_left(make_app: AppFactory) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("late", [False, True])
+@MODES
 def test_no_reference_to_an_argument_is_left(
     make_app: AppFactory,
     monkeypatch: pytest.MonkeyPatch,
     without_gc: None,
     fails: bool,
     late: bool,
+    waits: str,
 ) -> None:
     """After the request, nothing refers to a task's arguments, or to it (8, 10)."""
-    app = make_late(make_app()) if late else make_app()
+    app = make_app(APITASK_WAIT=waits)
+
+    if late:
+        make_late(app)
+
     # The records hold the exception, and pytest holds the records.
     monkeypatch.setattr(app.logger, "disabled", True)
     references: list[weakref.ref[t.Any]] = []
@@ -910,22 +927,30 @@ def test_no_reference_to_an_argument_is_left(
         return "ok"
 
     client = app.test_client()
-    client.get("/")
+    client.get("/").close()
     client.get("/").close()
     assert [reference() for reference in references] == [None] * 4
 
 
 @pytest.mark.parametrize("by_variable", [True, False])
+@pytest.mark.parametrize("closes", [True, False])
+@MODES
 def test_app_goes_with_its_last_reference(
-    monkeypatch: pytest.MonkeyPatch, without_gc: None, by_variable: bool
+    monkeypatch: pytest.MonkeyPatch,
+    without_gc: None,
+    by_variable: bool,
+    closes: bool,
+    waits: str,
 ) -> None:
     """An app is freed without the garbage collector's help (behaviour 10).
 
-    Also if a variable of the request, an error in it say, refers to the request.
+    Also if a variable of the request, an error in it say, refers to the request, and
+    if the server never closes the response.
     """
     variable: contextvars.ContextVar[object] = contextvars.ContextVar("variable")
     gone = threading.Event()
     app = Flask(__name__)
+    app.config["APITASK_WAIT"] = waits
     ApiTask(app)
     monkeypatch.setattr(app.logger, "disabled", True)
 
@@ -943,7 +968,12 @@ def test_app_goes_with_its_last_reference(
     app.add_url_rule("/", "index", index)
 
     for _ in range(2):
-        contextvars.copy_context().run(app.test_client().get, "/")
+        response = contextvars.copy_context().run(app.test_client().get, "/")
+
+        if closes:
+            response.close()
+
+        del response
 
     # A thread that goes home may be the last to let go of it.
     reference = weakref.ref(app, lambda _: gone.set())

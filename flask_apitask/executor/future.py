@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import contextvars
 import threading
 import traceback
 import typing as t
@@ -54,7 +53,7 @@ class TaskFuture(concurrent.futures.Future[T]):
         self._runner = runner
         self._scope = scope
         self._work: t.Any = work
-        self._context = contextvars.copy_context()
+        self._context = runner.copy_context()
 
     def result(self, timeout: float | None = None) -> T:
         """Return what the task returns, or raise what it raises.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextvars
 import logging
 import typing as t
 
@@ -32,6 +33,10 @@ class TimeoutReport(t.NamedTuple):
 
 class Runner:
     """How a scope calls its tasks. This one calls them, and does nothing else."""
+
+    def copy_context(self) -> contextvars.Context:
+        """Copy the context variables of whoever starts a task, for the task."""
+        return contextvars.copy_context()
 
     def run(
         self,

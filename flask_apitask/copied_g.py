@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import sys
+import typing as t
+from types import SimpleNamespace
+
+from flask import g
+
+from .context import find_app_context
+
+if t.TYPE_CHECKING:
+    from flask import Flask
+
+# Where Flask-Babel 4 keeps the locale, the time zone and what force_locale() has set.
+_BABEL: t.Final = "_flask_babel"
+_MISSING: t.Final = object()
+
+_copied: contextvars.ContextVar[dict[str, t.Any]] = contextvars.ContextVar(
+    "flask_apitask_copied_g"
+)
+
+
+def find_copier(app: Flask, names: tuple[str, ...]) -> GCopier | None:
+    """Return what copies these names and the locale of Flask-Babel, if there is any."""
+    # Other libraries go by that name, too.
+    has_babel = "babel" in app.extensions and "flask_babel" in sys.modules
+    return GCopier(names, has_babel) if names or has_babel else None
+
+
+class GCopier:
+    """Takes what a task needs from its caller's ``g`` to the task's own."""
+
+    def __init__(self, names: tuple[str, ...], has_babel: bool) -> None:
+        self._names = names
+        self._has_babel = has_babel
+
+    def take(self, context: contextvars.Context) -> None:
+        """Keep what is on the caller's ``g`` now, in the task's context variables."""
+        if find_app_context() is None:
+            return
+
+        copied = {
+            name: value
+            for name in self._names
+            if (value := g.get(name, _MISSING)) is not _MISSING
+        }
+
+        if self._has_babel:
+            copied[_BABEL] = _copy_babel()
+
+        context.run(_copied.set, copied)
+
+    def put(self) -> None:
+        """Put on the task's ``g`` what was taken from its caller's."""
+        for name, value in _copied.get({}).items():
+            setattr(g, name, value)
+
+
+def _copy_babel() -> SimpleNamespace:
+    """Copy what Flask-Babel keeps, and have it decided now what it has not yet.
+
+    Its selectors may look at the user, the view's arguments or what else is on ``g``.
+    The caller may have set less of that than it will: for it nothing is decided.
+    """
+    babel = sys.modules["flask_babel"]
+    kept = g.get(_BABEL)
+    copy = SimpleNamespace(**vars(kept or SimpleNamespace()))
+    setattr(g, _BABEL, copy)
+
+    try:
+        # Where they fail, for want of a request, they do so in a task that needs them.
+        with contextlib.suppress(Exception):
+            babel.get_locale()
+            babel.get_timezone()
+    finally:
+        if kept is None:
+            g.pop(_BABEL)
+        else:
+            setattr(g, _BABEL, kept)
+
+    return copy

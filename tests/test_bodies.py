@@ -1,0 +1,532 @@
+from __future__ import annotations
+
+import collections
+import contextlib
+import gc
+import hashlib
+import http.client
+import io
+import json
+import socket
+import threading
+import typing as t
+import weakref
+
+import flask
+import pytest
+import wsgi_servers_native  # noqa: F401
+from bodies_app import LIMIT
+from conftest import PATIENCE
+from flask import Flask
+from flask import request
+from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.test import create_environ
+from werkzeug.wrappers import Response
+from wsgi_servers import KINDS
+from wsgi_servers import serve
+
+from flask_apitask import open_scope
+from flask_apitask import run
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from conftest import AppFactory
+
+# Seconds in which a second reader would be here, if nothing kept it away.
+MOMENT = 0.1
+BOUNDARY = "b0undary"
+MULTIPART = f"multipart/form-data; boundary={BOUNDARY}"
+URLENCODED = "application/x-www-form-urlencoded"
+EMPTY = hashlib.sha256(b"").hexdigest()
+# The others hand no app a body that comes in chunks.
+CHUNKED = ["gunicorn-gthread", "gunicorn-gevent", "waitress", "werkzeug", "granian"]
+CONCURRENT = [kind for kind in KINDS if KINDS[kind].concurrent]
+
+
+class Wire(io.RawIOBase):
+    """What a server reads a body from, while the client still sends it.
+
+    It gives a part of the body at each read. So two readers get some of it each. Before
+    it gives the first part it lets a second reader come.
+
+    :param end: Raised in place of the end of the body.
+    """
+
+    def __init__(self, body: bytes, end: type[Exception] | None = None) -> None:
+        self._body = io.BytesIO(body)
+        self._part = len(body) // 8 + 1
+        self._end = end
+        self._came = threading.Condition()
+        self.readers: set[int] = set()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: t.Any) -> int:
+        with self._came:
+            first = not self.readers
+            self.readers.add(threading.get_ident())
+            self._came.notify_all()
+
+            if first:
+                self._came.wait_for(lambda: len(self.readers) > 1, MOMENT)
+
+            part = self._body.read(min(self._part, len(buffer)))
+
+        if not part and self._end is not None:
+            raise self._end("broken off")
+
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def make_field(value: str) -> bytes:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="colour"\r\n\r\n'
+    return f"{head}{value}\r\n--{BOUNDARY}--\r\n".encode()
+
+
+def make_multipart(content: bytes) -> bytes:
+    head = (
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file";'
+        ' filename="a.bin"\r\n\r\n'
+    )
+    return head.encode() + content + b"\r\n" + make_field("blue")
+
+
+def read_json() -> object:
+    return request.get_json()
+
+
+def read_form() -> object:
+    return request.form.to_dict()
+
+
+def read_files() -> object:
+    return [(name, file.filename) for name, file in request.files.items()]
+
+
+class Case(t.NamedTuple):
+    """A body, a way to ask for it, and what whoever asks shall get."""
+
+    read: cabc.Callable[[], object]
+    kind: str
+    body: bytes
+    whole: object
+
+
+ORDER = {"item": "pen", "note": "x" * 5000}
+CASES = {
+    "get_json": Case(read_json, "application/json", json.dumps(ORDER).encode(), ORDER),
+    "json": Case(
+        lambda: request.json, "application/json", json.dumps(ORDER).encode(), ORDER
+    ),
+    "data": Case(lambda: request.data, "text/plain", b"x" * 5000, b"x" * 5000),
+    "get_data": Case(
+        lambda: request.get_data(), URLENCODED, b"a=" + b"x" * 5000, b"a=" + b"x" * 5000
+    ),
+    "form": Case(
+        read_form, URLENCODED, b"a=1&b=" + b"x" * 99, {"a": "1", "b": "x" * 99}
+    ),
+    "multipart": Case(
+        read_form, MULTIPART, make_multipart(b"y" * 5000), {"colour": "blue"}
+    ),
+    "files": Case(
+        read_files, MULTIPART, make_multipart(b"y" * 5000), [("file", "a.bin")]
+    ),
+    "values": Case(
+        lambda: request.values.to_dict(), URLENCODED, b"a=1", {"a": "1", "q": "2"}
+    ),
+}
+
+
+def post(app: Flask, body: Wire, kind: str, length: int | None) -> Response:
+    """Send a body, in chunks where its length is not told."""
+    environ = create_environ("/?q=2", method="POST")
+    environ.update({"CONTENT_TYPE": kind, "wsgi.input": body})
+
+    if length is None:
+        environ["HTTP_TRANSFER_ENCODING"] = "chunked"
+        environ["wsgi.input_terminated"] = True
+    else:
+        environ["CONTENT_LENGTH"] = str(length)
+
+    return Response.from_app(app, environ, buffered=True)
+
+
+def add_readers(app: Flask, who: str, read: cabc.Callable[[], object]) -> list[object]:
+    """Add a view that has a body read twice at once, and return where results go."""
+    found: list[object] = []
+    both = threading.Barrier(2)
+
+    def ask() -> object:
+        both.wait(PATIENCE)
+
+        try:
+            return read()
+        except Exception as error:
+            return type(error), str(error)
+
+    @app.post("/")
+    def index() -> str:
+        first = run(ask)
+
+        if who == "tasks":
+            found.append(run(ask).result(PATIENCE))
+        else:
+            found.append(ask())
+
+        found.append(first.result(PATIENCE))
+        return "ok"
+
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("who", ["tasks", "task-and-view"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_body_that_two_ask_for_at_once(
+    make_app: AppFactory, name: str, who: str, chunked: bool
+) -> None:
+    """Everybody gets the whole of a body, though all ask while the client sends it."""
+    read, kind, body, whole = CASES[name]
+    app = make_app()
+    found = add_readers(app, who, read)
+    wire = Wire(body)
+
+    assert (
+        post(app, wire, kind, None if chunked else len(body)).get_data(as_text=True)
+        == "ok"
+    )
+    assert found == [whole, whole]
+    assert len(wire.readers) == 1
+
+
+def test_form_and_files_at_once(make_app: AppFactory) -> None:
+    """Fields and uploads of one body are parsed once, whoever asks for which."""
+    app = make_app()
+    answers = collections.deque([read_form, read_files])
+    found = add_readers(app, "tasks", lambda: answers.popleft()())
+    body = make_multipart(b"y" * 5000)
+
+    assert post(app, Wire(body), MULTIPART, len(body)).get_data(as_text=True) == "ok"
+    assert {str(answer) for answer in found} == {
+        "{'colour': 'blue'}",
+        "[('file', 'a.bin')]",
+    }
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize(
+    ("read", "kind"),
+    [(lambda: request.get_data(), "text/plain"), (read_form, MULTIPART)],
+)
+def test_client_that_goes_away(
+    make_app: AppFactory,
+    read: cabc.Callable[[], object],
+    kind: str,
+    limited: bool,
+) -> None:
+    """Whoever asks for a body that breaks off gets the error, and none gets a part."""
+    app = make_app()
+    found = add_readers(app, "tasks", read)
+    body = make_field("blue" * 1000)
+    wire = Wire(body[:3000], end=TimeoutError)
+
+    assert (
+        post(app, wire, kind, len(body) if limited else None).get_data(as_text=True)
+        == "ok"
+    )
+    assert found[0] == found[1]
+    assert isinstance(found[0], tuple)
+    assert found[0][0].__name__ == ("ClientDisconnected" if limited else "TimeoutError")
+    assert len(wire.readers) == 1
+
+
+class SmallForms(flask.Request):
+    """A request class that takes no large field. Flask 3.0 has no key for it."""
+
+    max_form_memory_size = 1000
+
+
+@pytest.mark.parametrize("limit", ["body", "field"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_body_that_is_too_large(
+    make_app: AppFactory, limit: str, chunked: bool
+) -> None:
+    """A limit of the app holds, and its 413 is for everybody who asks."""
+    app = make_app()
+
+    if limit == "body":
+        app.config["MAX_CONTENT_LENGTH"] = 1000
+    else:
+        app.request_class = SmallForms
+
+    found = add_readers(app, "task-and-view", read_form)
+    body = make_field("b" * 5000)
+    post(app, Wire(body), MULTIPART, None if chunked else len(body))
+
+    assert found == [(RequestEntityTooLarge, str(RequestEntityTooLarge()))] * 2
+
+
+def test_413_that_goes_to_the_client(make_app: AppFactory) -> None:
+    """A view that reads a body that is too large answers 413, whatever a task did."""
+    app = make_app(MAX_CONTENT_LENGTH=1000)
+
+    @app.post("/")
+    def index() -> str:
+        assert isinstance(run(read_json).exception(PATIENCE), RequestEntityTooLarge)
+        return str(request.get_json())
+
+    body = json.dumps(ORDER).encode()
+    assert post(app, Wire(body), "application/json", len(body)).status_code == 413
+
+
+@pytest.mark.skipif(
+    flask.Request.max_content_length.fset is None,  # type: ignore[attr-defined]
+    reason="this Flask has no limit of a request's own",
+)
+def test_limit_that_is_raised(make_app: AppFactory) -> None:
+    """A body that was refused for its length, unread, can be asked for again."""
+    app = make_app(MAX_CONTENT_LENGTH=1000)
+    body = b"x" * 5000
+
+    @app.post("/")
+    def index() -> bytes:
+        refusal = run(request.get_data).exception(PATIENCE)
+        assert isinstance(refusal, RequestEntityTooLarge)
+        request.max_content_length = 10_000
+        return request.get_data()
+
+    assert post(app, Wire(body), "text/plain", len(body)).data == body
+
+
+def test_json_that_is_none(make_app: AppFactory) -> None:
+    """Everybody gets the 400 of a body that is no JSON."""
+    app = make_app()
+    found = add_readers(app, "task-and-view", read_json)
+
+    assert (
+        post(app, Wire(b"{" * 99), "application/json", 99).get_data(as_text=True)
+        == "ok"
+    )
+    assert found[0] == found[1]
+    assert "400 Bad Request" in str(found[0])
+
+
+def test_view_that_reads_the_stream(make_app: AppFactory) -> None:
+    """A view may read the stream bit by bit, and start a task for each."""
+    app = make_app()
+    lengths: list[int] = []
+
+    @app.post("/")
+    def index() -> str:
+        run(lengths.append, 0)
+
+        while bit := request.stream.read(1000):
+            run(lengths.append, len(bit))
+
+        return "ok"
+
+    assert (
+        post(app, Wire(b"x" * 5000), "text/plain", 5000).get_data(as_text=True) == "ok"
+    )
+    assert sum(lengths) == 5000
+    assert len(lengths) > 5
+
+
+class OwnRequest(flask.Request):
+    """A request class of an app's own, in which a body is never empty."""
+
+    __slots__ = ("seen",)
+
+    def get_data(self, *args: t.Any, **kwargs: t.Any) -> t.Any:
+        return super().get_data(*args, **kwargs) + b"!"
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_request_class_of_the_app(make_app: AppFactory, when: str) -> None:
+    """A request class of the app's own is at work, whenever the app was given it."""
+    app = make_app()
+    kinds: list[object] = []
+
+    @app.before_request
+    def look() -> None:
+        kinds.append(isinstance(request, OwnRequest))
+
+    found = add_readers(app, "tasks", lambda: request.get_data())
+
+    @app.after_request
+    def look_again(response: flask.Response) -> flask.Response:
+        kinds.append(isinstance(request, OwnRequest))
+        kinds.append(type(request._get_current_object()).__name__)  # type: ignore[attr-defined]
+        return response
+
+    app.request_class = OwnRequest
+    assert post(app, Wire(b"x" * 99), "text/plain", 99).get_data(as_text=True) == "ok"
+    assert found == [b"x" * 99 + b"!"] * 2
+    assert kinds == [True, True, "OwnRequest"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_request_is_not_kept(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, fails: bool
+) -> None:
+    """Neither a body that was read nor its error keeps a request in a cycle."""
+    app = make_app()
+    requests: list[weakref.ref[object]] = []
+
+    @app.post("/")
+    def index() -> str:
+        requests.append(weakref.ref(request._get_current_object()))  # type: ignore[attr-defined]
+        failure = run(lambda: request.get_data()).exception(PATIENCE)
+        assert isinstance(failure, TimeoutError) is fails
+        # Its traceback refers to the request. So does the environ, and Flask 3.2 does
+        # not end that.
+        del failure, request.environ["werkzeug.request"]
+        return "ok"
+
+    gc.collect()
+    gc.disable()
+
+    try:
+        end = TimeoutError if fails else None
+        assert (
+            post(app, Wire(b"x" * 99, end), "text/plain", None).get_data(as_text=True)
+            == "ok"
+        )
+
+        for record in caplog.records:
+            record.exc_info = None
+
+        assert requests[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["run", "open_scope"])
+@pytest.mark.parametrize(
+    ("method", "environ", "body"),
+    [
+        ("GET", {}, False),
+        ("POST", {"CONTENT_LENGTH": "0"}, False),
+        ("POST", {"CONTENT_LENGTH": "1"}, True),
+        ("GET", {"CONTENT_LENGTH": "1"}, True),
+        ("GET", {"wsgi.input_terminated": True}, False),
+        ("POST", {"wsgi.input_terminated": True}, True),
+        (
+            "GET",
+            {"wsgi.input_terminated": True, "HTTP_TRANSFER_ENCODING": "chunked"},
+            True,
+        ),
+        ("POST", {"HTTP_TRANSFER_ENCODING": "chunked"}, False),
+    ],
+)
+def test_request_without_a_body(
+    make_app: AppFactory,
+    kind: str,
+    method: str,
+    environ: dict[str, t.Any],
+    body: bool,
+) -> None:
+    """Nothing is done to a request that has no body, or none that Werkzeug reads."""
+    app = make_app()
+
+    with app.test_request_context(method=method, environ_overrides=environ) as context:
+        with open_scope() if kind == "open_scope" else contextlib.nullcontext():
+            run(int)
+
+        assert (type(context.request) is not flask.Request) is body
+        assert isinstance(context.request, flask.Request)
+
+
+def ask(
+    port: int,
+    path: str,
+    body: bytes | cabc.Iterable[bytes],
+    kind: str = "text/plain",
+) -> tuple[int, t.Any]:
+    """Send a request over a connection of its own, in chunks if it is iterable."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+
+    with contextlib.closing(connection):
+        headers = {"Content-Type": kind}
+        connection.request("POST", path, body, headers)
+
+        with connection.getresponse() as response:
+            text = response.read().decode()
+
+    return response.status, json.loads(text) if response.status == 200 else text
+
+
+def cut(body: bytes, size: int) -> cabc.Iterator[bytes]:
+    """Cut a body into chunks."""
+    return (body[place : place + size] for place in range(0, len(body), size))
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind", KINDS)
+def test_bodies_on_real_servers(kind: str) -> None:
+    """Tasks and views get the whole body from every server, and all get answers."""
+    order = json.dumps({"item": "x" * 200_000}).encode()
+
+    with serve(kind, "bodies_app:app") as server:
+        for _ in range(5):
+            answer = ask(server.port, "/json", order, "application/json")
+            assert answer == (200, [200_000] * 3)
+
+        for size in (100, 50 * 2**20):
+            content = b"y" * size
+            digest = hashlib.sha256(content).hexdigest()
+            assert ask(server.port, "/both", content) == (200, [digest] * 2)
+            assert ask(server.port, "/late", content) == (200, [])
+            answer = ask(server.port, "/upload", make_multipart(content), MULTIPART)
+            assert answer == (200, ["blue", digest])
+
+        status, _ = ask(server.port, "/json", b"{", "application/json")
+        assert status == 400
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind", CHUNKED)
+def test_chunks_on_real_servers(kind: str) -> None:
+    """So they do where the client sends chunks, and the limit of the app holds."""
+    content = b"x" * 200_000
+    digest = hashlib.sha256(content).hexdigest()
+    too_large = make_multipart(bytes(LIMIT))
+
+    with serve(kind, "bodies_app:app") as server:
+        for _ in range(5):
+            answer = ask(server.port, "/both", cut(content, 2000))
+            assert answer == (200, [digest] * 2)
+
+        # A server may hang up on a client that still sends.
+        with contextlib.suppress(ConnectionError):
+            answer = ask(server.port, "/upload", cut(too_large, 2**20), MULTIPART)
+            assert answer[0] == 413
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("kind", CONCURRENT)
+def test_slow_client_on_real_servers(kind: str) -> None:
+    """A body that comes slowly is waited for by its own tasks, and by nobody else."""
+    body = b"x" * 5000
+    digest = hashlib.sha256(body).hexdigest()
+    head = (
+        "POST /both HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Content-Type: text/plain\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+
+    with (
+        serve(kind, "bodies_app:app") as server,
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE) as slow,
+    ):
+        slow.sendall(head.encode() + body[:1000])
+        assert ask(server.port, "/both", b"") == (200, [EMPTY] * 2)
+        slow.sendall(body[1000:])
+        answer = b""
+
+        while more := slow.recv(65536):
+            answer += more
+
+    assert answer.count(digest.encode()) == 2, answer

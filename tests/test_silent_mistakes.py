@@ -1,0 +1,499 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import typing as t
+
+import pytest
+from conftest import PATIENCE
+from flask import flash
+from flask import Flask
+from flask import session
+from flask.sessions import SecureCookieSession
+from flask.sessions import SecureCookieSessionInterface
+from flask_login import current_user  # type: ignore[import-untyped]
+from flask_login import login_user
+from flask_login import LoginManager
+from flask_login import UserMixin
+
+from flask_apitask import ApiTask
+from flask_apitask import open_scope
+from flask_apitask import run
+from flask_apitask import scoped
+from flask_apitask import wait
+from flask_apitask.api import warn_without_apitask
+from flask_apitask.context import MERGED
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from conftest import AppFactory
+    from flask import Request
+
+WITHOUT = (
+    "run() was called in a request of 'shop', which has no ApiTask: it was called on"
+    " the spot. Create one with ApiTask(app), or call its init_app(app)."
+)
+
+
+def find_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    assert all(record.levelno <= logging.WARNING for record in caplog.records)
+    return caplog.messages
+
+
+# An app without ApiTask
+
+
+def test_run_without_apitask(caplog: pytest.LogCaptureFixture) -> None:
+    """One WARNING of the app says that run() is a plain call in its requests."""
+    app = Flask("shop")
+
+    @app.get("/")
+    def index() -> str:
+        run(int)
+        return str(run(threading.get_ident).result() == threading.get_ident())
+
+    assert app.test_client().get("/").text == "True"
+    assert app.test_client().get("/").text == "True"
+    assert find_warnings(caplog) == [WITHOUT]
+    assert caplog.records[0].name == "shop"
+
+
+def test_run_outside_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a plain call is what was asked for, nothing warns."""
+    run(int)
+
+    with Flask("shop").app_context():
+        run(int)
+
+    app = Flask("shop")
+    app.config["APITASK_ENABLED"] = False
+    ApiTask(app)
+
+    with app.test_request_context():
+        run(int)
+        wait()
+
+    # In the request of one app, the code of another one.
+    with app.test_request_context(), Flask("other").app_context():
+        run(int)
+
+    assert find_warnings(caplog) == []
+
+
+def test_apitask_that_comes_late(caplog: pytest.LogCaptureFixture) -> None:
+    """An app that was warned of can be set up all the same."""
+    app = Flask("shop")
+
+    with app.test_request_context():
+        run(int)
+
+    ApiTask(app)
+
+    with app.test_request_context():
+        assert run(threading.get_ident).result(PATIENCE) != threading.get_ident()
+
+    assert find_warnings(caplog) == [WITHOUT]
+
+
+def test_warning_of_other_work(caplog: pytest.LogCaptureFixture) -> None:
+    """Other work that is done on the spot can be warned of as well."""
+    app = Flask("shop")
+    warn_without_apitask(app, "Mail was sent")
+
+    with app.test_request_context():
+        warn_without_apitask(app, "Mail was sent")
+
+    assert find_warnings(caplog) == [
+        WITHOUT.replace("run() was called", "Mail was sent").replace(
+            "it was called", "it was sent"
+        )
+    ]
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("APITASK_TIMOUT", "Did you mean APITASK_TIMEOUT?"),
+        ("APITASK_WORKERS", "Did you mean APITASK_MAX_WORKERS?"),
+        ("APITASK_MAIL_BACKGROND", "Did you mean APITASK_MAIL_BACKGROUND?"),
+        ("APITASK_COLOUR", "Remove it."),
+    ],
+)
+def test_unknown_key(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, key: str, hint: str
+) -> None:
+    """A key that there is not is a WARNING at the start, with what may be meant."""
+    make_app(**{key: 5, "APITASK_ENABLED": True, "APITASK": 1, "MY_APITASK_X": 2})
+    assert find_warnings(caplog) == [f"There is no key {key}. {hint}"]
+
+
+# The session
+
+
+def set_colour(colour: str) -> None:
+    session["colour"] = colour
+
+
+def count_up() -> int:
+    session["counts"].append(len(session["counts"]))
+    session.modified = True
+    return len(session["counts"])
+
+
+DROPPED = (
+    "Task 'test_silent_mistakes.set_colour' of POST / has changed the session (colour),"
+    " which is dropped. The cookie may have been made by then: change the session in"
+    " the view."
+)
+
+
+def test_session_that_a_task_changes(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a task writes never reaches the cookie, be it early or late: one WARNING."""
+    app = make_app(SECRET_KEY="test")
+    cookies: list[str | None] = []
+    saved = threading.Event()
+
+    def write_late(colour: str) -> None:
+        assert saved.wait(PATIENCE)
+        set_colour(colour)
+
+    # It comes before the wait, and after the cookie was made.
+    app.teardown_request(lambda error: saved.set())
+
+    @app.post("/")
+    def early() -> str:
+        run(set_colour, "red").result(PATIENCE)
+        return str(session.get("colour"))
+
+    @app.get("/")
+    def late() -> str:
+        saved.clear()
+        run(write_late, "red")
+        return ""
+
+    for number in range(200):
+        response = app.test_client().open(method=("POST", "GET")[number % 2])
+        assert response.text == ("None", "")[number % 2]
+        cookies.append(response.headers.get("Set-Cookie"))
+
+    assert cookies == [None] * 200
+    assert find_warnings(caplog) == [DROPPED]
+
+
+def test_session_that_a_task_reads(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task reads what the view has set, and what the view sets is in the cookie."""
+    app = make_app(SECRET_KEY="test")
+
+    @app.get("/<colour>")
+    def index(colour: str) -> str:
+        before = session.get("colour", "none")
+        session["colour"] = colour
+        found = run(lambda: session["colour"]).result(PATIENCE)
+        return f"{before} {found}"
+
+    client = app.test_client()
+    assert client.get("/red").text == "none red"
+    assert client.get("/blue").text == "red blue"
+    assert find_warnings(caplog) == []
+
+
+def test_vary_header(make_app: AppFactory) -> None:
+    """A response that depends on the session by way of a task says so to caches."""
+    app = make_app(SECRET_KEY="test")
+
+    @app.get("/")
+    def index() -> str:
+        return str(run(lambda: session.get("colour")).result(PATIENCE))
+
+    assert app.test_client().get("/").headers["Vary"] == "Cookie"
+
+
+def test_tasks_do_not_share_it(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither another task nor the view sees what a task changes, at any depth."""
+    app = make_app(SECRET_KEY="test")
+
+    def nested() -> list[int]:
+        first = count_up()
+
+        with open_scope():
+            inner = run(count_up).result(PATIENCE)
+
+        return [first, inner, count_up()]
+
+    with app.test_request_context():
+        session["counts"] = []
+        assert run(nested).result(PATIENCE) == [1, 1, 2]
+        assert run(count_up).result(PATIENCE) == 1
+        assert session["counts"] == []
+        counted: queue.SimpleQueue[int] = queue.SimpleQueue()
+        run(int).add_done_callback(lambda future: counted.put(count_up()))
+        assert counted.get(timeout=PATIENCE) == 1
+        assert session["counts"] == []
+
+
+def test_flash_in_a_task(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a task flashes is dropped, with a WARNING; what the view flashes is not."""
+    app = make_app(SECRET_KEY="test")
+
+    @app.get("/")
+    def index() -> str:
+        flash("from the view")
+        run(flash, "from a task").result(PATIENCE)
+        return str([message for _, message in session["_flashes"]])
+
+    assert app.test_client().get("/").text == "['from the view']"
+    assert [text[:45] for text in find_warnings(caplog)] == [
+        "Task 'flask.helpers.flash' of GET / has chang"
+    ]
+
+
+class User(UserMixin):  # type: ignore[misc]
+    id = "ada"
+
+
+@pytest.mark.parametrize("protection", ["basic", "strong", None])
+def test_flask_login(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, protection: str | None
+) -> None:
+    """In a task current_user is the user of the request, by session or by cookie."""
+    app = make_app(SECRET_KEY="test")
+    manager = LoginManager(app)
+    manager.session_protection = protection
+    manager.user_loader(lambda user_id: User() if user_id == "ada" else None)
+
+    def tell() -> str | None:
+        return getattr(current_user, "id", None)
+
+    @app.post("/")
+    def login() -> str:
+        login_user(User(), remember=True)
+        return str(run(tell).result(PATIENCE))
+
+    @app.get("/")
+    def index() -> str:
+        return str([run(tell).result(PATIENCE), tell()])
+
+    client = app.test_client()
+    assert client.get("/").text == "[None, None]"
+    assert client.post("/").text == "ada"
+    assert client.get("/").text == "['ada', 'ada']"
+    assert find_warnings(caplog) == []
+    client.delete_cookie("session")
+    assert client.get("/").text == "['ada', 'ada']"
+    # Flask-Login notes in the session that it has found the user by the cookie.
+    assert len(find_warnings(caplog)) == 1
+
+
+class PlainSession(dict[str, t.Any]):
+    """A mapping that knows nothing of changes, as a session of the app's own may be."""
+
+    new = modified = permanent = accessed = False
+
+
+class Wrapped:
+    """A session that is no dictionary."""
+
+    accessed = False
+
+    def __init__(self, holder: dict[str, t.Any]) -> None:
+        self.holder = holder
+
+    def __setitem__(self, key: str, value: object) -> None:
+        self.holder[key] = value
+
+    def get(self, key: str) -> object:
+        return self.holder.get(key)
+
+
+@pytest.mark.parametrize("kind", ["dict", "other"])
+def test_session_of_the_apps_own(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """A session interface of the app's own works; only a dictionary can be copied."""
+    app = make_app(SECRET_KEY="test")
+    holder = PlainSession()
+
+    class Interface(SecureCookieSessionInterface):
+        def open_session(self, app: Flask, request: Request) -> t.Any:
+            return holder if kind == "dict" else Wrapped(holder)
+
+        def save_session(self, app: Flask, session: t.Any, response: object) -> None:
+            pass
+
+    app.session_interface = Interface()
+
+    with app.test_request_context():
+        run(set_colour, "red").result(PATIENCE)
+        assert session.get("colour") == (None if kind == "dict" else "red")
+
+    assert len(find_warnings(caplog)) == (1 if kind == "dict" else 0)
+
+
+@pytest.mark.skipif(MERGED, reason="Flask 3.2 has no context that it can be set on")
+def test_session_before_flask_3_1_3(make_app: AppFactory) -> None:
+    """A session that is an attribute of the context is the one that tasks copy."""
+    app = make_app(SECRET_KEY="test")
+
+    with app.test_request_context() as context:
+        run(int)
+        context.session = SecureCookieSession({"colour": "red"})  # type: ignore[misc]
+        assert run(lambda: session["colour"]).result(PATIENCE) == "red"
+
+
+# Arguments
+
+
+def generate() -> cabc.Iterator[int]:
+    yield 1
+
+
+async def generate_async() -> cabc.AsyncIterator[int]:
+    yield 1
+
+
+WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
+    "number": (
+        lambda: scoped(5),  # type: ignore[call-overload]
+        TypeError,
+        "scoped() takes a function, or limits by name, as in @scoped(max_workers=2),"
+        " not 5.",
+    ),
+    "text": (lambda: scoped("close"), TypeError, "not 'close'"),  # type: ignore[call-overload]
+    "class": (lambda: scoped(Flask), TypeError, "not <class 'flask.app.Flask'>"),
+    "generator": (lambda: scoped(generate), TypeError, "Use 'with open_scope()'"),
+    "async generator": (
+        lambda: scoped(generate_async),
+        TypeError,
+        "Use 'with open_scope()'",
+    ),
+    "limit": (lambda: scoped(timeout=0), ValueError, "timeout is 0, but must be"),
+    "wait": (
+        lambda: wait("5"),  # type: ignore[arg-type]
+        TypeError,
+        "wait() takes a number of seconds, or None, and not '5'.",
+    ),
+    "run": (
+        lambda: run(5),  # type: ignore[call-overload]
+        TypeError,
+        "Pass the function and its arguments apart",
+    ),
+    "app": (
+        lambda: ApiTask("shop"),  # type: ignore[arg-type]
+        TypeError,
+        "ApiTask takes the Flask app, and not 'shop'.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "text"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(
+    call: cabc.Callable[[], object], error: type[Exception], text: str
+) -> None:
+    """The error names what is wrong, and not what comes of it later."""
+    with pytest.raises(error) as caught:
+        call()
+
+    assert text in str(caught.value)
+
+
+# await run()
+
+
+def pass_on(event: threading.Event) -> str:
+    assert event.wait(PATIENCE)
+    return "done"
+
+
+def test_await_in_an_async_view(make_app: AppFactory) -> None:
+    """A view that awaits a task lets its event loop go on."""
+    app = make_app()
+
+    @app.get("/")
+    async def index() -> str:
+        event = threading.Event()
+
+        async def let_pass() -> None:
+            event.set()
+
+        # Begun by the loop when the view awaits, and not before.
+        other = asyncio.create_task(let_pass())
+        answer = await run(pass_on, event)
+        await other
+        return answer
+
+    assert app.test_client().get("/").text == "done"
+
+
+def test_await_of_a_task_that_fails(make_app: AppFactory) -> None:
+    """What the task raises is raised in the view."""
+    app = make_app()
+
+    @app.get("/")
+    async def index() -> str:
+        with pytest.raises(ZeroDivisionError):
+            await run(divmod, 1, 0)
+
+        return str(await run(divmod, 1, 1))
+
+    assert app.test_client().get("/").text == "(1, 0)"
+
+
+def test_await_of_a_task_that_is_cancelled(make_app: AppFactory) -> None:
+    """A task that was cancelled never runs, and ends the waiting."""
+    app = make_app(APITASK_MAX_WORKERS=1)
+
+    @app.get("/")
+    async def index() -> str:
+        event = threading.Event()
+        first = run(pass_on, event)
+        second = run(pass_on, event)
+        assert second.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await second
+
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(first)), 0.01)
+
+        event.set()
+        return await first
+
+    assert app.test_client().get("/").text == "done"
+
+
+def test_await_with_a_full_pool(make_app: AppFactory) -> None:
+    """A task that is awaited gets a thread, however full the pool is."""
+    app = make_app(APITASK_POOL_SIZE=1)
+    event = threading.Event()
+
+    @app.get("/")
+    async def index() -> str:
+        held = run(pass_on, event)
+        answer = await run(str, "passed")
+        event.set()
+        return f"{answer} {await held}"
+
+    assert app.test_client().get("/").text == "passed done"
+
+
+def test_await_without_a_scope() -> None:
+    """What was a plain call can be awaited as well."""
+
+    async def main() -> str:
+        return await run(str, "called")
+
+    assert asyncio.run(main()) == "called"
