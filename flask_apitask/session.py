@@ -51,6 +51,8 @@ class OwnSessions(_Base):
             return shared
 
         if _SESSION not in own:
+            # So that the response says that it may depend on the cookie.
+            t.cast("t.Any", shared).accessed = True
             session = type(shared).__new__(type(shared))
             vars(session).update(vars(shared))
             # In one step, as the view may write; and nothing takes it for a change.
