@@ -18,13 +18,14 @@ PACKAGE = pathlib.Path(flask_apitask.__file__).parent
 # From the bottom up. A module imports from the rows below its own, and no other.
 LAYERS = (
     {"exceptions", "futures", "locks", "log", "signals", "uwsgi"},
-    {"config", "mail.envelope", "tasks", "threads"},
-    {"jobs", "mail.smtp"},
+    {"config", "mail.envelope", "mail.replies", "tasks", "threads"},
+    {"jobs", "mail.rendering", "mail.smtp"},
     {"mail.pool", "scope"},
     {"context"},
     {"binding", "closing"},
     {"endings"},
     {"stack"},
+    {"mail.changes"},
     {"mail.flask_mail"},
     {"mail"},
     {"extension"},
@@ -40,7 +41,9 @@ LIBRARIES = {
     "binding": {"blinker", "flask"},
     "endings": {"flask"},
     "stack": {"flask"},
+    "mail.changes": {"flask_mail", "typing_extensions"},
     "mail.flask_mail": {"flask", "flask_mail", "typing_extensions"},
+    "mail.rendering": {"flask_mail"},
     "mail.pool": {"typing_extensions"},
     "extension": {"flask", "werkzeug"},
 }
