@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import typing as t
 
 from flask import Flask
 from werkzeug.local import LocalProxy
@@ -11,6 +12,9 @@ from .config import find_mistakes
 from .context import MERGED
 from .executor.pool import ThreadPool
 from .log import log
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
 
 
 class ApiTask:
@@ -76,10 +80,9 @@ class ApiTask:
         for mistake in find_mistakes(app.config):
             log(app.logger, logging.WARNING, "%s", mistake)
 
-        if config.mail_background:
-            _reroute_mail(app, config)
+        reroute = _find_reroute() if config.mail_background else None
 
-        # Flask refuses these, too, once the app has served.
+        # Flask refuses these once the app has served. Then nothing else has been done.
         app.teardown_request(request_scope.end_request)
 
         if config.enabled:
@@ -88,6 +91,9 @@ class ApiTask:
         if not MERGED:
             app.teardown_appcontext(request_scope.end_leftovers)
 
+        if reroute is not None:
+            reroute(app, config)
+
         state = request_scope.AppState(config, ThreadPool(config.pool_size))
         app.extensions["apitask"] = state
 
@@ -95,7 +101,7 @@ class ApiTask:
             request_scope.answer_first(app)
 
 
-def _reroute_mail(app: Flask, config: Config) -> None:
+def _find_reroute() -> cabc.Callable[[Flask, Config], None]:
     try:
         from .mail import reroute
     except ImportError as error:
@@ -107,4 +113,4 @@ def _reroute_mail(app: Flask, config: Config) -> None:
             ' it with: pip install "flask-apitask[mail]"'
         ) from error
 
-    reroute(app, config)
+    return reroute

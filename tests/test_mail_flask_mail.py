@@ -585,7 +585,7 @@ def test_failures_of_a_block_are_one_error(
     assert inbox.recipients == [["ann@example.org"]]
     [record] = caplog.records
     assert record.levelno == logging.ERROR
-    assert record.task_name == "flask_mail.send"  # type: ignore[attr-defined]
+    assert record.apitask_task == "flask_mail.send"  # type: ignore[attr-defined]
     assert "2 of 3 messages were not delivered" in caplog.text
     assert sent[0].msgId in caplog.text
     assert sent[1].msgId not in caplog.text
