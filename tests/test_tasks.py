@@ -11,11 +11,13 @@ from flask_apitask.executor.task import make_callable
 from flask_apitask.executor.task import task_name
 
 
-def plain() -> None: ...
+def plain() -> None:
+    """Do nothing, without a name."""
 
 
 @task("mailer.named")
 def named(number: int = 0) -> int:
+    """Do nothing, with a name."""
     return number
 
 
