@@ -43,7 +43,7 @@ OPTIONAL = {"asyncio", "celery", "flask_debugtoolbar", "flask_mail"}
 
 
 def name_of(path: pathlib.Path) -> str:
-    """Return the dotted name of a module."""
+    """Return the name of a module below the package's."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and parts[1:] else parts)
 
@@ -87,7 +87,7 @@ def find_imports(name: str, *, types: bool = False) -> set[str]:
 
 
 def own_name(imported: str) -> str:
-    """Return the name of a module of ours, or else of a package."""
+    """Return the module that an import is from, or the package if it is another."""
     package, _, rest = imported.partition(".")
 
     if package != "flask_apitask":

@@ -259,6 +259,31 @@ def test_wait_begins_while_an_extra_thread_leaves() -> None:
     scope.end()
 
 
+def test_extra_thread_that_stays_counts_as_any_other() -> None:
+    """A thread started for a wait may be the one of the pool that is left over.
+
+    Where that is busy, the next scope that is waited for has a thread started, too.
+    """
+    pool = ThreadPool(1)
+    gates = [Gate() for _ in range(3)]
+
+    with make_scope(pool=pool) as busy, make_scope(pool=pool) as scope:
+        busy.submit(gates[0])
+        assert gates[0].begun.wait(PATIENCE)
+        waiting = start(scope.submit(gates[1]).result)
+        assert gates[1].begun.wait(PATIENCE)
+        gates[0].opened.set()
+        wait_until(lambda: len(pool._busy) == 1)
+        gates[1].opened.set()
+        join(waiting)
+        wait_until(lambda: len(pool._idle) == 1)
+        scope.submit(gates[2])
+        assert gates[2].begun.wait(PATIENCE)
+        assert gates[2].threads == gates[1].threads
+        assert in_time(scope.submit(len, "abc").result) == 3
+        gates[2].opened.set()
+
+
 def test_full_pool_of_stuck_tasks() -> None:
     """Where all threads are stuck, a scope that is waited for has its tasks done."""
     pool, gate = ThreadPool(2), Gate()

@@ -376,7 +376,7 @@ PROGRAMS = [
 def run_program(
     program: t.Any, pool: str, cap: int, seeds: cabc.Iterable[object]
 ) -> None:
-    """Run a program by many schedules."""
+    """Explore a program with a pool of a kind."""
     size, refusals, interrupts = POOLS[pool]
 
     def set_up(schedule: Schedule) -> cabc.Callable[[], None]:

@@ -33,7 +33,7 @@ def expect_rest(load: Load) -> None:
 
 
 def is_at_rest(pool: ThreadPool) -> bool:
-    """Return whether a pool has nothing to do."""
+    """Return whether nothing is left to do, and no thread too many."""
     nothing_left = not (pool._busy or pool._abandoned or pool._waiting)
     return nothing_left and len(pool._idle) <= POOL_SIZE
 

@@ -12,12 +12,12 @@ from flask_apitask.executor.task import task_name
 
 
 def plain() -> None:
-    """Have no name but its own."""
+    """Do nothing, without a name."""
 
 
 @task("mailer.named")
 def named(number: int = 0) -> int:
-    """Return a number."""
+    """Do nothing, with a name."""
     return number
 
 

@@ -57,7 +57,7 @@ def request(pool: ThreadPool, fn: cabc.Callable[[], object] = bool) -> Calling:
 
 
 def abandon(pool: ThreadPool, scope: Calling) -> int:
-    """Have a pool abandon the threads of a scope."""
+    """Have the threads that serve a scope replaced."""
     return pool.abandon(t.cast("t.Any", scope))
 
 
