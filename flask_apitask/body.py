@@ -10,7 +10,6 @@ from flask import Request
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from _typeshed.wsgi import WSGIEnvironment
     from werkzeug.datastructures import FileStorage
     from werkzeug.datastructures import ImmutableMultiDict
 
@@ -80,7 +79,7 @@ def share_body(request: Request) -> None:
         request.__class__ = _shared(request_class)
 
 
-def _has_body(environ: WSGIEnvironment) -> bool:
+def _has_body(environ: cabc.Mapping[str, t.Any]) -> bool:
     if environ.get("CONTENT_LENGTH", "") not in {"", "0"}:
         return True
 

@@ -50,12 +50,17 @@ def find_request_context() -> t.Any | None:
     return context if not MERGED or context.has_request else None
 
 
-def is_pushed(request_context: t.Any) -> bool:
-    """Return whether somebody is going to pop the context of a request.
+def is_pushed_again(request_context: t.Any) -> bool:
+    """Return whether a request that was torn down is going to be torn down once more.
 
-    A thread that outlives the request sees a context that was popped.
+    Before Flask 3.2, :func:`flask.stream_with_context` pushes the context again for the
+    body. A thread that outlives the request sees a context that is not pushed; and the
+    end of the first push takes the request out of the environ, as the last thing.
     """
-    return MERGED or bool(request_context._cv_tokens)
+    if MERGED or not request_context._cv_tokens:
+        return False
+
+    return request_context.request.environ.get("werkzeug.request") is None
 
 
 @dataclasses.dataclass(slots=True, eq=False)

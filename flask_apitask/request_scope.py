@@ -14,7 +14,7 @@ from .context import find_app_context
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
-from .context import is_pushed
+from .context import is_pushed_again
 from .context import MERGED
 from .executor.scope import TaskScope
 from .runner import TaskRunner
@@ -53,7 +53,7 @@ class RequestScope:
     for the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "popped")
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended")
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -64,8 +64,6 @@ class RequestScope:
         self.ended = False
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
-        # The request's context was popped after the end, before Flask 3.2.
-        self.popped = False
 
     @property
     def is_used(self) -> bool:
@@ -87,7 +85,7 @@ class RequestScope:
                 self._scope = TaskScope(pool, *limits, runner)
 
                 if not MERGED:
-                    self.note_for_leftovers()
+                    self._note_for_leftovers()
 
             scope = self._scope
 
@@ -139,7 +137,7 @@ class RequestScope:
                 successor = getattr(request_context, _SCOPE)
 
         # Whoever pops the context looks for leftovers after that.
-        if not is_pushed(request_context):
+        if not is_pushed_again(request_context):
             successor.end()
 
         return successor
@@ -148,7 +146,7 @@ class RequestScope:
         if self.ended:
             self.end()
 
-    def note_for_leftovers(self) -> None:
+    def _note_for_leftovers(self) -> None:
         """Keep this where :func:`end_leftovers` finds it."""
         app_context = find_app_context()
         # In tests, the requests of a whole app context may come here, one by one.
@@ -217,11 +215,7 @@ def begin_request() -> None:
 
 def end_request(error: BaseException | None = None) -> None:
     """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
-    scope = find_request_scope(get_request_context())
-    scope.end()
-
-    if not MERGED:
-        scope.note_for_leftovers()
+    find_request_scope(get_request_context()).end()
 
 
 def end_leftovers(error: BaseException | None = None) -> None:
@@ -235,7 +229,6 @@ def end_leftovers(error: BaseException | None = None) -> None:
         # An app context may end within a request, and that goes on.
         if scope is not getattr(find_request_context(), _SCOPE, None):
             scope.end()
-            scope.popped = True
 
 
 def find_request_scope(request_context: t.Any) -> RequestScope:
@@ -245,8 +238,7 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
     if scope is None:
         # In one step, as several threads may share the context.
         scope = vars(request_context).setdefault(_SCOPE, RequestScope())
-    elif scope.popped and is_pushed(request_context):
-        # Flask 3.1 pushes it again for a streamed body, after the teardown.
+    elif scope.ended and is_pushed_again(request_context):
         scope = scope.replace(request_context)
 
     return scope

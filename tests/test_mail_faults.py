@@ -90,7 +90,7 @@ def play(case: Case, certificates: Certificates, *, pipelining: bool) -> str:
         outcome, message_id = outcome_of(pool)
 
         if case.stage is Stage.QUIT:
-            pool.close()
+            pool.close_idle()
             pool = ConnectionPool(settings)
 
         # Far below the longest possible time, as the server is silent once.
@@ -105,7 +105,7 @@ def play(case: Case, certificates: Certificates, *, pipelining: bool) -> str:
             outcome = "again, delivered"
 
         assert outcome_of(pool)[0] == "delivered"
-        pool.close()
+        pool.close_idle()
 
     return outcome
 
