@@ -76,10 +76,12 @@ class ApiTask:
         for mistake in find_mistakes(app.config):
             log(app.logger, logging.WARNING, "%s", mistake)
 
-        if config.mail_background:
-            _reroute_mail(app, config)
+        extensions: dict[str, object] = {}
 
-        # Flask refuses these, too, once the app has served.
+        if config.mail_background:
+            extensions["apitask_mail"] = _reroute_mail(app, config)
+
+        # Flask refuses these once the app has served. Then nothing of it was touched.
         app.teardown_request(request_scope.end_request)
 
         if config.enabled:
@@ -88,14 +90,15 @@ class ApiTask:
         if not MERGED:
             app.teardown_appcontext(request_scope.end_leftovers)
 
-        state = request_scope.AppState(config, ThreadPool(config.pool_size))
-        app.extensions["apitask"] = state
+        pool = ThreadPool(config.pool_size)
+        extensions["apitask"] = request_scope.AppState(config, pool)
+        app.extensions |= extensions
 
         if config.enabled and config.wait == "close":
             request_scope.answer_first(app)
 
 
-def _reroute_mail(app: Flask, config: Config) -> None:
+def _reroute_mail(app: Flask, config: Config) -> object:
     try:
         from .mail import reroute
     except ImportError as error:
@@ -107,4 +110,4 @@ def _reroute_mail(app: Flask, config: Config) -> None:
             ' it with: pip install "flask-apitask[mail]"'
         ) from error
 
-    reroute(app, config)
+    return reroute(app, config)

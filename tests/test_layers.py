@@ -37,7 +37,6 @@ FOREIGN_PRIVATE_NAMES = {
     " what a task needs, and not at all in a child of multiprocessing; optional",
     "_request": "Flask >= 3.2: without it, the end of a task's context is not the end"
     " of the request; nothing public takes it away (test_merged_context.py)",
-    "_typeshed": "the types of WSGI, which only type checkers import",
 }
 
 OPTIONAL = {"asyncio", "celery", "flask_debugtoolbar", "flask_mail"}

@@ -55,8 +55,10 @@ Call: t.TypeAlias = "tuple[str, tuple[t.Any, ...], dict[str, t.Any]]"
 Outgoing: t.TypeAlias = "tuple[Envelope, flask_mail.Message | None]"
 
 
-def reroute(app: Flask, config: Config) -> None:
-    """Send the mail of an app in the background of its requests.
+def reroute(app: Flask, config: Config) -> ReroutedMail:
+    """Return what sends the mail of an app in the background of its requests.
+
+    It does so once it is among the app's extensions, as ``"apitask_mail"``.
 
     All that Flask-Mail sends goes through ``send`` and ``connect`` of a ``Mail``, which
     are looked up by our function from now on. It changes nothing for other apps.
@@ -71,8 +73,8 @@ def reroute(app: Flask, config: Config) -> None:
             " its credentials and the mail. Name a file of CA certificates instead."
         )
 
-    app.extensions["apitask_mail"] = ReroutedMail(config)
     flask_mail._MailMixin.__getattribute__ = _look_up  # type: ignore[method-assign, assignment]
+    return ReroutedMail(config)
 
 
 class ReroutedMail:
