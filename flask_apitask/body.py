@@ -7,6 +7,8 @@ import typing as t
 
 from flask import Request
 
+from .upload import share_files
+
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
@@ -39,7 +41,9 @@ class SharedBody(Request):
     @property
     def files(self) -> ImmutableMultiDict[str, FileStorage]:
         with vars(self)[_LOCK].reading(self):
-            return super().files
+            files = super().files
+            share_files(files)
+            return files
 
 
 class BodyLock:
@@ -77,6 +81,10 @@ def share_body(request: Request) -> None:
     if _has_body(request.environ) and not issubclass(request_class, SharedBody):
         vars(request).setdefault(_LOCK, BodyLock())
         request.__class__ = _shared(request_class)
+
+        # The view may have some of them in its hands.
+        if "files" in vars(request):
+            share_files(vars(request)["files"])
 
 
 def _has_body(environ: cabc.Mapping[str, t.Any]) -> bool:

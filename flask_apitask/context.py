@@ -84,6 +84,11 @@ current_frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar(
 )
 
 
+# What a task has for itself, by what it belongs to; None where there is no task.
+task_locals: contextvars.ContextVar[dict[object, t.Any] | None]
+task_locals = contextvars.ContextVar("flask_apitask_locals", default=None)
+
+
 def is_in_task(request: Request) -> bool:
     """Return whether the caller is in a task of this request."""
     frame = current_frame.get()

@@ -18,13 +18,13 @@ from .body import share_body
 from .context import current_frame
 from .context import Frame
 from .context import task_context
+from .context import task_locals
 from .copied_g import find_copier
 from .executor.runner import Runner
 from .executor.scope import TaskScope
 from .executor.task import task_name
 from .log import log
 from .log import log_once
-from .session import begin_task
 from .session import find_changes
 from .signals import task_finished
 from .signals import task_started
@@ -81,7 +81,7 @@ class TaskRunner(Runner):
         app = self._app
         started = time.monotonic()
         current_frame.set(self._frame)
-        begin_task()
+        task_locals.set({})
 
         try:
             with task_context(app):
@@ -119,7 +119,7 @@ class TaskRunner(Runner):
         future: concurrent.futures.Future[t.Any],
     ) -> None:
         current_frame.set(self._frame)
-        begin_task()
+        task_locals.set({})
 
         try:
             with task_context(self._app):

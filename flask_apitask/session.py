@@ -1,16 +1,18 @@
 from __future__ import annotations
 
-import contextvars
 import copy
 import functools
 import typing as t
 
 from .context import is_in_task
+from .context import task_locals
 
 if t.TYPE_CHECKING:
     from flask.ctx import RequestContext as _Base
 else:
     _Base = object
+
+_SESSION: t.Final = "session"
 
 
 class OwnSession(t.NamedTuple):
@@ -24,12 +26,6 @@ class OwnSession(t.NamedTuple):
         before, now = self.before.items(), self.session.items()
         changed = [key for key, value in now if (key, value) not in before]
         return [*changed, *(key for key in self.before if key not in self.session)]
-
-
-# Of the task that runs.
-_own: contextvars.ContextVar[OwnSession | None] = contextvars.ContextVar(
-    "flask_apitask_session", default=None
-)
 
 
 class OwnSessions(_Base):
@@ -48,21 +44,22 @@ class OwnSessions(_Base):
         if shared is None:
             shared = super().session
 
+        own = task_locals.get()
+
         # A mapping of another kind can't be copied without knowing it.
-        if not is_in_task(self.request) or not isinstance(shared, dict):
+        if own is None or not is_in_task(self.request) or not isinstance(shared, dict):
             return shared
 
-        own = _own.get()
-
-        if own is None:
+        if _SESSION not in own:
+            # So that the response says that it may depend on the cookie.
+            t.cast("t.Any", shared).accessed = True
             session = type(shared).__new__(type(shared))
             vars(session).update(vars(shared))
             # In one step, as the view may write; and nothing takes it for a change.
             dict.update(session, copy.deepcopy(dict(shared)))
-            own = OwnSession(session, copy.deepcopy(dict(session)))
-            _own.set(own)
+            own[_SESSION] = OwnSession(session, copy.deepcopy(dict(session)))
 
-        return own.session
+        return own[_SESSION].session
 
     @session.setter
     def session(self, session: t.Any) -> None:
@@ -82,12 +79,7 @@ def _with_own_sessions(context_class: t.Any) -> t.Any:
     return type(context_class.__name__, (OwnSessions, context_class), {})
 
 
-def begin_task() -> None:
-    """Let a task that begins have a session of its own, and not its caller's."""
-    _own.set(None)
-
-
 def find_changes() -> list[str]:
     """Name what the task that ends has changed in its session."""
-    own = _own.get()
+    own: OwnSession | None = (task_locals.get() or {}).get(_SESSION)
     return [] if own is None else own.changed()

@@ -61,7 +61,7 @@ def leave_it_to_tasks() -> list[str]:
 
 @app.post("/upload")
 def upload() -> list[str]:
-    """Have two tasks read a form with an upload."""
+    """Have tasks read a form with an upload, and read the upload, too."""
     field = run(read_field)
-    digest = run(read_upload)
-    return [field.result(), digest.result()]
+    digests = [run(read_upload), run(read_upload)]
+    return [read_upload(), *(digest.result() for digest in digests), field.result()]

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import io
 import json
+import random
 import socket
 import threading
 import typing as t
@@ -32,6 +33,7 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from conftest import AppFactory
+    from werkzeug.datastructures import FileStorage
 
 # Seconds in which a second reader would be here, if nothing kept it away.
 MOMENT = 0.1
@@ -81,33 +83,34 @@ class Wire(io.RawIOBase):
         return len(part)
 
 
-def make_field(value: str) -> bytes:
-    """Return a form of one field, as multipart."""
+def make_fields(*values: str) -> bytes:
+    """Make a form of fields, as a browser sends it."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="colour"\r\n\r\n'
-    return f"{head}{value}\r\n--{BOUNDARY}--\r\n".encode()
+    fields = "".join(f"{head}{value}\r\n" for value in values)
+    return f"{fields}--{BOUNDARY}--\r\n".encode()
 
 
 def make_multipart(content: bytes) -> bytes:
-    """Return a form of a file and a field."""
+    """Make a form with a file in it."""
     head = (
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file";'
         ' filename="a.bin"\r\n\r\n'
     )
-    return head.encode() + content + b"\r\n" + make_field("blue")
+    return head.encode() + content + b"\r\n" + make_fields("blue")
 
 
 def read_json() -> object:
-    """Ask for the body as JSON."""
+    """Read the body as JSON."""
     return request.get_json()
 
 
 def read_form() -> object:
-    """Ask for the body as a form."""
+    """Read the fields of the form."""
     return request.form.to_dict()
 
 
 def read_files() -> object:
-    """Ask for the files of the body."""
+    """Read the files of the form."""
     return [(name, file.filename) for name, file in request.files.items()]
 
 
@@ -235,7 +238,7 @@ def test_client_that_goes_away(
     """Whoever asks for a body that breaks off gets the error, and none gets a part."""
     app = make_app()
     found = add_readers(app, "tasks", read)
-    body = make_field("blue" * 1000)
+    body = make_fields("blue" * 1000)
     wire = Wire(body[:3000], end=TimeoutError)
 
     assert (
@@ -249,12 +252,12 @@ def test_client_that_goes_away(
 
 
 class SmallForms(flask.Request):
-    """A request class that takes no large field. Flask 3.0 has no key for it."""
+    """A request class that takes only one field. Flask 3.0 has no key for it."""
 
-    max_form_memory_size = 1000
+    max_form_parts = 1
 
 
-@pytest.mark.parametrize("limit", ["body", "field"])
+@pytest.mark.parametrize("limit", ["body", "fields"])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_body_that_is_too_large(
     make_app: AppFactory, limit: str, chunked: bool
@@ -268,7 +271,7 @@ def test_body_that_is_too_large(
         app.request_class = SmallForms
 
     found = add_readers(app, "task-and-view", read_form)
-    body = make_field("b" * 5000)
+    body = make_fields("blue", "b" * 5000)
     post(app, Wire(body), MULTIPART, None if chunked else len(body))
 
     assert found == [(RequestEntityTooLarge, str(RequestEntityTooLarge()))] * 2
@@ -445,6 +448,148 @@ def test_request_without_a_body(
         assert isinstance(context.request, flask.Request)
 
 
+@pytest.mark.parametrize("size", [100, 600_000])
+@pytest.mark.parametrize("parsed", [False, True], ids=["unparsed", "parsed"])
+def test_upload_that_all_read(make_app: AppFactory, size: int, parsed: bool) -> None:
+    """Two tasks and the view read an upload by turns, and each gets the whole of it."""
+    app = make_app()
+    content = random.Random(size).randbytes(size)
+    turns = threading.Barrier(3)
+
+    def read_by_turns() -> bytes:
+        upload = request.files["file"]
+        parts = []
+
+        for _ in range(4):
+            turns.wait(PATIENCE)
+            parts.append(upload.read(size // 4))
+
+        return b"".join(parts)
+
+    @app.post("/")
+    def index() -> str:
+        assert not parsed or request.files
+        tasks = [run(read_by_turns), run(read_by_turns)]
+        assert read_by_turns() == content
+        assert [task.result(PATIENCE) for task in tasks] == [content] * 2
+        return "ok"
+
+    body = make_multipart(content)
+    answer = post(app, Wire(body), MULTIPART, len(body))
+    assert answer.get_data(as_text=True) == "ok"
+
+
+LINES = b"first\nsecond\nthird\n"
+
+
+def read_lines(upload: FileStorage) -> list[bytes]:
+    """Read an upload line by line."""
+    return list(upload)
+
+
+def save(upload: FileStorage) -> bytes:
+    """Save an upload."""
+    copy = io.BytesIO()
+    upload.save(copy)
+    return copy.getvalue()
+
+
+def seek(upload: FileStorage) -> list[object]:
+    """Move about in an upload, and read its end."""
+    moves = [upload.seek(-6, io.SEEK_END), upload.tell(), upload.read(None)]
+    return [*moves, upload.stream.readable(), upload.stream.seekable()]
+
+
+@pytest.mark.parametrize(
+    ("read", "found"),
+    [
+        (read_lines, [b"first\n", b"second\n", b"third\n"]),
+        (save, LINES),
+        (seek, [13, 13, b"third\n", True, True]),
+        (lambda upload: upload.stream.readline(3), b"fir"),
+        (lambda upload: upload.stream.mode, "rb+"),
+    ],
+    ids=["lines", "save", "seek", "readline", "mode"],
+)
+def test_upload_is_a_file(
+    make_app: AppFactory, read: cabc.Callable[[FileStorage], object], found: object
+) -> None:
+    """What a view can do with an upload, it and a task can do when it is shared."""
+    app = make_app()
+
+    @app.post("/")
+    def index() -> str:
+        upload = request.files["file"]
+        assert upload.read(2) == b"fi"
+        assert run(read, upload).result(PATIENCE) == found
+        assert upload.read(2) == b"rs"
+        upload.seek(0)
+        assert read(upload) == found
+        return "ok"
+
+    body = make_multipart(LINES)
+    answer = post(app, Wire(body), MULTIPART, len(body))
+    assert answer.get_data(as_text=True) == "ok"
+
+
+def test_upload_as_text_and_to_write(make_app: AppFactory) -> None:
+    """An upload on the disk can be read as text, be written to and be cut off."""
+    app = make_app()
+
+    def work() -> None:
+        upload = request.files["file"]
+        text = io.TextIOWrapper(upload.stream)
+        assert text.readline() == "first\n"
+        text.detach()
+        upload.stream.seek(0)
+        assert upload.stream.writable()
+        assert upload.stream.write(b"FIRST") == 5
+        upload.stream.seek(6)
+        upload.stream.truncate()
+
+    @app.post("/")
+    def index() -> str:
+        run(work).result(PATIENCE)
+        upload = request.files["file"]
+        assert upload.read() == b"FIRST\n"
+        assert upload.fileno() > 0
+        upload.close()
+        assert upload.stream.closed
+        return "ok"
+
+    body = make_multipart(LINES + bytes(600_000))
+    answer = post(app, Wire(body), MULTIPART, len(body))
+    assert answer.get_data(as_text=True) == "ok"
+
+
+def test_upload_of_the_apps_own(make_app: AppFactory) -> None:
+    """A file that the app has made for uploads is left alone."""
+    app = make_app()
+
+    class Sink(io.RawIOBase):
+        def write(self, data: object) -> int:
+            return 0
+
+        def seek(self, offset: int, whence: int = 0, /) -> int:
+            return 0
+
+    class SinkRequest(flask.Request):
+        def _get_file_stream(self, *args: object, **kwargs: object) -> t.Any:
+            return Sink()
+
+    app.request_class = SinkRequest
+
+    @app.post("/")
+    def index() -> str:
+        stream = run(lambda: request.files["file"].stream).result(PATIENCE)
+        assert isinstance(stream, Sink)
+        return "ok"
+
+    body = make_multipart(LINES)
+    answer = post(app, Wire(body), MULTIPART, len(body))
+    assert answer.get_data(as_text=True) == "ok"
+
+
 def ask(
     port: int,
     path: str,
@@ -486,7 +631,7 @@ def test_bodies_on_real_servers(kind: str) -> None:
             assert ask(server.port, "/both", content) == (200, [digest] * 2)
             assert ask(server.port, "/late", content) == (200, [])
             answer = ask(server.port, "/upload", make_multipart(content), MULTIPART)
-            assert answer == (200, ["blue", digest])
+            assert answer == (200, [digest] * 3 + ["blue"])
 
         status, _ = ask(server.port, "/json", b"{", "application/json")
         assert status == 400

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import email.errors
 import gc
 import logging
 import smtplib
@@ -39,7 +40,12 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 # The modules that import Flask-Mail.
-ADAPTERS = ("flask_apitask.mail", "flask_apitask.mail.flask_mail")
+ADAPTERS = (
+    "flask_apitask.mail",
+    "flask_apitask.mail.changes",
+    "flask_apitask.mail.flask_mail",
+    "flask_apitask.mail.rendering",
+)
 # Seconds of timeout for what is to run into it.
 SHORT = 0.3
 
@@ -704,7 +710,7 @@ def test_uwsgi_without_threads_keeps_no_connection(
     has_threads: int,
 ) -> None:
     """None is kept where no thread could close it in time."""
-    monkeypatch.setattr(mail_module, "threads_go_on", lambda: bool(has_threads))
+    monkeypatch.setattr(mail_module, "threads_enabled", lambda: bool(has_threads))
     app, mail = make_mail_app(APITASK_MAIL_KEEPALIVE=60)
 
     with app.app_context():
@@ -731,6 +737,50 @@ def test_settings_that_changed_are_used(
         mail.send(letter())
 
     assert len(inbox.messages) == 2
+
+
+def test_suppressed_mail_is_not_rendered(make_mail_app: MailAppFactory) -> None:
+    """What Flask-Mail would not render in a test is not rendered here."""
+    app, mail = make_mail_app(TESTING=True)
+
+    with app.test_request_context(), mail.record_messages() as outbox:
+        mail.send(letter("hello", "jörg@example.org"))
+
+        with pytest.raises(BadHeaderError):
+            mail.send(letter("hello\nBcc: eve@example.org"))
+
+        app.extensions["mail"].suppress = False
+
+        with pytest.raises(UnicodeEncodeError):
+            mail.send(letter("hello", "jörg@example.org"))
+
+    (message,) = outbox
+    assert message.date is not None
+
+
+def test_what_cannot_be_rendered(make_mail_app: MailAppFactory) -> None:
+    """A header that Python itself refuses to write is a bad header."""
+    app, mail = make_mail_app()
+
+    class Broken(Message):
+        def as_bytes(self) -> bytes:
+            raise email.errors.MessageError
+
+    with app.test_request_context(), pytest.raises(BadHeaderError):
+        mail.send(Broken("hello", ["ann@example.org"], "text"))
+
+
+def test_connection_sends_what_makes_a_message(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """A connection has the shortcut, too, and counts."""
+    app, mail = make_mail_app()
+
+    with app.test_request_context(), mail.connect() as connection:
+        connection.send_message("hello", ["ann@example.org"], "text")
+        assert connection.num_emails == 1
+
+    assert inbox.subjects == ["hello"]
 
 
 def test_app_that_goes_takes_its_idle_connections_along(inbox: Mailbox) -> None:

@@ -103,26 +103,24 @@ REFUSALS = [
 @pytest.mark.parametrize(
     "refusal", REFUSALS, ids=lambda refusal: f"{refusal[0].value}-{refusal[1]}"
 )
-@pytest.mark.parametrize("allowed", [1, 3])
 def test_the_limit_of_a_server_is_found_out(
     refusal: tuple[Stage, Fault | bytes],
-    allowed: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Mail goes over the connections that work, and one INFO names the key."""
     caplog.set_level(logging.INFO, "flask_apitask")
     user = ("me@example.com", "secret")
 
-    with ScriptedServer(user=user, allowed=allowed, refusal=refusal) as server:
+    with ScriptedServer(user=user, allowed=2, refusal=refusal) as server:
         # Long enough for all threads to meet.
-        server.delay = 0.01
+        server.delay = 0.005
         pool = ConnectionPool(server.settings(), size=4)
-        send_many(pool, 24, 8)
-        assert len(server.taken) == 24
+        send_many(pool, 16, 8)
+        assert len(server.taken) == 16
         assert server.refused
         refused = server.refused
-        send_many(pool, 24, 8)
-        assert len(server.taken) == 48
+        send_many(pool, 16, 8)
+        assert len(server.taken) == 32
         assert server.refused == refused
         pool.close_idle()
 

@@ -20,7 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from flask_apitask import ApiTask
-from flask_apitask.mail import flask_mail as mail_module
+from flask_apitask.mail import rendering
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -104,8 +104,8 @@ def send_ours(message: Message) -> Sent | Exception:
     random.seed(1)
 
     try:
-        mail_module.check(message)
-        envelope: Envelope = mail_module.render(message)
+        rendering.check(message)
+        envelope: Envelope = rendering.render(message)
     except Exception as error:
         return error
 

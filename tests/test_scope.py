@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import functools
 import gc
@@ -203,6 +204,59 @@ def test_nested_scopes_end(size: int, max_workers: int) -> None:
 
     in_time(nest, 5)
     assert len(leaves) == 64
+
+
+def test_wait_begins_while_a_thread_is_requested() -> None:
+    """A scope that has not queued yet when a thread begins to wait is seen to."""
+    waiting: list[threading.Thread] = []
+    looked = threading.Event()
+
+    class Pool(ThreadPool):
+        def withdraw(self, *args: t.Any) -> bool:
+            found = super().withdraw(*args)
+            looked.set()
+            return found
+
+    class Slow(collections.deque[TaskScope]):
+        def append(self, scope: TaskScope) -> None:
+            waiting.append(start(scope.wait))
+            assert looked.wait(PATIENCE)
+            super().append(scope)
+
+    pool = Pool(0)
+    pool._waiting = Slow()
+    scope = make_scope(pool=pool)
+    scope.submit(nothing)
+    join(*waiting)
+    scope.end()
+
+
+def test_wait_begins_while_an_extra_thread_leaves() -> None:
+    """A thread that was started for another wait, and counts, does not leave then."""
+    requests: list[TaskScope] = []
+    waiting: list[threading.Thread] = []
+
+    class Pool(ThreadPool):
+        def request(self, scope: TaskScope) -> bool:
+            comes = super().request(scope)
+            requests.append(scope)
+            return comes
+
+    def wait_once_more() -> None:
+        wait_until(lambda: scope.waiters == 0)
+        waiting.append(start(scope.submit(nothing).result))
+        # For each task, and again by each of those that wait.
+        wait_until(lambda: len(requests) == 4)
+
+    scope = make_scope(1, Pool(0))
+    scope.submit(nothing)
+    # The thread gives the lock back to begin, and to give its slot back.
+    lock: t.Any = GapLock(2, wait_once_more, "apitask_0")
+    scope._lock = lock
+    scope.wait()
+    wait_until(lambda: bool(waiting))
+    join(*waiting)
+    scope.end()
 
 
 def test_full_pool_of_stuck_tasks() -> None:
@@ -595,17 +649,52 @@ def test_scope_is_in_no_cycle() -> None:
         assert threads_gone.wait(PATIENCE)
 
 
-@pytest.mark.parametrize("end", [TaskScope.end, TaskScope.shutdown])
-def test_scope_that_has_ended_waits_for_no_thread(
-    end: cabc.Callable[[TaskScope], None],
-) -> None:
-    """While no thread is free, nothing keeps the scopes that need none."""
-    pool = ThreadPool(0)
+def test_scope_that_has_ended_waits_for_no_thread() -> None:
+    """While no thread is free, nothing keeps a scope that needs none any more."""
+    pool = ThreadPool(1)
+    pool.tasks_are_small = False
+    first, second = Gate(), Gate()
     scope = make_scope(2, pool)
-    scope.submit(nothing)
-    scope.submit(nothing)
-    end(scope)
-    assert not pool._waiting
+
+    with make_scope(pool=pool) as busy, make_scope(pool=pool) as other:
+        busy.submit(first)
+        assert first.begun.wait(PATIENCE)
+        scope.submit(nothing)
+        other.submit(second)
+        # The thread that comes for the first task does this one as well.
+        future = scope.submit(nothing)
+        first.opened.set()
+        assert second.begun.wait(PATIENCE)
+        assert future.done()
+        scope.end()
+        assert scope not in pool._waiting
+        second.opened.set()
+
+
+def test_scope_that_is_shut_down_while_it_is_served_waits_for_no_thread() -> None:
+    """A thread that is requested when there is nothing left to do is not waited for."""
+    late: list[TaskScope] = []
+    waiting: list[int] = []
+    gate = Gate()
+
+    class Ending(ThreadPool):
+        def request(self, scope: TaskScope) -> bool:
+            while late:
+                late.pop().shutdown(wait=False, cancel_futures=True)
+
+            return super().request(scope)
+
+    pool = Ending(1)
+
+    with make_scope(pool=pool) as busy:
+        busy.submit(gate)
+        scope = make_scope(2, pool)
+        done = scope.submit(lambda: waiting.append(len(pool._waiting)))
+        scope.submit(nothing)
+        late.append(scope)
+        gate.opened.set()
+        concurrent.futures.wait([done], PATIENCE)
+        assert waiting == [0]
 
 
 def test_thousand_tasks_stay_under_the_caps() -> None:

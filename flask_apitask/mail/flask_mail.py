@@ -3,13 +3,8 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
-import copy
-import email
-import email.errors
 import functools
 import logging
-import re
-import smtplib
 import time
 import typing as t
 
@@ -25,10 +20,14 @@ from ..executor.task import task
 from ..log import log
 from ..runner import notify
 from .changes import find_change
+from .changes import RecordedConnection
+from .changes import send_changed
 from .envelope import Envelope
 from .envelope import SMTPSettings
 from .pool import ConnectionPools
-from .replies import mask
+from .rendering import check
+from .rendering import render
+from .rendering import snapshot
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -39,18 +38,12 @@ if t.TYPE_CHECKING:
     from ..config import Config
     from .pool import ConnectionPool
     from .pool import PooledConnection
+    from .rendering import Address
 
 # Bytes of rendered messages with which a block begins to deliver while it is open.
 _BATCH = 4 * 1024 * 1024
 
-_LINE_BREAK = re.compile(r"[\r\n]")
-# Before Python 3.13, email ends a line of a header wherever str.splitlines() does.
-_SEPARATOR = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
-
 T = t.TypeVar("T")
-Address: t.TypeAlias = "str | tuple[str, str]"
-# A method, and its arguments.
-Call: t.TypeAlias = "tuple[str, tuple[t.Any, ...], dict[str, t.Any]]"
 # What to deliver, and the message as it was then, if anybody wants to be told of it.
 Outgoing: t.TypeAlias = "tuple[Envelope, flask_mail.Message | None]"
 
@@ -174,7 +167,7 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
         return value
 
     return functools.partial(
-        RecordedConnection if name == "connect" else _send_changed, value
+        RecordedConnection if name == "connect" else send_changed, value
     )
 
 
@@ -255,7 +248,7 @@ class BackgroundConnection:
 
         # Those who listen now are those who are told, as in Flask-Mail.
         listened = bool(flask_mail.email_dispatched.receivers)
-        copied = _snapshot(message) if listened else None
+        copied = snapshot(message) if listened else None
 
         if self._connection is None and self._pool is None:
             _announce([copied])
@@ -370,191 +363,3 @@ def _announce(messages: list[flask_mail.Message | None]) -> None:
         if message is not None:
             # It is delivered: a receiver that fails must not make it a failure.
             notify(flask_mail.email_dispatched, app, {"message": message})
-
-
-def check(message: flask_mail.Message, envelope_from: Address | None = None) -> None:
-    """Refuse what Flask-Mail does, and line breaks where it lets them through."""
-    if not message.send_to:
-        raise AssertionError("No recipients have been added")
-
-    if not message.sender:
-        raise AssertionError(
-            "The message does not specify a sender and a default sender has not been"
-            " configured"
-        )
-
-    # A subject may be folded, as Flask-Mail checks.
-    texts = _header_texts(message, envelope_from)
-    broken = any(map(_LINE_BREAK.search, texts))
-
-    if broken or message.has_bad_headers():
-        raise _bad_header()
-
-
-def render(
-    message: flask_mail.Message, envelope_from: Address | None = None
-) -> Envelope:
-    """Render a message as Flask-Mail does.
-
-    :raises flask_mail.BadHeaderError: A separator in a text has made a header of it.
-    """
-    try:
-        content = message.as_bytes()
-
-        if any(map(_SEPARATOR.search, _header_texts(message, envelope_from))):
-            harmless = _clean(message)
-
-            if _outline(content) != _outline(harmless.as_bytes()):
-                raise _bad_header()
-    except email.errors.MessageError as error:
-        # Newer versions of Python find it out by themselves.
-        raise _bad_header() from error
-
-    return Envelope(
-        flask_mail.sanitize_address(envelope_from or message.sender),
-        tuple(flask_mail.sanitize_addresses(message.send_to)),
-        content,
-        message.msgId,
-        tuple(message.mail_options),
-        tuple(message.rcpt_options),
-    )
-
-
-def _header_texts(
-    message: flask_mail.Message, envelope_from: Address | None
-) -> cabc.Iterator[str]:
-    """Yield what goes into headers, but for the folds that a subject may have."""
-    headers = message.extra_headers or {}
-    yield str(message.subject or "").replace("\r\n", "")
-    fields: list[t.Any] = [envelope_from or "", message.sender, message.reply_to or ""]
-    fields += [*message.recipients, *message.cc, *message.bcc, *headers.items()]
-
-    for attachment in message.attachments:
-        fields += [attachment.filename or "", attachment.content_type]
-        fields += [attachment.disposition, *attachment.headers.items()]
-
-    for field in fields:
-        yield "".join(map(str, field))
-
-
-def _bad_header() -> flask_mail.BadHeaderError:
-    return flask_mail.BadHeaderError(
-        "There is a line break in an address, the subject, an extra header, an"
-        " attachment's name or headers, or the envelope's sender."
-    )
-
-
-def _clean(value: t.Any) -> t.Any:
-    """Copy a message, or a part of it, without separators in what goes into headers."""
-    if isinstance(value, flask_mail.Message | flask_mail.Attachment):
-        clean = copy.copy(value)
-        vars(clean).update(
-            (name, _clean(part))
-            for name, part in vars(value).items()
-            if name not in {"body", "alts", "data"}
-        )
-        return clean
-
-    if isinstance(value, dict):
-        return {_clean(name): _clean(part) for name, part in value.items()}
-
-    if isinstance(value, list | tuple):
-        return type(value)(map(_clean, value))
-
-    # Anything else may be a lazy text.
-    is_number = value is None or isinstance(value, int | float)
-    return value if is_number else _SEPARATOR.sub("_", str(value))
-
-
-def _outline(content: bytes) -> list[tuple[list[str], int]]:
-    """Return the headers of each part of a message, by name, and what is odd there."""
-    parts = email.message_from_bytes(content).walk()
-    return [(sorted(map(str.lower, part)), len(part.defects)) for part in parts]
-
-
-class RecordedConnection:
-    """What ``mail.connect()`` returns where somebody else's code sends.
-
-    What is done with it in a ``with`` block is done later by one task, with what the
-    other ``connect()`` returns there: all of it is theirs, and none of it ours.
-    """
-
-    def __init__(self, connect: cabc.Callable[[], t.Any]) -> None:
-        self._connect = connect
-        self._calls: list[Call] | None = None
-
-    def __enter__(self) -> te.Self:
-        self._calls = []
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._calls:
-            run(_replay, self._connect, self._calls)
-
-    def __getattr__(self, name: str) -> t.Any:
-        if self._calls is None:
-            # Not in a block, whose end would send: it is as without us.
-            return getattr(self._connect(), name)
-
-        return functools.partial(self._record, name)
-
-    def _record(self, name: str, /, *args: t.Any, **kwargs: t.Any) -> None:
-        t.cast("list[Call]", self._calls).append((name, _freeze(args), kwargs))
-
-
-@task("flask_mail.send")
-def _replay(connect: cabc.Callable[[], t.Any], calls: list[Call]) -> None:
-    with _without_addresses(), connect() as connection:
-        for name, args, kwargs in calls:
-            getattr(connection, name)(*args, **kwargs)
-
-
-def _send_changed(
-    send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any
-) -> None:
-    """Have a task call somebody else's ``send``."""
-    run(_call, send, _freeze(args), kwargs)
-
-
-@task("flask_mail.send")
-def _call(
-    send: cabc.Callable[..., t.Any], args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
-) -> None:
-    with _without_addresses():
-        send(*args, **kwargs)
-
-
-def _freeze(args: tuple[t.Any, ...]) -> tuple[t.Any, ...]:
-    """Take messages as they are now."""
-    return tuple(
-        _snapshot(arg) if isinstance(arg, flask_mail.Message) else arg for arg in args
-    )
-
-
-@contextlib.contextmanager
-def _without_addresses() -> cabc.Iterator[None]:
-    """Turn errors of :mod:`smtplib`, which show addresses, into what can be logged."""
-    try:
-        yield
-    except DeliveryError:
-        raise
-    except smtplib.SMTPException as error:
-        recipients = getattr(error, "recipients", {})
-        code = getattr(error, "smtp_code", None)
-        raise DeliveryError(
-            f"The message was not delivered: {type(error).__name__}:"
-            f" {mask(str(error), recipients)}.",
-            reply=None if code is None else (code, getattr(error, "smtp_error", b"")),
-            recipients=recipients,
-        ) from None
-
-
-def _snapshot(message: flask_mail.Message) -> flask_mail.Message:
-    """Copy a message, so that receivers of the signal get it as it was when sent."""
-    snapshot = copy.copy(message)
-
-    for name, value in vars(message).items():
-        if isinstance(value, list | dict):
-            setattr(snapshot, name, value.copy())
-
-    return snapshot

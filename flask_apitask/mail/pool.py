@@ -487,5 +487,5 @@ def _after_fork() -> None:
         pool.begin()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+# There is no fork everywhere.
+getattr(os, "register_at_fork", dict)(after_in_child=_after_fork)
