@@ -21,6 +21,7 @@ from flask_apitask import ApiTask
 from flask_apitask import current_scope
 from flask_apitask import request_scope
 from flask_apitask import run
+from flask_apitask import wait
 from flask_apitask.context import MERGED
 from flask_apitask.executor.pool import ThreadPool
 
@@ -204,6 +205,7 @@ def test_run_is_a_plain_call(make_app: AppFactory, where: str) -> None:
             g.who = "caller"
 
         assert current_scope() is None
+        wait(0.0)
         future = run(threading.get_ident)
         assert future.result(0) == threading.get_ident()
         future.add_done_callback(note)

@@ -386,20 +386,6 @@ def test_wait_with_a_timeout(make_app: AppFactory) -> None:
         assert future.result(0) is True
 
 
-def test_wait_without_a_scope(make_app: AppFactory) -> None:
-    """Where there is no scope, wait() returns."""
-    wait()
-    wait(0.0)
-
-    with make_app().app_context():
-        wait()
-
-
-def test_current_scope() -> None:
-    """Outside of any app there is none."""
-    assert current_scope() is None
-
-
 def test_scope_that_was_shut_down(make_app: AppFactory) -> None:
     """In a request whose scope was ended early, run() is a plain call."""
     app = make_app()

@@ -655,17 +655,3 @@ def test_plain_call_without_an_app_sends_no_signal(signals: Signals) -> None:
     """There is no sender outside of any app context, so there is no signal."""
     run(str)
     assert signals.sent == []
-
-
-def test_one_receiver_is_enough(make_app: AppFactory) -> None:
-    """A receiver of task_finished alone is called, too."""
-    app = make_app()
-    names: list[str] = []
-
-    def finished(sender: Flask, name: str, **fields: t.Any) -> None:
-        names.append(name)
-
-    with task_finished.connected_to(finished), app.app_context():
-        run(str)
-
-    assert names == ["builtins.str"]
