@@ -1,44 +1,45 @@
-"""Measure what grows: cost per task, memory of a scope and of a server, threads."""
+"""Measure what grows: cost per task, memory of a server, memory of a newsletter."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import gc
+import multiprocessing
 import statistics
-import threading
 import tracemalloc
 import typing as t
 
+import flask_mail
 import psutil
 from flask import Flask
 
 from flask_apitask import ApiTask
-from flask_apitask import open_scope
-from flask_apitask import run
 
+from . import beside
 from . import contenders
+from . import mail_servers
 from . import results
 from . import timing
+from .contenders import OURS
 
-COUNTS: t.Final = (10, 100, 1_000, 10_000, 100_000)
+if t.TYPE_CHECKING:
+    from .results import Result
+
+COUNTS: t.Final = (100, 10_000)
 REQUESTS: t.Final = 200_000
 WARM_UP_REQUESTS: t.Final = 20_000
 TASKS_PER_REQUEST: t.Final = 3
-QUEUED: t.Final = 1_000
-BURST_REQUESTS: t.Final = 16
-BURST_TASKS: t.Final = 16
 LIMITS: t.Final = contenders.Limits(per_request=8, per_process=32)
-WAIT_SECONDS: t.Final = 30.0
-COSTS: t.Final = {
-    "cost_per_task_us": "",
-    "cost_without_gc_us": ", garbage collector off",
-}
+MESSAGES: t.Final = 60
+MESSAGE_BYTES: t.Final = 2**20
+LINE: t.Final = f"{'news ' * 15}\n"
+WAIT_SECONDS: t.Final = 60.0
 
 
-def resident_memory(requests: int, warm_up: int) -> dict[str, t.Any]:
-    """Sample the resident KiB while *requests* run three tasks each."""
+def resident_memory(requests: int, warm_up: int) -> Result:
+    """Return by how many KiB a process grows while *requests* run three tasks each."""
     call = timing.request(
-        contenders.build("apitask", timing.no_op, TASKS_PER_REQUEST, LIMITS)
+        contenders.build(OURS, timing.no_op, TASKS_PER_REQUEST, LIMITS)
     )
     process = psutil.Process()
 
@@ -49,136 +50,105 @@ def resident_memory(requests: int, warm_up: int) -> dict[str, t.Any]:
         gc.collect()
         return int(process.memory_info().rss) // 1024
 
-    resident_after(warm_up)
-    step = requests // 20
-    first = resident_after(0)
-    samples = [first, *(resident_after(step) for _ in range(20))]
-    return {
-        "requests": [step * index for index in range(len(samples))],
-        "resident_kib": samples,
-        "growth_kib": samples[-1] - first,
-    }
+    before = resident_after(warm_up)
+    return {"requests": requests, "growth_kib": resident_after(requests) - before}
 
 
-def cost_per_task(counts: t.Sequence[int], rounds: int) -> dict[str, list[float]]:
-    """Return the microseconds per no-op task when a request runs that many.
+def cost_per_task() -> dict[str, float]:
+    """Return the microseconds per no-op task, by how many of them a request runs.
 
     All of them and their futures are alive at once, so that the garbage collector
     (should it be on) goes through more of them, the more there are.
     """
-    costs = {}
-
-    for name in contenders.installed(("shared_pool", "apitask")):
-        calls = {
-            str(count): timing.request(contenders.build(name, timing.no_op, count))
-            for count in counts
-        }
-        calls["bare"] = timing.request(contenders.build("bare", timing.no_op, 0))
-        medians = timing.interleave(calls, rounds, batch_seconds=0.02)
-        bare = statistics.median(medians["bare"])
-        costs[name] = [
-            round((statistics.median(medians[str(count)]) - bare) / count * 1e6, 2)
-            for count in counts
-        ]
-
-    return costs
-
-
-def scope_memory() -> dict[str, int]:
-    """Return the bytes of an open scope, of a queued task, and what an end leaves."""
-    app = Flask("benchmarks")
-    ApiTask(app)
-    release = threading.Event()
-
-    def traced() -> int:
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0]
-
-    def fill_a_scope() -> tuple[int, int]:
-        with open_scope():
-            empty = traced()
-
-            for _ in range(QUEUED):
-                run(release.wait, WAIT_SECONDS)
-
-            filled = traced()
-            release.set()
-
-        release.clear()
-        return empty, filled
-
-    with app.app_context():
-        fill_a_scope()
-        tracemalloc.start()
-        before = traced()
-        empty, filled = fill_a_scope()
-        after = traced()
-        tracemalloc.stop()
-
+    calls = {
+        str(count): timing.request(contenders.build(OURS, timing.no_op, count))
+        for count in (0, *COUNTS)
+    }
+    medians = timing.interleave(calls, rounds=5, batch_seconds=0.02)
+    none, *costs = (statistics.median(medians[name]) for name in calls)
     return {
-        "scope_bytes": empty - before,
-        "queued_task_bytes": (filled - empty) // QUEUED,
-        "left_bytes": after - before,
+        str(count): round((cost - none) / count * 1e6, 2)
+        for count, cost in zip(COUNTS, costs, strict=True)
     }
 
 
-def idle_threads() -> dict[str, int]:
-    """Return how many threads are there after a burst of concurrent requests."""
-    threads = {}
+def newsletter_memory(port: int, messages: int) -> Result:
+    """Send a newsletter in one block; return the peak of memory over what it holds.
 
-    for name in contenders.installed(contenders.CONCURRENT):
-        before = set(threading.enumerate())
-        call = timing.request(
-            contenders.build(name, timing.wait_for_io, BURST_TASKS, LIMITS)
-        )
-
-        with concurrent.futures.ThreadPoolExecutor(BURST_REQUESTS) as clients:
-            for request in [clients.submit(call) for _ in range(BURST_REQUESTS)]:
-                request.result(WAIT_SECONDS)
-
-        threads[name] = len(set(threading.enumerate()) - before)
-
-    return threads
-
-
-def show(measured: dict[str, t.Any]) -> None:
-    """Print all tables."""
-    rows = [
-        (contenders.ALL[name].label + note, *(f"{cost:.1f}" for cost in costs))
-        for key, note in COSTS.items()
-        for name, costs in measured[key].items()
-    ]
-    print(results.table(("us per task", *map(str, measured["counts"])), rows))
-    sizes = [(key, f"{size:,}") for key, size in measured["memory"].items()]
-    print("\n" + results.table(("memory", "bytes"), sizes))
-    resident = measured["resident"]
-    print(
-        f"\nresident memory over {resident['requests'][-1]:,} requests:"
-        f" {resident['growth_kib']:+,} KiB"
+    It must run in a process of its own, as it counts what Python allocates from then
+    on. The resident peak would count what the allocator keeps, and so depend on it and
+    on what has been there before; this is the same on every machine.
+    """
+    app = Flask("benchmarks")
+    app.config.update(
+        MAIL_SERVER=beside.HOST,
+        MAIL_PORT=port,
+        MAIL_DEFAULT_SENDER="news@example.com",
+        APITASK_MAIL_BACKGROUND=True,
     )
-    threads = [
-        (contenders.ALL[name].label, str(count))
-        for name, count in measured["idle_threads"].items()
-    ]
-    print("\n" + results.table(("after a burst", "idle threads"), threads))
+    mail = flask_mail.Mail(app)
+    ApiTask(app)
+    delivered: list[int] = []
+
+    def make(number: int, size: int) -> flask_mail.Message:
+        # Each has a text of its own, as it begins with the reader's name.
+        body = f"Dear reader {number},\n" + LINE * (size // len(LINE))
+        return flask_mail.Message("News", ["ada@example.com"], body)
+
+    @app.get("/")
+    def view() -> str:
+        with mail.connect() as connection:
+            for number in range(messages if delivered else 1):
+                connection.send(make(number, MESSAGE_BYTES if delivered else 0))
+
+        return "sent"
+
+    def note(sender: object, message: flask_mail.Message) -> None:
+        delivered.append(len(message.body or ""))
+
+    call = timing.request(app)
+
+    with app.app_context():
+        rendered = messages * len(make(0, MESSAGE_BYTES).as_bytes())
+
+    with flask_mail.email_dispatched.connected_to(note, app):
+        # One short message, for what is imported and made once.
+        call()
+        gc.collect()
+        tracemalloc.start()
+        call()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+
+    if len(delivered) != messages + 1:
+        raise RuntimeError(f"{len(delivered) - 1} of {messages} messages arrived.")
+
+    return {"messages": messages, "rendered_bytes": rendered, "peak_bytes": peak}
+
+
+def measure_newsletter() -> Result:
+    """Measure the memory of a newsletter in a new process, next to a mail server."""
+    process = concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn")
+    )
+
+    with mail_servers.plain() as port, process:
+        return process.submit(newsletter_memory, port, MESSAGES).result(WAIT_SECONDS)
 
 
 def main() -> None:
     """Measure, print and write. Memory comes first, while the process is fresh."""
     options = results.arguments(__doc__)
     fraction = 10 if options.quick else 1
-    counts = COUNTS[1:4] if options.quick else COUNTS
     measured = {
         "resident": resident_memory(REQUESTS // fraction, WARM_UP_REQUESTS // fraction),
-        "memory": scope_memory(),
-        "idle_threads": idle_threads(),
-        "counts": counts,
-        "cost_per_task_us": cost_per_task(counts, rounds=5),
+        "newsletter": measure_newsletter(),
+        "cost_per_task_us": cost_per_task(),
     }
     gc.disable()
-    measured["cost_without_gc_us"] = cost_per_task(counts, rounds=5)
+    measured["cost_without_gc_us"] = cost_per_task()
     gc.enable()
-    show(measured)
+    print(results.dump(measured))
     results.write(options.output, "growth", measured)
 
 

@@ -2,31 +2,29 @@
 
 One gunicorn process with 16 threads per contender, on a free port of the loopback
 interface. Its view runs two tasks of 5 ms of I/O. wrk (``apt-get install wrk``) keeps 4
-connections busy, which leaves the process time to spare, then 16, which does not; a few
-seconds for one contender after the other, in a new order in every repetition. Reported
-is the median over the repetitions; of the processor time of a request, too, which tells
-more than the rate where the load generator takes part of the processors.
+connections busy, which leaves the process time to spare, then 16, which does not: one
+contender after the other, in a new order in every run. Reported is the mean over the
+runs. The processor time of a request tells more than the rate where the load generator
+takes part of the processors.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import pathlib
-import random
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import typing as t
 import urllib.request
 
 import psutil
 
+from . import beside
 from . import contenders
 from . import results
 from . import timing
@@ -36,10 +34,19 @@ if t.TYPE_CHECKING:
 
     from flask import Flask
 
+    from .results import Result
+
 THREADS: t.Final = 16
 CONNECTIONS: t.Final = (4, 16)
 TASKS: t.Final = 2
+GUNICORN_OPTIONS: t.Final = (
+    f"--worker-class gthread --workers 1 --threads {THREADS}"
+    " --no-control-socket --log-level warning"
+)
 LIMITS: t.Final = contenders.Limits(per_request=8, per_process=32)
+# For six contenders, that makes six minutes.
+RUNS: t.Final = 5
+RUN_SECONDS: t.Final = 6
 START_SECONDS: t.Final = 30.0
 
 # What wrk prints is for people; this hook is given the numbers themselves.
@@ -74,25 +81,18 @@ class Server(t.NamedTuple):
 @contextlib.contextmanager
 def server(name: str) -> cabc.Iterator[Server]:
     """Serve the contender *name* for the length of a ``with`` block."""
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    with socket.create_server((beside.HOST, 0), backlog=128) as listener:
+        url = f"http://{beside.HOST}:{listener.getsockname()[1]}/"
+        command = f"gunicorn --bind fd://{listener.fileno()} {GUNICORN_OPTIONS}"
+        factory = f"{__spec__.name}:application({name!r})"
         process = subprocess.Popen(
-            [
-                *(
-                    sys.executable,
-                    "-m",
-                    "gunicorn",
-                    f"{__spec__.name}:application({name!r})",
-                ),
-                *("--bind", f"fd://{listener.fileno()}", "--no-control-socket"),
-                *("--worker-class", "gthread", "--workers", "1"),
-                *("--threads", str(THREADS), "--log-level", "warning"),
-            ],
+            [sys.executable, "-m", *command.split(), factory],
             pass_fds=[listener.fileno()],
         )
 
     try:
-        _wait_until_served(url)
+        # It waits in the backlog of the socket until the server is up.
+        urllib.request.urlopen(url, timeout=START_SECONDS).close()
         yield Server(url, psutil.Process(process.pid))
     finally:
         process.terminate()
@@ -124,90 +124,34 @@ def load(
     }
 
 
-def measure(repetitions: int, seconds: int) -> list[dict[str, t.Any]]:
-    """Measure all contenders, interleaved; return the medians by connections."""
+def measure(runs: int, seconds: int) -> cabc.Iterator[Result]:
+    """Measure all contenders, interleaved; yield the means for each load."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         script = pathlib.Path(folder, "done.lua")
         script.write_text(WRK_SCRIPT)
         servers = {
-            name: stack.enter_context(server(name))
-            for name in contenders.installed(contenders.ALL)
+            name: stack.enter_context(server(name)) for name in contenders.HEADLINE
         }
 
         for each in servers.values():
             load(each, THREADS, 1, script)
 
-        return [
-            {
-                "connections": connections,
-                "contenders": _repeat(
-                    repetitions,
-                    {
-                        name: functools.partial(
-                            load, each, connections, seconds, script
-                        )
-                        for name, each in servers.items()
-                    },
-                ),
-            }
-            for connections in CONNECTIONS
-        ]
+        for connections in CONNECTIONS:
+            samples: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+
+            for name in timing.take_turns(servers, runs):
+                samples[name].append(load(servers[name], connections, seconds, script))
+
+            means = {name: _mean(found) for name, found in samples.items()}
+            yield {"connections": connections, "contenders": means}
 
 
-def _repeat(
-    repetitions: int, loads: dict[str, cabc.Callable[[], dict[str, float]]]
-) -> dict[str, dict[str, float]]:
-    """Put each of the loads, in a new order in every repetition."""
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in loads}
-    order = list(loads)
-    shuffle = random.Random(0).shuffle
-
-    for _ in range(repetitions):
-        shuffle(order)
-
-        for name in order:
-            samples[name].append(loads[name]())
-
-    return {name: _medians(samples[name]) for name in loads}
-
-
-def _medians(samples: list[dict[str, float]]) -> dict[str, float]:
+def _mean(samples: list[dict[str, float]]) -> dict[str, float]:
     return {
-        key: round(statistics.median(sample[key] for sample in samples), 2)
+        key: round(statistics.mean(sample[key] for sample in samples), 2)
         for key in samples[0]
     }
-
-
-def _wait_until_served(url: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=START_SECONDS):
-                return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-
-            time.sleep(0.05)
-
-
-def show(connections: int, measured: dict[str, dict[str, float]]) -> None:
-    """Print the table of one number of connections."""
-    rows = [
-        (
-            contenders.ALL[name].label,
-            f"{figures['rps']:,.0f}",
-            f"{figures['p50_ms']:.1f}",
-            f"{figures['p99_ms']:.1f}",
-            f"{figures['cpu_us']:.0f}",
-        )
-        for name, figures in measured.items()
-    ]
-    title = f"{TASKS} x 5 ms of I/O, {connections} connections"
-    header = (title, "requests/s", "p50 ms", "p99 ms", "CPU us")
-    print("\n" + results.table(header, rows))
 
 
 def main() -> None:
@@ -217,12 +161,9 @@ def main() -> None:
     if shutil.which("wrk") is None:
         sys.exit("wrk, the load generator, was not found. Try: apt-get install wrk")
 
-    repetitions, seconds = (2, 1) if options.quick else (15, 2)
-    cases = measure(repetitions, seconds)
-
-    for case in cases:
-        show(case["connections"], case["contenders"])
-
+    runs, seconds = (1, 1) if options.quick else (RUNS, RUN_SECONDS)
+    cases = list(measure(runs, seconds))
+    print(results.dump(cases))
     results.write(options.output, "load", {"tasks": TASKS, "cases": cases})
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import importlib.metadata
 import logging
 import os
 import pathlib
 import pwd
 import shutil
 import socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -36,11 +36,10 @@ if t.TYPE_CHECKING:
     from aiosmtpd.smtp import Envelope
     from aiosmtpd.smtp import Session
 
-HOST: t.Final = "127.0.0.1"
 USER: t.Final = "benchmark"
 PASSWORD: t.Final = "no secret"
 POSTFIX: t.Final = "/usr/sbin/postfix"
-START_SECONDS: t.Final = 30.0
+SECONDS: t.Final = 30.0
 
 MAIN_CF: t.Final = """\
 compatibility_level = 3.6
@@ -105,7 +104,7 @@ class Handler:
         self, server: SMTP, session: Session, envelope: Envelope
     ) -> str:
         """Take a message."""
-        return "250 OK" if session.ssl and session.authenticated else "530 No"
+        return "250 OK"
 
 
 def authenticate(
@@ -117,9 +116,16 @@ def authenticate(
 
 
 def serve(listener: socket.socket, pem: str, pipelining: bool) -> None:
-    """Run aiosmtpd until the parent process is done."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
+    """Run aiosmtpd until the parent process is done.
+
+    :param pem: the file with the certificate and its key; without one, there is
+        neither encryption nor a log-in.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if pem else None
+
+    if context is not None:
+        context.load_cert_chain(pem)
+
     # It warns of what it does itself at every log-in.
     logging.getLogger("mail.log").setLevel(logging.ERROR)
 
@@ -130,8 +136,8 @@ def serve(listener: socket.socket, pem: str, pipelining: bool) -> None:
                 Handler(pipelining),
                 hostname="localhost",
                 tls_context=context,
-                require_starttls=True,
-                auth_required=True,
+                require_starttls=context is not None,
+                auth_required=context is not None,
                 authenticator=authenticate,
                 loop=loop,
             ),
@@ -144,63 +150,32 @@ def serve(listener: socket.socket, pem: str, pipelining: bool) -> None:
     asyncio.run(run())
 
 
-class PasswordServer:
+class PasswordServer(socketserver.StreamRequestHandler):
     """Says who may log in, as Postfix asks a Dovecot.
 
     It knows as much of `Dovecot's protocol
     <https://doc.dovecot.org/developer_manual/design/auth_protocol/>`_ as that needs.
     """
 
-    def __init__(self) -> None:
-        self._listener = socket.create_server((HOST, 0), backlog=1024)
-        self.port: int = self._listener.getsockname()[1]
-        self._threads = [threading.Thread(target=self._accept)]
+    def handle(self) -> None:
+        """Answer until Postfix hangs up."""
+        credentials = base64.b64encode(f"\0{USER}\0{PASSWORD}".encode())
+        greeting = "VERSION\t1\t2\nMECH\tPLAIN\tplaintext\nSPID\t1\nCUID\t1\n"
+        self.wfile.write(f"{greeting}COOKIE\t{'0' * 32}\nDONE\n".encode())
 
-    def __enter__(self) -> PasswordServer:
-        self._threads[0].start()
-        return self
+        for line in self.rfile:
+            command, *parameters = line.rstrip(b"\n").split(b"\t")
 
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-
-        for thread in self._threads:
-            thread.join(START_SECONDS)
-
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-
-            self._threads.append(threading.Thread(target=self._answer, args=[sock]))
-            self._threads[-1].start()
-
-    def _answer(self, sock: socket.socket) -> None:
-        credentials = f"\0{USER}\0{PASSWORD}".encode()
-        right = f"resp={base64.b64encode(credentials).decode()}"
-
-        with sock, sock.makefile("rw", newline="\n") as lines:
-            lines.write("VERSION\t1\t2\nMECH\tPLAIN\tplaintext\nSPID\t1\nCUID\t1\n")
-            lines.write(f"COOKIE\t{'0' * 32}\nDONE\n")
-            lines.flush()
-
-            for line in lines:
-                command, *parameters = line.rstrip("\n").split("\t")
-
-                if command == "AUTH":
-                    answer = "OK" if right in parameters else "FAIL"
-                    lines.write(f"{answer}\t{parameters[0]}\tuser={USER}\n")
-                    lines.flush()
+            if command == b"AUTH":
+                answer = b"OK" if b"resp=" + credentials in parameters else b"FAIL"
+                user = f"user={USER}\n".encode()
+                self.wfile.write(b"\t".join([answer, parameters[0], user]))
 
 
 class Servers(t.NamedTuple):
-    """The mail servers that run: their ports and versions, and whom to trust."""
+    """The mail servers that run: their ports, and whom to trust."""
 
     ports: dict[str, int]
-    versions: dict[str, str]
     cafile: str
 
 
@@ -215,24 +190,24 @@ def running() -> cabc.Iterator[Servers]:
         authority = trustme.CA()
         cafile, pem = folder / "ca.pem", folder / "server.pem"
         authority.cert_pem.write_to_path(str(cafile))
-        issued = authority.issue_cert(HOST)
+        issued = authority.issue_cert(beside.HOST)
         issued.private_key_and_cert_chain_pem.write_to_path(str(pem))
         pem.chmod(0o600)
-        servers = Servers({}, {"aiosmtpd": importlib.metadata.version("aiosmtpd")}, "")
+        ports = {}
 
         for label, pipelining in (("no PIPELINING", ""), ("PIPELINING", "yes")):
-            listener = socket.create_server((HOST, 0), backlog=1024)
-            stack.enter_context(listener)
-            stack.enter_context(
-                beside.process(__name__, listener, str(pem), pipelining)
-            )
-            servers.ports[label] = listener.getsockname()[1]
+            server = beside.listening(__name__, str(pem), pipelining)
+            ports[label] = stack.enter_context(server)
 
         if shutil.which(POSTFIX) and os.geteuid() == 0:
-            servers.ports["Postfix"] = stack.enter_context(_postfix(folder, pem))
-            servers.versions["Postfix"] = _output("postconf", "-hd", "mail_version")
+            ports["Postfix"] = stack.enter_context(_postfix(folder, pem))
 
-        yield servers._replace(cafile=str(cafile))
+        yield Servers(ports, str(cafile))
+
+
+def plain() -> contextlib.AbstractContextManager[int]:
+    """Run aiosmtpd with neither encryption nor a log-in; give its port."""
+    return beside.listening(__name__, "", "yes")
 
 
 @contextlib.contextmanager
@@ -245,32 +220,22 @@ def _postfix(folder: pathlib.Path, pem: pathlib.Path) -> cabc.Iterator[int]:
 
     os.chown(folder / "data", pwd.getpwnam("postfix").pw_uid, -1)
 
-    with socket.create_server((HOST, 0)) as listener:
+    with socket.create_server((beside.HOST, 0)) as listener:
         port: int = listener.getsockname()[1]
 
-    with PasswordServer() as passwords:
+    with socketserver.ThreadingTCPServer((beside.HOST, 0), PasswordServer) as passwords:
         values = {"folder": folder, "pem": pem, "port": port}
-        values["auth_port"] = passwords.port
+        values["auth_port"] = passwords.server_address[1]
         (etc / "main.cf").write_text(MAIN_CF.format_map(values))
         (etc / "master.cf").write_text(MASTER_CF.format_map(values))
-        _output("postfix", "-c", str(etc), "start")
+        threading.Thread(target=passwords.serve_forever).start()
 
         try:
+            subprocess.run([POSTFIX, "-c", etc, "start"], check=True, timeout=SECONDS)
             yield port
         finally:
-            _output("postfix", "-c", str(etc), "stop")
-
-
-def _output(command: str, *arguments: str) -> str:
-    """Run a command of Postfix and return what it writes."""
-    finished = subprocess.run(
-        [shutil.which(command, path="/usr/sbin") or command, *arguments],
-        capture_output=True,
-        check=True,
-        text=True,
-        timeout=START_SECONDS,
-    )
-    return finished.stdout.strip()
+            passwords.shutdown()
+            subprocess.run([POSTFIX, "-c", etc, "stop"], check=True, timeout=SECONDS)
 
 
 def main() -> None:

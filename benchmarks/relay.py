@@ -19,15 +19,7 @@ import typing as t
 
 from . import beside
 
-if t.TYPE_CHECKING:
-    import collections.abc as cabc
-    import types
-
-    import typing_extensions as te
-
-HOST: t.Final = "127.0.0.1"
 CHUNK: t.Final = 65_536
-END_SECONDS: t.Final = 10.0
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,7 +57,6 @@ class Relay:
 
     def __init__(self, listener: socket.socket, port: int, round_trip: float) -> None:
         self.flights = 0
-        self.connects = 0
         self._listener = listener
         self._port = port
         self._delay = round_trip / 2
@@ -86,22 +77,17 @@ class Relay:
         """How many connections are open at either end."""
         return len(self._pairs)
 
-    def __enter__(self) -> te.Self:
+    def __enter__(self) -> Relay:
         for thread in self._threads:
             thread.start()
 
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        tb: types.TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._stop.close()
 
         for thread in self._threads:
-            thread.join(END_SECONDS)
+            thread.join(beside.END_SECONDS)
 
         self._stopped.close()
         self._selector.close()
@@ -123,12 +109,12 @@ class Relay:
 
     def _accept(self) -> None:
         client, _ = self._listener.accept()
-        pair = Pair(client, socket.create_connection((HOST, self._port), END_SECONDS))
-        self.connects += 1
+        server = socket.create_connection((beside.HOST, self._port), beside.END_SECONDS)
+        pair = Pair(client, server)
         self._pairs.add(pair)
 
         for sock in (pair.client, pair.server):
-            sock.settimeout(END_SECONDS)
+            sock.settimeout(beside.END_SECONDS)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._selector.register(sock, selectors.EVENT_READ, pair)
 
@@ -151,7 +137,7 @@ class Relay:
             at, pair, sock, chunk = due
             time.sleep(max(0.0, at - time.monotonic()))
 
-            # Who has gone will be seen to have gone by the receiving thread.
+            # The receiving thread notices when a peer has gone.
             with contextlib.suppress(OSError):
                 if chunk:
                     pair.answered |= sock is pair.client
@@ -171,14 +157,9 @@ class Relay:
             self._pairs.discard(pair)
 
 
-@contextlib.contextmanager
-def beside_us(port: int, round_trip: float) -> cabc.Iterator[int]:
+def beside_us(port: int, round_trip: float) -> contextlib.AbstractContextManager[int]:
     """Run a relay in a process of its own; give the port at which it listens."""
-    with (
-        socket.create_server((HOST, 0), backlog=1024) as listener,
-        beside.process(__name__, listener, str(port), str(round_trip)),
-    ):
-        yield listener.getsockname()[1]
+    return beside.listening(__name__, str(port), str(round_trip))
 
 
 def main() -> None:

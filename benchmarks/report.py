@@ -1,161 +1,183 @@
-"""Draw the plots of what was measured."""
+"""Write the tables and draw the plots that the documentation shows."""
 
 from __future__ import annotations
 
+import re
 import typing as t
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from . import contenders
-from . import measures
+from . import dispatch
+from . import mail
 from . import results
+from . import sizing
+from .contenders import OURS
+from .measures import PEERS
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
     import pathlib
 
     from matplotlib.axes import Axes
 
+    from .results import Result
+
+NO_METADATA: t.Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 # Colour-blind safe (Okabe and Ito, https://jfly.uni-koeln.de/color/).
 COLOURS: t.Final = {
-    "bare": "#999999",
-    "idle": "#999999",
     "inline": "#000000",
     "thread": "#E69F00",
     "request_pool": "#CC79A7",
     "shared_pool": "#0072B2",
     "flask_executor": "#F0E442",
     "trio": "#56B4E9",
-    "apitask": "#D55E00",
+    "no_keepalive": "#009E73",
+    "inline_block": "#999999",
+    "apitask_block": "#8B0000",
+    OURS: "#D55E00",
+}
+POOL_COLOURS: t.Final = {1: "#999999", 2: "#E69F00", 4: "#56B4E9", 8: "#009E73"}
+HEADLINE_CASES: t.Final = {
+    (dispatch.NO_OP, 1): "one task that does nothing",
+    (dispatch.NO_OP, 16): "16 tasks that do nothing",
+    (dispatch.IO, 8): "8 tasks that wait 5 ms",
 }
 
 
-def draw_dispatch(axes: Axes, case: list[dict[str, t.Any]], work: str) -> None:
-    """Draw what a request pays over the bare app, by its number of tasks."""
-    counts = [entry["tasks"] for entry in case]
+def draw_dispatch(measured: dict[str, Result]) -> Figure:
+    """Draw what the peers cost a request, for each version of Python."""
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(HEADLINE_CASES), sharey=True)
+    height = 0.8 / len(measured)
 
-    for name in case[0]["contenders"]:
-        if name == "bare":
-            continue
+    for index, (python, result) in enumerate(measured.items()):
+        cases = {(case["work"], case["tasks"]): case for case in result["cases"]}
 
-        over = [entry["contenders"][name]["over_bare_us"] for entry in case]
-        label = contenders.ALL[name].label
-        width = 2.5 if name == measures.OURS else 1.2
-        axes.plot(counts, over, "o-", color=COLOURS[name], label=label, lw=width, ms=4)
+        for axes, key in zip(panels, HEADLINE_CASES, strict=True):
+            figures = cases[key]["contenders"]
+            ours = figures[OURS]["over_bare_us"]
+            bars = axes.barh(
+                [place + index * height for place in range(len(PEERS))],
+                [figures[name]["over_bare_us"] / ours for name in PEERS],
+                height,
+                color=("#56B4E9", "#0072B2")[index % 2],
+                label=f"Python {python}",
+            )
+            axes.bar_label(bars, fmt="{:.3g}", padding=3)
 
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.set_xlabel(f"tasks of one request, each {work}")
-    axes.set_ylabel("microseconds over the bare app")
+    for axes, title in zip(panels, HEADLINE_CASES.values(), strict=True):
+        axes.axvline(1, color=COLOURS[OURS], label=contenders.ALL[OURS].label)
+        axes.margins(x=0.2)
+        axes.set_title(title, fontsize="medium")
+
+    ticks = [place + height * (len(measured) - 1) / 2 for place in range(len(PEERS))]
+    panels[0].invert_yaxis()
+    panels[0].set_yticks(ticks, [contenders.ALL[name].label for name in PEERS])
+    figure.supxlabel("time over the bare app, as a multiple of that of Flask-ApiTask")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+    return figure
+
+
+def draw_mail(result: Result) -> Figure:
+    """Draw the time to the response by the number of mails, a panel per server."""
+    panels: dict[str, list[Result]] = {}
+
+    for case in result["cases"]:
+        if not case["work_ms"] and case["mails"] != mail.MANY:
+            title = f"{case['server']}, {case['rtt_ms']} ms away"
+            panels.setdefault(title, []).append(case)
+
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+
+    for axes, (title, cases) in zip(grid, panels.items(), strict=True):
+        counts = [case["mails"] for case in cases]
+
+        for name in cases[0]["median_ms"]:
+            times = [case["median_ms"][name] for case in cases]
+            label, width = mail.CONTENDERS[name].label, 2.5 if name == OURS else 1.2
+            axes.plot(counts, times, "o-", c=COLOURS[name], label=label, lw=width, ms=4)
+
+        axes.set(title=title, xscale="log", yscale="log", xlabel="mails of one request")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+
+    ticks = [10, 30, 100, 300, 1_000, 3_000, 10_000]
+    grid[0].set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    grid[0].set_ylabel("ms to the response")
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def draw_sizing(result: Result) -> Figure:
+    """Draw how long responses take, and how many tasks are cancelled, by the load."""
+    free = sizing.rows_of(result["cases"], None)
+    bound = sizing.rows_of(result["cases"], sizing.DEADLINE_SECONDS)
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    panels = figure.subplots(1, 3)
+    limit = f"APITASK_TIMEOUT = {sizing.DEADLINE_SECONDS:g}"
+    _draw_loads(panels[0], free, "median_ms", "no deadline: median response, ms")
+    _draw_loads(panels[1], bound, "median_ms", f"{limit}: median response, ms")
+    _draw_loads(panels[2], bound, "cancelled", f"{limit}: share of tasks cancelled")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def _draw_loads(
+    axes: Axes, rows: cabc.Mapping[int, list[Result]], key: str, title: str
+) -> None:
+    for size, cases in rows.items():
+        loads = [case["load"] for case in cases]
+        values = [case[key] for case in cases]
+        colour = POOL_COLOURS.get(size, COLOURS[OURS])
+        axes.plot(loads, values, "o-", c=colour, label=f"pool of {size}", ms=3)
+
+    # Where the tasks need as many threads as there are.
+    axes.axvline(1, color="black", lw=0.8, alpha=0.5)
+    axes.set(title=title, xlabel="threads that the tasks need / APITASK_POOL_SIZE")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
 
 
-def dispatch_figure(result: dict[str, t.Any]) -> Figure:
-    """Draw one plot per kind of work."""
-    by_work: dict[str, list[dict[str, t.Any]]] = {}
+def save(figure: Figure, path: pathlib.Path) -> None:
+    """Write a plot, a line for each group of its elements."""
+    # The same for the same figures, and letters that are letters.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "flask-apitask"}):
+        figure.savefig(path, metadata=NO_METADATA)
 
-    for case in result["cases"]:
-        if case["tasks"]:
-            by_work.setdefault(case["work"], []).append(case)
-
-    figure = Figure(figsize=(5 * len(by_work), 5), layout="constrained")
-
-    for index, (work, case) in enumerate(by_work.items(), 1):
-        draw_dispatch(figure.add_subplot(1, len(by_work), index), case, work)
-
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    return figure
-
-
-def load_figure(result: dict[str, t.Any]) -> Figure:
-    """Draw requests per second and latency under load."""
-    cases = result["cases"]
-    figure = Figure(figsize=(11, 4 * len(cases)), layout="constrained")
-
-    rows = figure.subplots(len(cases), 2, sharey=True)
-
-    for row, case in zip(rows, cases, strict=True):
-        connections = f"{case['connections']} connections"
-        draw_load(row[0], case["contenders"], "rps", f"requests/s, {connections}")
-        draw_load(row[1], case["contenders"], "p99_ms", f"p99 in ms, {connections}")
-
-    return figure
-
-
-def draw_load(
-    axes: Axes, measured: dict[str, dict[str, float]], key: str, label: str
-) -> None:
-    """Draw one figure of all contenders as bars."""
-    names = [name for name in reversed(measured) if name not in ("bare", "idle")]
-    bars = axes.barh(
-        [contenders.ALL[name].label for name in names],
-        [measured[name][key] for name in names],
-        color=[COLOURS[name] for name in names],
-    )
-    axes.bar_label(bars, fmt="{:,.0f}" if key == "rps" else "{:.1f}", padding=3)
-    axes.margins(x=0.15)
-    axes.set_xlabel(label)
-
-
-def growth_figure(result: dict[str, t.Any]) -> Figure:
-    """Draw the cost per task by their number, and the memory by that of requests."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    cost, memory = figure.subplots(1, 2)
-
-    for key, line, note in (
-        ("cost_per_task_us", "o-", ""),
-        ("cost_without_gc_us", "o:", ", garbage collector off"),
-    ):
-        for name, costs in result[key].items():
-            label = contenders.ALL[name].label + note
-            cost.plot(result["counts"], costs, line, color=COLOURS[name], label=label)
-
-    cost.set_xscale("log")
-    cost.set_ylim(bottom=0)
-    cost.set_xlabel("tasks in one scope")
-    cost.set_ylabel("microseconds per no-op task")
-    cost.legend()
-    resident = result["resident"]
-    first = resident["resident_kib"][0]
-    memory.plot(
-        resident["requests"],
-        [kib - first for kib in resident["resident_kib"]],
-        color=COLOURS[measures.OURS],
-    )
-    memory.axhline(1024, color="black", linestyle=":", label="the measure: 1 MiB")
-    memory.set_ylim(bottom=min(0, *(kib - first for kib in resident["resident_kib"])))
-    memory.set_xlabel("requests with three tasks each, after warm-up")
-    memory.set_ylabel("growth of resident memory, KiB")
-    memory.legend()
-    return figure
-
-
-FIGURES: t.Final = {
-    "dispatch": dispatch_figure,
-    "load": load_figure,
-    "growth": growth_figure,
-}
-
-
-def draw(folder: pathlib.Path, measured: dict[str, dict[str, t.Any]]) -> None:
-    """Write ``NAME-PYTHON.svg`` for each result; the same for the same figures."""
-    mpl.rcParams["svg.hashsalt"] = "flask-apitask"
-
-    for name, result in measured.items():
-        figure = FIGURES[name](result)
-        figure.suptitle(
-            f"Python {result['python']}, Flask {result['packages']['flask']}"
-        )
-        python = result["python"].rpartition(".")[0]
-        figure.savefig(folder / f"{name}-{python}.svg", metadata={"Date": None})
+    text = re.sub(r"\s*\n\s*(?=\S)(?!<g id)", " ", path.read_text("utf-8"))
+    path.write_text(re.sub(r"\n\s*", "\n", text).strip() + "\n", "utf-8")
 
 
 def main() -> None:
-    """Draw everything in the output folder that this Python version measured."""
+    """Write what can be made of the figures in the output folder."""
     options = results.arguments(__doc__)
-    draw(options.output, measures.read(options.output, results.PYTHON))
+    folder: pathlib.Path = options.output
+    pythons = {
+        path.stem.partition("-")[2]: results.read(folder, path.stem.partition("-")[2])
+        for path in sorted(folder.glob("dispatch-*.json"))
+    }
+
+    if pythons:
+        measured = {python: found["dispatch"] for python, found in pythons.items()}
+        save(draw_dispatch(measured), folder / "dispatch.svg")
+
+    found = results.read(folder, results.PYTHON)
+
+    for name, draw, tabulate in (
+        ("mail", draw_mail, mail.report),
+        ("sizing", draw_sizing, sizing.report),
+    ):
+        if name in found:
+            stem = f"{name}-{results.PYTHON}"
+            (folder / f"{stem}.txt").write_text(f"{tabulate(found[name])}\n")
+            save(draw(found[name]), folder / f"{stem}.svg")
 
 
 if __name__ == "__main__":

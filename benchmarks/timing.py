@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections.abc as cabc
-import functools
+import contextlib
 import gc
 import random
+import socket
 import statistics
+import subprocess
 import time
 import typing as t
 
@@ -15,9 +17,6 @@ from werkzeug.test import create_environ
 if t.TYPE_CHECKING:
     from flask import Flask
 
-    from .contenders import Work
-
-CPU_SECONDS: t.Final = 50e-6
 IO_SECONDS: t.Final = 5e-3
 
 Call: t.TypeAlias = cabc.Callable[[], None]
@@ -27,26 +26,29 @@ def no_op() -> None:
     """Do nothing: what is measured is the dispatch alone."""
 
 
-def spin(turns: int) -> None:
-    """Keep the interpreter busy, as a task that computes does."""
-    for _ in range(turns):
-        pass
-
-
 def wait_for_io() -> None:
     """Stand for a round trip to a server: it waits and holds no lock."""
     time.sleep(IO_SECONDS)
 
 
-def cpu_work() -> Work:
-    """Return a call that takes :data:`CPU_SECONDS` on this machine when undisturbed.
+@contextlib.contextmanager
+def round_trip() -> cabc.Iterator[Call]:
+    """Give a call that sends a byte to another process and waits for its return.
 
-    A fixed number of turns, not a loop that looks at the clock: the latter would
-    count the time in which it waits for the interpreter as work.
+    A server reads a request and writes a response between two views. Meanwhile the
+    interpreter is free, and threads that have nothing to do fall asleep. A hot loop of
+    requests has no such moment.
     """
-    turns = 1_000
-    best = min(_seconds(functools.partial(spin, turns)) for _ in range(500))
-    return functools.partial(spin, round(turns * CPU_SECONDS / best))
+    ours, theirs = socket.socketpair()
+
+    def call() -> None:
+        ours.sendall(b".")
+        ours.recv(1)
+
+    # It ends when our end is closed, which happens before it is waited for.
+    with subprocess.Popen(["cat"], stdin=theirs.fileno(), stdout=theirs.fileno()), ours:
+        theirs.close()
+        yield call
 
 
 def request(app: Flask) -> Call:
@@ -73,7 +75,10 @@ def request(app: Flask) -> Call:
 
 
 def interleave(
-    calls: cabc.Mapping[str, Call], rounds: int, batch_seconds: float
+    calls: cabc.Mapping[str, Call],
+    rounds: int,
+    batch_seconds: float,
+    between: Call = no_op,
 ) -> dict[str, list[float]]:
     """Return the median seconds of a call in each of *rounds*, for each of *calls*.
 
@@ -82,33 +87,46 @@ def interleave(
     server leaves it: the garbage that a contender makes is part of its price.
 
     :param batch_seconds: how long a batch takes, about; at least three calls.
+    :param between: what happens before each call, and is not measured.
     """
     sizes = {name: _batch_size(call, batch_seconds) for name, call in calls.items()}
     medians: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
+
+    for name in take_turns(calls, rounds):
+        call = calls[name]
+        call()
+        durations = []
+
+        for _ in range(sizes[name]):
+            between()
+            durations.append(seconds(call))
+
+        medians[name].append(statistics.median(durations))
+
+    return medians
+
+
+def take_turns(names: cabc.Iterable[str], rounds: int) -> cabc.Iterator[str]:
+    """Yield all *names* in each round, in a new order, and collect the garbage."""
+    order = list(names)
     shuffle = random.Random(0).shuffle
 
     for _ in range(rounds):
         shuffle(order)
 
-        gc.collect()
-
         for name in order:
-            call = calls[name]
-            call()
-            durations = [_seconds(call) for _ in range(sizes[name])]
-            medians[name].append(statistics.median(durations))
+            gc.collect()
+            yield name
 
-    return medians
+
+def seconds(call: Call) -> float:
+    """Return how long *call* takes."""
+    started = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - started) / 1e9
 
 
 def _batch_size(call: Call, batch_seconds: float) -> int:
     """Warm *call* up and return how many of it make a batch."""
-    once = statistics.median(_seconds(call) for _ in range(3))
+    once = statistics.median(seconds(call) for _ in range(3))
     return max(3, min(500, round(batch_seconds / once)))
-
-
-def _seconds(call: cabc.Callable[[], object]) -> float:
-    started = time.perf_counter_ns()
-    call()
-    return (time.perf_counter_ns() - started) / 1e9

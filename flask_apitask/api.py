@@ -12,7 +12,7 @@ from . import request_scope
 from .config import Config
 from .config import read_count
 from .config import read_timeout
-from .config import read_word
+from .config import read_wait
 from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
@@ -224,7 +224,7 @@ def scoped(
     :raises ValueError: A limit is not a positive number, or ``wait`` is another word.
     """
     _read_limits(max_workers, timeout, Config())
-    at_close = read_word("wait", wait, "return", "close") == "close"
+    at_close = read_wait("wait", wait, ("return", "close")) == "close"
 
     if view is None:
         return functools.partial(

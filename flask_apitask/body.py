@@ -12,7 +12,6 @@ from .upload import share_files
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from _typeshed.wsgi import WSGIEnvironment
     from werkzeug.datastructures import FileStorage
     from werkzeug.datastructures import ImmutableMultiDict
 
@@ -88,7 +87,7 @@ def share_body(request: Request) -> None:
             share_files(vars(request)["files"])
 
 
-def _has_body(environ: WSGIEnvironment) -> bool:
+def _has_body(environ: cabc.Mapping[str, t.Any]) -> bool:
     if environ.get("CONTENT_LENGTH", "") not in {"", "0"}:
         return True
 

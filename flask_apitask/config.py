@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import ssl
@@ -24,19 +23,7 @@ _FLAGS = {"true": True, "1": True, "yes": True, "on": True} | {
 class Config:
     """The ``APITASK_*`` keys of one app, read and validated once.
 
-    :param enabled: A scope for every request.
-    :param max_workers: Most tasks of one scope that run at once.
-    :param pool_size: Most threads of the app in one process.
-    :param timeout: Seconds the end of a scope waits, ``None`` for as long as it takes.
-    :param wait: When it is waited for the tasks of a request: in its teardown, or when
-        the server closes the response.
-    :param copy_g: Names that a task finds in its own ``g``.
-    :param mail_background: Flask-Mail is rerouted.
-    :param mail_timeout: Seconds of every SMTP socket operation.
-    :param mail_connections: Most SMTP connections of the app in one process.
-    :param mail_keepalive: Seconds an idle SMTP connection is kept.
-    :param mail_tls_verify: Verify the mail server's certificate, or the path of a file
-        of CA certificates to verify it with.
+    :meth:`.ApiTask.init_app` lists them, with their meaning.
     """
 
     enabled: bool = True
@@ -61,15 +48,19 @@ class Config:
         :raises ValueError: A value is not allowed. The text names the key, the value
             and what is allowed.
         """
-        values: dict[str, t.Any] = {}
+        keys = {f"APITASK_{name.upper()}": name for name in _READERS}
+        return cls(
+            **{
+                name: _READERS[name](key, mapping[key])
+                for key, name in keys.items()
+                if key in mapping
+            }
+        )
 
-        for field in dataclasses.fields(cls):
-            key = f"APITASK_{field.name.upper()}"
 
-            if key in mapping:
-                values[field.name] = _READERS[field.name](key, mapping[key])
-
-        return cls(**values)
+def refuse(key: str, value: object, allowed: str) -> ValueError:
+    """Make the error for a value that is not allowed."""
+    return ValueError(f"{key} is {value!r}, but must be {allowed}.")
 
 
 def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> list[str]:
@@ -93,28 +84,27 @@ def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> list[str]:
     return mistakes
 
 
-def read_flag(key: str, value: object) -> bool:
+def read_flag(key: str, value: object, allowed: str = "True or False") -> bool:
     """Read ``True`` or ``False``, or a word for one of them."""
-    if isinstance(value, bool):
-        return value
+    is_known = isinstance(value, int | str)
+    flag = _FLAGS.get(str(value).strip().lower()) if is_known else None
 
-    if isinstance(value, int | str):
-        flag = _FLAGS.get(str(value).strip().lower())
+    if flag is None:
+        raise refuse(key, value, allowed)
 
-        if flag is not None:
-            return flag
-
-    raise ValueError(f"{key} is {value!r}, but must be True or False.")
+    return flag
 
 
-def read_word(key: str, value: object, first: str, second: str) -> str:
+def read_wait(
+    key: str, value: object, words: tuple[str, str] = ("teardown", "close")
+) -> t.Any:
     """Read one of two words."""
     word = value.strip().lower() if isinstance(value, str) else None
 
-    if word in {first, second}:
-        return word
+    if word not in words:
+        raise refuse(key, value, " or ".join(map(repr, words)))
 
-    raise ValueError(f"{key} is {value!r}, but must be {first!r} or {second!r}.")
+    return word
 
 
 def read_count(key: str, value: object) -> int:
@@ -122,25 +112,18 @@ def read_count(key: str, value: object) -> int:
     number = _number(value)
 
     if number is None or number < 1 or not number.is_integer():
-        raise ValueError(
-            f"{key} is {value!r}, but must be a whole number of at least 1."
-        )
+        raise refuse(key, value, "a whole number of at least 1")
 
     return int(number)
 
 
 def read_timeout(key: str, value: object) -> float | None:
     """Read a positive number of seconds; ``None`` and infinity mean no limit."""
-    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
-        return None
-
-    number = _number(value)
+    number = threading.TIMEOUT_MAX * 2 if _is_none(value) else _number(value)
 
     if number is None or not number > 0:
-        raise ValueError(
-            f"{key} is {value!r}, but must be a number of seconds above 0, or None"
-            " to wait for as long as it takes."
-        )
+        allowed = "a number of seconds above 0, or None to wait for as long as it takes"
+        raise refuse(key, value, allowed)
 
     return number if number <= threading.TIMEOUT_MAX else None
 
@@ -150,9 +133,7 @@ def read_seconds(key: str, value: object) -> float:
     number = _number(value)
 
     if number is None or not 0 < number <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"{key} is {value!r}, but must be a number of seconds above 0."
-        )
+        raise refuse(key, value, "a number of seconds above 0")
 
     return number
 
@@ -162,10 +143,8 @@ def read_keepalive(key: str, value: object) -> float:
     number = _number(value)
 
     if number is None or not 0 <= number <= threading.TIMEOUT_MAX:
-        raise ValueError(
-            f"{key} is {value!r}, but must be a number of seconds, or 0 for one"
-            " connection per batch."
-        )
+        allowed = "a number of seconds, or 0 for one connection per batch"
+        raise refuse(key, value, allowed)
 
     return number
 
@@ -186,32 +165,29 @@ def read_names(key: str, value: object) -> tuple[str, ...]:
         if all(isinstance(name, str) and name.isidentifier() for name in names):
             return tuple(names)
 
-    raise ValueError(
-        f"{key} is {value!r}, but must be names, as in ('request_id', 'lang_code')."
-    )
+    raise refuse(key, value, "names, as in ('request_id', 'lang_code')")
 
 
 def read_trust(key: str, value: object) -> bool | str:
     """Read ``True``, ``False``, or the path of a readable file of CA certificates."""
-    if isinstance(value, str | os.PathLike) and os.path.isfile(value):
-        try:
-            ssl.create_default_context(cafile=value)
-        except OSError as error:
-            raise ValueError(
-                f"{key} is {value!r}, but no CA certificate can be read from it:"
-                f" {error}. Name a file in PEM format, in which each certificate stands"
-                " below a line '-----BEGIN CERTIFICATE-----'."
-            ) from error
-
-        return os.fspath(value)
+    if not (isinstance(value, str | os.PathLike) and os.path.isfile(value)):
+        allowed = "True, False, or the path of a file of CA certificates"
+        return read_flag(key, value, allowed)
 
     try:
-        return read_flag(key, value)
-    except ValueError:
+        ssl.create_default_context(cafile=value)
+    except OSError as error:
         raise ValueError(
-            f"{key} is {value!r}, but must be True, False, or the path of a file of CA"
-            " certificates."
-        ) from None
+            f"{key} is {value!r}, but no CA certificate can be read from it: {error}."
+            " Name a file in PEM format, in which each certificate stands below a line"
+            " '-----BEGIN CERTIFICATE-----'."
+        ) from error
+
+    return os.fspath(value)
+
+
+def _is_none(value: object) -> bool:
+    return value is None or (isinstance(value, str) and value.strip().lower() == "none")
 
 
 def _number(value: object) -> float | None:
@@ -229,7 +205,7 @@ _READERS: dict[str, cabc.Callable[[str, object], t.Any]] = {
     "max_workers": read_count,
     "pool_size": read_count,
     "timeout": read_timeout,
-    "wait": functools.partial(read_word, first="teardown", second="close"),
+    "wait": read_wait,
     "copy_g": read_names,
     "mail_background": read_flag,
     "mail_timeout": read_seconds,

@@ -5,9 +5,8 @@ import dataclasses
 import operator
 import typing as t
 
-from flask import has_request_context
+import flask.globals
 from flask.ctx import AppContext
-from flask.globals import app_ctx
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -22,14 +21,11 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED: t.Final = hasattr(AppContext, "has_request")
 
-if MERGED:
-    request_ctx: t.Any = app_ctx
-else:
-    from flask.globals import request_ctx
-
-# They raise a RuntimeError where there is none.
-get_app_context = app_ctx._get_current_object  # type: ignore[attr-defined]
-get_request_context = request_ctx._get_current_object
+# What is behind the proxies. They raise a RuntimeError where there is nothing.
+_app_ctx: t.Any = flask.globals.app_ctx
+_request_ctx: t.Any = _app_ctx if MERGED else flask.globals.request_ctx
+get_app_context: cabc.Callable[[], t.Any] = _app_ctx._get_current_object
+get_request_context: cabc.Callable[[], t.Any] = _request_ctx._get_current_object
 
 
 def find_app_context() -> t.Any | None:
@@ -52,6 +48,19 @@ def find_request_context() -> t.Any | None:
         return None
 
     return context if not MERGED or context.has_request else None
+
+
+def is_pushed_again(request_context: t.Any) -> bool:
+    """Return whether a request that was torn down is going to be torn down once more.
+
+    Before Flask 3.2, :func:`flask.stream_with_context` pushes the context again for the
+    body. A thread that outlives the request sees a context that is not pushed; and the
+    end of the first push takes the request out of the environ, as the last thing.
+    """
+    if MERGED or not request_context._cv_tokens:
+        return False
+
+    return request_context.request.environ.get("werkzeug.request") is None
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -94,10 +103,9 @@ def is_in_task(request: Request) -> bool:
 
 
 def _merged_task_context(app: Flask) -> contextlib.AbstractContextManager[object]:
-    if has_request_context() and app_ctx.app is app:
-        return _MergedTaskContext(get_app_context())
-
-    return app.app_context()
+    context = find_request_context()
+    is_in_request = context is not None and context.app is app
+    return _MergedTaskContext(context) if is_in_request else app.app_context()
 
 
 class _MergedTaskContext:

@@ -22,16 +22,44 @@ class ScopeClosed(ApiTaskError, RuntimeError):
 class DeliveryError(ApiTaskError, smtplib.SMTPException):
     """Raised when a mail server did not take a message for all of its recipients.
 
-    The text names the server's reply codes and holds no address, so it can be logged.
+    The text holds no address and no credential, so it can be logged: where the server's
+    words quote one, it is masked. What is data is in attributes, as it came.
+
     It is an :exc:`smtplib.SMTPException`, as code written for Flask-Mail expects.
 
     :param message: What happened, and the remedy if there is one.
     :param message_id: The ``Message-ID`` of the message, to find it in a server's log.
+    :param stage: Where in the dialogue it happened: ``"connect"``, ``"greeting"``,
+        ``"EHLO"``, ``"STARTTLS"``, ``"TLS"``, ``"AUTH"``, ``"MAIL"``, ``"RCPT"``,
+        ``"DATA"``, ``"message"`` or ``"end of message"``; ``None`` before all of them.
+    :param reply: The server's reply, if it was one that refused: then there are an
+        ``smtp_code`` and the words as ``smtp_error``, in bytes, as in
+        :exc:`smtplib.SMTPResponseException`. Else they are ``None``.
+    :param recipients: The recipients that were refused, each with code and words, as in
+        :exc:`smtplib.SMTPRecipientsRefused`.
+    :param failures: The errors of the messages of a ``connect()`` block, if this one is
+        for several.
     """
 
-    def __init__(self, message: str, *, message_id: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        message_id: str | None = None,
+        stage: str | None = None,
+        reply: tuple[int, bytes] | None = None,
+        recipients: dict[str, tuple[int, bytes]] | None = None,
+        failures: tuple[DeliveryError, ...] = (),
+    ) -> None:
         super().__init__(message)
         self.message_id = message_id
+        self.stage = stage
+        self.smtp_code = None if reply is None else reply[0]
+        self.smtp_error = None if reply is None else reply[1]
+        self.recipients = recipients or {}
+        self.failures = failures
+        # Whether the server could not be reached for the last of them.
+        self.unreachable = False
 
     def __str__(self) -> str:
         text = super().__str__()

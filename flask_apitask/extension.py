@@ -79,7 +79,7 @@ class ApiTask:
         if config.mail_background:
             _reroute_mail(app, config)
 
-        # Flask refuses these once the app has served. Then nothing else has been done.
+        # Flask refuses these, too, once the app has served.
         app.teardown_request(request_scope.end_request)
 
         if config.enabled:

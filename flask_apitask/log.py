@@ -38,25 +38,21 @@ def log(
     extra = {f"{_PREFIX}{name}": value for name, value in fields.items()}
 
     try:
-        if not logger.isEnabledFor(level) and not logger.disabled:
-            return
+        # Other objects may stand in the place of a logger: adapters have no such flag.
+        disabled = getattr(logger, "disabled", False)
 
-        if place is None or not isinstance(logger, logging.Logger):
+        if disabled and level >= logger.getEffectiveLevel():
+            cause = f"The logger {logger.name!r} is disabled.\n"
+        elif not logger.isEnabledFor(level):
+            return
+        elif place is None or not isinstance(logger, logging.Logger):
             logger.log(level, message, *args, exc_info=info, extra=extra, stacklevel=2)
+            return
         else:
             path, line, name = place.co_filename, place.co_firstlineno, place.co_name
-            logger.handle(
-                logger.makeRecord(
-                    *(logger.name, level, path, line, message, args, info),
-                    func=name,
-                    extra=extra,
-                )
-            )
-
-        if not logger.disabled:
+            made = (logger.name, level, path, line, message, args, info)
+            logger.handle(logger.makeRecord(*made, func=name, extra=extra))
             return
-
-        cause = f"The logger {logger.name!r} is disabled.\n"
     except Exception:
         cause = f"It could not be logged:\n{traceback.format_exc()}"
 

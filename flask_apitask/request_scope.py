@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import sys
 import threading
 import typing as t
@@ -15,24 +14,25 @@ from .context import find_app_context
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
+from .context import is_pushed_again
 from .context import MERGED
 from .executor.scope import TaskScope
 from .runner import TaskRunner
 from .session import own_sessions
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
     from flask import Flask
     from flask import Response
 
     from .config import Config
     from .executor.pool import ThreadPool
 
-# An attribute of what Flask pushes for a request; before Flask 3.2, of the app context
-# that is popped after it, too. A copy of the context, in another thread or in the same,
-# has none, and a nested request has its own. So neither sees the scope or ends it.
+# An attribute of what Flask pushes for a request. A copy of the context, in another
+# thread or in the same, has none, and a nested request has its own. So neither sees the
+# scope or ends it.
 _SCOPE = "_flask_apitask_scope"
+# An attribute of an app context, before Flask 3.2: the scopes of requests that use it.
+_LEFTOVERS = "_flask_apitask_leftovers"
 # An attribute of a response: what is waited for when it is closed.
 _CLOSINGS = "_flask_apitask_closings"
 
@@ -53,7 +53,7 @@ class RequestScope:
     for the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "outer")
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended")
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -64,8 +64,6 @@ class RequestScope:
         self.ended = False
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
-        # Another one that uses the same app context, before Flask 3.2.
-        self.outer: RequestScope | None = None
 
     @property
     def is_used(self) -> bool:
@@ -116,13 +114,33 @@ class RequestScope:
             deferred, self._deferred = self._deferred, ()
 
         closing = self._find_closing()
-        at_close = closing is not None and closing.answers_first
-        ends = [_ending(left, closing) for left in deferred]
+        own = () if scope is None else (scope,)
 
-        if scope is not None:
-            ends.append(_ending(scope, closing if at_close else None))
+        if scope is not None and not deferred and closing is None:
+            scope.end()
+        elif closing is None:
+            _end_all(deferred + own)
+        elif closing.answers_first:
+            closing.add(*deferred, *own)
+        else:
+            closing.add(*deferred)
+            _end_all(own)
 
-        _call_all(ends)
+    def replace(self, request_context: t.Any) -> RequestScope:
+        """Return the scope that comes after this one on the same context."""
+        with self._lock:
+            if getattr(request_context, _SCOPE) is self:
+                successor = RequestScope()
+                successor.closing = self.closing
+                setattr(request_context, _SCOPE, successor)
+            else:
+                successor = getattr(request_context, _SCOPE)
+
+        # Whoever pops the context looks for leftovers after that.
+        if not is_pushed_again(request_context):
+            successor.end()
+
+        return successor
 
     def _end_if_late(self) -> None:
         if self.ended:
@@ -131,14 +149,10 @@ class RequestScope:
     def _note_for_leftovers(self) -> None:
         """Keep this where :func:`end_leftovers` finds it."""
         app_context = find_app_context()
-        outer: RequestScope | None = getattr(app_context, _SCOPE, None)
-
         # In tests, the requests of a whole app context may come here, one by one.
-        while outer is not None and outer.ended:
-            outer = outer.outer
-
-        self.outer = outer
-        setattr(app_context, _SCOPE, self)
+        left = getattr(app_context, _LEFTOVERS, ())
+        left = [scope for scope in left if not scope.ended]
+        setattr(app_context, _LEFTOVERS, [*left, self])
 
     def _find_closing(self) -> Closing | None:
         """Return the closing of a response that is going to be closed."""
@@ -164,15 +178,16 @@ class Closing:
         self._context = contextvars.copy_context()
         # Guards the others: a scope may come while another thread closes.
         self._lock = threading.Lock()
-        self._scopes: list[TaskScope] = []
+        self._scopes: tuple[TaskScope, ...] = ()
         self._closed = False
 
-    def add(self, scope: TaskScope) -> None:
-        """Have a scope ended at the close, or now if that was before."""
-        scope.shutdown(wait=False)
+    def add(self, *scopes: TaskScope) -> None:
+        """Have scopes ended at the close, or now if that was before."""
+        for scope in scopes:
+            scope.shutdown(wait=False)
 
         with self._lock:
-            self._scopes.append(scope)
+            self._scopes += scopes
             closed = self._closed
 
         if closed:
@@ -182,11 +197,10 @@ class Closing:
         """End the scopes, each once."""
         with self._lock:
             self._closed = True
-            scopes, self._scopes = self._scopes, []
+            scopes, self._scopes = self._scopes, ()
 
-        for scope in scopes:
-            # In a copy, as another thread may be in this one.
-            self._context.copy().run(scope.end)
+        # In a copy, as another thread may be in this one.
+        self._context.copy().run(_end_all, scopes)
 
 
 def begin_request() -> None:
@@ -210,15 +224,11 @@ def end_leftovers(error: BaseException | None = None) -> None:
     Before Flask 3.2, a function for ``teardown_request`` that raises keeps those that
     were registered before it from being called, :func:`end_request` among them.
     """
-    scope: RequestScope | None = getattr(get_app_context(), _SCOPE, None)
-
     # Each task has an app context, too, and pays for this.
-    if scope is not None:
-        current = getattr(find_request_context(), _SCOPE, None)
-
-        while scope is not None and scope is not current:
+    for scope in getattr(get_app_context(), _LEFTOVERS, ()):
+        # An app context may end within a request, and that goes on.
+        if scope is not getattr(find_request_context(), _SCOPE, None):
             scope.end()
-            scope = scope.outer
 
 
 def find_request_scope(request_context: t.Any) -> RequestScope:
@@ -228,8 +238,10 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
     if scope is None:
         # In one step, as several threads may share the context.
         scope = vars(request_context).setdefault(_SCOPE, RequestScope())
+    elif scope.ended and is_pushed_again(request_context):
+        scope = scope.replace(request_context)
 
-    return t.cast("RequestScope", scope)
+    return scope
 
 
 def answer_first(app: Flask) -> None:
@@ -255,7 +267,7 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
         # Some apps answer with one object for ever: it is hooked once.
         if closings is None:
             closings = vars(response)[_CLOSINGS] = []
-            response.call_on_close(functools.partial(_close, closings))
+            response.call_on_close(lambda: _close(closings))
 
         closings.append(closing)
 
@@ -269,17 +281,11 @@ def _unhook_response(app: Flask, **extra: object) -> None:
         find_request_scope(request_context).closing = None
 
 
-def _ending(scope: TaskScope, closing: Closing | None) -> cabc.Callable[[], None]:
-    return scope.end if closing is None else functools.partial(closing.add, scope)
-
-
-def _call_all(functions: list[cabc.Callable[[], None]]) -> None:
-    """Call each in order, though one is interrupted."""
-    if functions:
-        try:
-            functions[0]()
-        finally:
-            _call_all(functions[1:])
+def _end_all(scopes: tuple[TaskScope, ...]) -> None:
+    """End scopes in order, though one wait is interrupted."""
+    with contextlib.ExitStack() as stack:
+        for scope in reversed(scopes):
+            stack.callback(scope.end)
 
 
 def _close(closings: list[Closing]) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import inspect
 import logging
 import os
+import threading
 import time
 import typing as t
+from types import CodeType
 from types import CoroutineType
 
 from flask import has_request_context
@@ -18,6 +21,7 @@ from .context import task_context
 from .context import task_locals
 from .copied_g import find_copier
 from .executor.runner import Runner
+from .executor.scope import TaskScope
 from .executor.task import task_name
 from .log import log
 from .log import log_once
@@ -28,7 +32,6 @@ from .signals import task_started
 if t.TYPE_CHECKING:
     import collections.abc as cabc
     import concurrent.futures
-    from types import CodeType
 
     import blinker
     from flask import Flask
@@ -94,6 +97,20 @@ class TaskRunner(Runner):
             raise
 
     def call_back(
+        self,
+        callback: cabc.Callable[[concurrent.futures.Future[t.Any]], object],
+        future: concurrent.futures.Future[t.Any],
+    ) -> None:
+        if getattr(future, "thread", 0) == threading.get_ident():
+            self._call_back(callback, future)
+            return
+
+        # It was added late, or the task was cancelled, by a thread that may serve a
+        # request. What is bound to that thread is not for others.
+        with TaskScope(self._app.extensions["apitask"].pool, 1) as scope:
+            scope.submit(self._call_back, callback, future)
+
+    def _call_back(
         self,
         callback: cabc.Callable[[concurrent.futures.Future[t.Any]], object],
         future: concurrent.futures.Future[t.Any],
@@ -191,8 +208,7 @@ def call_observed(
     :param submitted: Seconds of the monotonic clock.
     """
     if app is None or not (task_started.receivers or task_finished.receivers):
-        result = task(*args, **kwargs)
-        return _complete(app, result) if isinstance(result, CoroutineType) else result
+        return _call(app, task, args, kwargs)
 
     fields: dict[str, t.Any] = {
         "name": task_name(task),
@@ -204,8 +220,7 @@ def call_observed(
     fields["exception"] = None
 
     try:
-        result = task(*args, **kwargs)
-        return _complete(app, result) if isinstance(result, CoroutineType) else result
+        return _call(app, task, args, kwargs)
     except BaseException as error:
         fields["exception"] = error
         raise
@@ -273,18 +288,26 @@ def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) ->
         )
 
 
-def _complete(
-    app: Flask | None, coroutine: CoroutineType[t.Any, t.Any, t.Any]
+def _call(
+    app: Flask | None,
+    task: cabc.Callable[..., t.Any],
+    args: tuple[t.Any, ...],
+    kwargs: dict[str, t.Any],
 ) -> t.Any:
-    """Run what an ``async def`` task returned."""
+    """Call a task, and run what it returns if it is ``async def``."""
+    result = task(*args, **kwargs)
+
+    if not isinstance(result, CoroutineType):
+        return result
+
     # It takes long to import, and most apps have no such task.
     import asyncio
 
     try:
         run = asyncio.run if app is None else app.ensure_sync(_await)
-        return _call_off_loop(run, coroutine)
+        return _call_off_loop(run, result)
     finally:
-        coroutine.close()
+        result.close()
 
 
 def _call_off_loop(run: cabc.Callable[..., t.Any], coroutine: object) -> t.Any:
@@ -324,16 +347,13 @@ def _find_endpoint() -> str | None:
 
 def _find_code(task: t.Any) -> CodeType | None:
     """Return the code of a task that is not this package's own."""
-    while not hasattr(task, "__code__"):
-        if hasattr(task, "func"):
-            task = task.func
-        elif hasattr(task, "__func__"):
-            task = task.__func__
-        else:
-            return None
+    while isinstance(task, functools.partial):
+        task = task.func
 
-    code: CodeType = inspect.unwrap(task).__code__
-    return None if code.co_filename.startswith(_PACKAGE) else code
+    code = getattr(inspect.unwrap(task), "__code__", None)
+    # That of a mock is a mock.
+    is_known = isinstance(code, CodeType) and not code.co_filename.startswith(_PACKAGE)
+    return code if is_known else None
 
 
 def _find_view(app: Flask) -> CodeType | None:

@@ -52,6 +52,15 @@ def make_app() -> AppFactory:
     return factory
 
 
+@pytest.fixture
+def without_gc() -> cabc.Iterator[None]:
+    """What is freed is freed by the count of its references."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def nothing_outlives_its_test(
     caplog: pytest.LogCaptureFixture,
@@ -60,7 +69,7 @@ def nothing_outlives_its_test(
     threads = set(threading.enumerate())
     sockets = _sockets()
     yield
-    assert context.current_block.get() is None, "a scope is left open"
+    assert context.current_frame.get() is None, "a scope is left open"
     assert not flask.has_app_context(), "a context is left pushed"
 
     # An app takes its threads along as soon as nothing refers to it any more. The

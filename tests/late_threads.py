@@ -1,38 +1,28 @@
 from __future__ import annotations
 
-import dataclasses
 import threading
 import typing as t
 
 from conftest import PATIENCE
 
-from flask_apitask.threads import Threads
+from flask_apitask.executor.pool import ThreadPool
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from flask import Flask
 
-    from flask_apitask.threads import Worker
-
 T = t.TypeVar("T")
 
 
-class LateThreads(Threads):
-    """Threads that never come, so that nothing but a wait gets a task done."""
-
-    def rouse(self, worker: Worker) -> None:
-        pass
-
-
 def make_late(app: Flask) -> Flask:
-    """Take the threads from an app.
+    """Take the threads from an app, so that only a wait gets its tasks done.
 
     What its tasks did is then what somebody waited for, and done at that moment: a
     test need not catch a thread that is quicker than a wait that is missing.
     """
     state = app.extensions["apitask"]
-    app.extensions["apitask"] = dataclasses.replace(state, threads=LateThreads(1))
+    app.extensions["apitask"] = state._replace(pool=ThreadPool(0))
     return app
 
 

@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import typing as t
 
-from flask_apitask.jobs import Unbound
+from flask_apitask.executor.runner import Runner
 
 if t.TYPE_CHECKING:
-    from flask_apitask.jobs import Overdue
+    from flask_apitask.executor.runner import TimeoutReport
 
 
-class Reporting(Unbound):
+class Reporting(Runner):
     """Keeps what is reported of scopes that end at their deadline."""
 
     def __init__(self) -> None:
-        self.reports: list[Overdue] = []
+        self.reports: list[TimeoutReport] = []
 
-    def report(self, overdue: Overdue) -> None:
-        self.reports.append(overdue)
+    def report(self, report: TimeoutReport) -> None:
+        self.reports.append(report)

@@ -6,6 +6,7 @@ import contextvars
 import hashlib
 import os
 import socket
+import threading
 import typing as t
 
 import flask
@@ -37,6 +38,7 @@ mail = Mail(app)
 ApiTask(app)
 
 colour = contextvars.ContextVar[str]("colour")
+thread_bound = threading.local()
 
 
 def note(line: str) -> None:
@@ -83,6 +85,13 @@ def look_around(name: str) -> str:
     after = f"{colour.get()} {flask.request.path} {flask.current_app.name}"
     assert before == after, (before, after)
     return after
+
+
+def leave_mark(name: str) -> dict[str, str]:
+    """Leave something on the thread, and return what was there."""
+    seen = vars(thread_bound).copy()
+    thread_bound.owner = f"a task of {name}"
+    return seen
 
 
 def take_digest(name: str, read: cabc.Callable[[], bytes]) -> None:
@@ -187,6 +196,17 @@ def looked(name: str) -> str:
     """Return what a task sees."""
     colour.set(name)
     return run(look_around, name).result()
+
+
+@app.get("/isolated/<name>")
+def isolated(name: str) -> dict[str, t.Any]:
+    """Tell what is bound to the thread, for the view and for its tasks."""
+    found = vars(thread_bound).copy()
+    thread_bound.owner = name
+    seen = [future.result() for future in [run(leave_mark, name) for _ in range(3)]]
+    kept = vars(thread_bound).copy()
+    vars(thread_bound).clear()
+    return {"found": found, "seen": seen, "kept": kept}
 
 
 @app.post("/form/<name>")

@@ -20,7 +20,7 @@ import trustme
 from conftest import wait_until
 
 from flask_apitask.mail.envelope import Envelope
-from flask_apitask.mail.envelope import Server
+from flask_apitask.mail.envelope import SMTPSettings
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -84,6 +84,9 @@ class ScriptedServer:
         ``implicit`` is set.
     :param user: Offer ``AUTH`` once the connection is encrypted, or if it never is.
     :param buffer: Bytes that the system keeps for it in each direction.
+    :param allowed: Most connections at once.
+    :param refusal: What those beyond it meet, and where.
+    :param delay: Seconds that it takes for a message.
     """
 
     def __init__(
@@ -95,12 +98,19 @@ class ScriptedServer:
         pipelining: bool = True,
         extensions: tuple[str, ...] = ("SIZE 10000000", "8BITMIME"),
         buffer: int | None = None,
+        allowed: int | None = None,
+        refusal: tuple[Stage, Fault | bytes] = (Stage.GREETING, Fault.BUSY),
+        delay: float = 0.0,
     ) -> None:
         self.tls = tls
         self.implicit = implicit
         self.user = user
         self.pipelining = pipelining
         self.extensions = extensions
+        self.allowed = allowed
+        self.refusal = refusal
+        self.delay = delay
+        self.refused = 0
         self.stopped = threading.Event()
         # Guards everything below.
         self.changed = threading.Condition()
@@ -136,7 +146,7 @@ class ScriptedServer:
         self._listener.close()
         self.hang_up()
 
-    def settings(self, **changes: t.Any) -> Server:
+    def settings(self, **changes: t.Any) -> SMTPSettings:
         """Return how to reach it."""
         settings: dict[str, t.Any] = {"port": self.port, "timeout": 5.0}
         settings["host"] = "localhost"
@@ -147,7 +157,7 @@ class ScriptedServer:
         if self.tls is not None:
             settings["use_ssl" if self.implicit else "use_tls"] = True
 
-        return Server(**(settings | changes))
+        return SMTPSettings(**(settings | changes))
 
     def fail(self, stage: Stage, *faults: Fault | bytes | None) -> None:
         """Do these at the next times that the stage comes; ``None`` is no fault.
@@ -212,6 +222,9 @@ class ScriptedServer:
 
             with self.changed:
                 self.connects += 1
+                wanted = sum(not session.unwanted for session in self._open)
+                session.unwanted = self.allowed is not None and wanted >= self.allowed
+                self.refused += session.unwanted
                 self._open[session] = thread
                 self.most_open = max(self.most_open, len(self._open))
                 self.changed.notify_all()
@@ -234,6 +247,7 @@ class _Session:
         self.sock = sock
         self.received = b""
         self.encrypted = False
+        self.unwanted = False
         self.answered = False
         self.recipients: list[str] = []
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -309,6 +323,8 @@ class _Session:
         # On the books before the reply is out, so that a test can look at them then.
         accepted = self.begin(Stage.DOT)
 
+        self.server.stopped.wait(self.server.delay)
+
         if accepted is None:
             self.server.note(lambda: self.server.taken.append(taken))
             self.reply(b"250 2.0.0 taken")
@@ -344,6 +360,9 @@ class _Session:
         return False
 
     def begin(self, stage: Stage) -> Fault | bytes | None:
+        if self.unwanted and stage is self.server.refusal[0]:
+            return self.server.refusal[1]
+
         return self.server.next_fault(stage)
 
     def play(self, fault: Fault | bytes) -> None:
@@ -458,11 +477,11 @@ class Postfix:
         self._command("stop")
         self._process.wait(PATIENCE)
 
-    def settings(self, **changes: t.Any) -> Server:
+    def settings(self, **changes: t.Any) -> SMTPSettings:
         """Return how to reach it."""
         settings: dict[str, t.Any] = {"host": "localhost", "port": self.port}
         settings |= {"use_tls": True, "tls_verify": self._certificates.cafile}
-        return Server(**(settings | changes))
+        return SMTPSettings(**(settings | changes))
 
     def mailbox(self, name: str) -> list[bytes]:
         """Return what was delivered to someone so far."""

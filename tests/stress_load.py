@@ -94,7 +94,7 @@ class Load(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Note the ERROR records of tasks."""
-        name: str | None = getattr(record, "task_name", None)
+        name: str | None = getattr(record, "apitask_task", None)
 
         if record.levelno == logging.ERROR and name is not None:
             self.errors.append(name)

@@ -15,9 +15,6 @@ from flask import Flask
 from flask_apitask import ApiTask
 from flask_apitask.config import Config
 
-if t.TYPE_CHECKING:
-    from conftest import AppFactory
-
 FLAG = "must be True or False."
 COUNT = "must be a whole number of at least 1."
 TIMEOUT = (
@@ -26,6 +23,7 @@ TIMEOUT = (
 SECONDS = "must be a number of seconds above 0."
 KEEPALIVE = "must be a number of seconds, or 0 for one connection per batch."
 WAIT = "must be 'teardown' or 'close'."
+NAMES = "must be names, as in ('request_id', 'lang_code')."
 TRUST = "must be True, False, or the path of a file of CA certificates."
 
 ALLOWED = {
@@ -34,6 +32,7 @@ ALLOWED = {
     "pool_size": COUNT,
     "timeout": TIMEOUT,
     "wait": WAIT,
+    "copy_g": NAMES,
     "mail_background": FLAG,
     "mail_timeout": SECONDS,
     "mail_connections": COUNT,
@@ -71,6 +70,14 @@ GOOD: dict[str, list[tuple[object, object]]] = {
         (threading.TIMEOUT_MAX, threading.TIMEOUT_MAX),
     ],
     WAIT: [("teardown", "teardown"), ("close", "close"), (" Close ", "close")],
+    NAMES: [
+        ((), ()),
+        (["a", "b"], ("a", "b")),
+        (("a",), ("a",)),
+        (" a, b ", ("a", "b")),
+        ('["a", "b"]', ("a", "b")),
+        ("", ()),
+    ],
     SECONDS: [*GOOD_SECONDS],
     KEEPALIVE: [*GOOD_SECONDS, (0, 0.0), ("0", 0.0)],
     TRUST: [*GOOD_FLAGS],
@@ -83,6 +90,7 @@ BAD: dict[str, list[object]] = {
     COUNT: [*NO_NUMBERS, None, 0, 0.5, 1.5, "0", "2.5", math.inf, "inf", TOO_BIG],
     TIMEOUT: [*NO_NUMBERS, 0, 0.0, "0", -0.5, -math.inf],
     WAIT: [None, True, 0, "", "return", "response", ["close"], b"close"],
+    NAMES: [None, 1, "a b", "a,,b", "[a", ["a-b"], [1], {"a": 1}],
     SECONDS: [*NO_NUMBERS, None, "none", 0, "0", math.inf, "inf", TOO_BIG],
     KEEPALIVE: [*NO_NUMBERS, None, "none", -0.1, math.inf, TOO_BIG],
     TRUST: [None, 2, "", "maybe", "/no/such/file.pem", pathlib.Path("/"), []],
@@ -102,6 +110,7 @@ def test_defaults() -> None:
         pool_size=32,
         timeout=None,
         wait="teardown",
+        copy_g=(),
         mail_background=False,
         mail_timeout=10.0,
         mail_connections=4,
@@ -209,10 +218,3 @@ def test_bad_value_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
         ApiTask(app)
 
     assert "apitask" not in app.extensions
-
-
-def test_config_is_read_once(make_app: AppFactory) -> None:
-    """What is changed after the set-up has no effect."""
-    app = make_app(APITASK_MAX_WORKERS=3)
-    app.config["APITASK_MAX_WORKERS"] = 5
-    assert app.extensions["apitask"].config.max_workers == 3

@@ -31,6 +31,7 @@ if t.TYPE_CHECKING:
 
 
 def find(*names: str) -> dict[str, object]:
+    """Return what is found on g."""
     return {name: g.get(name, "missing") for name in names}
 
 
@@ -218,6 +219,7 @@ def make_babel_app(make_app: AppFactory) -> Flask:
 
 
 def tell_locale() -> list[str]:
+    """Return Flask-Babel's locale and time zone."""
     return [str(get_locale()), str(get_timezone())]
 
 

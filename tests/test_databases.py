@@ -30,8 +30,8 @@ from flask_apitask import wait
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-# Whether a task runs on a thread, or on that of the request.
-BOTH = pytest.mark.parametrize("late", [False, True], ids=["threads", "helped"])
+# Whether a thread is free, or a scope that is waited for needs one more.
+BOTH = pytest.mark.parametrize("late", [False, True], ids=["free", "full"])
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "databases.md"
 
 
@@ -50,8 +50,10 @@ class Site:
     """An app with a table of users, of which there is one at first.
 
     :param late: Take the threads from the app: a task then runs while the request
-        waits, on its thread, and at no other time.
+        waits, and at no other time.
     :param database_first: Whether ``SQLAlchemy`` comes to the app before ``ApiTask``.
+    :param release: Whether the function for ``teardown_request`` that the documentation
+        recommends comes ``"before"`` ``ApiTask``, or ``"after"`` it.
     :param lock_timeout: Seconds that a statement waits for a lock of the database.
     """
 
@@ -61,6 +63,7 @@ class Site:
         *,
         late: bool = False,
         database_first: bool = False,
+        release: str | None = None,
         lock_timeout: float = PATIENCE,
         pool: dict[str, t.Any] | None = None,
         **config: t.Any,
@@ -75,14 +78,20 @@ class Site:
         self.db = SQLAlchemy(engine_options={"connect_args": arguments, **(pool or {})})
         start = [ApiTask().init_app, self.db.init_app]
 
+        if release == "before":
+            self.app.teardown_request(self.release_connection)
+
         for init_app in reversed(start) if database_first else start:
             init_app(self.app)
 
         self._view: cabc.Callable[[], object] = str
         self.app.add_url_rule("/", "index", lambda: [self._view()] and "ok")
-        # Comes before the wait, and after what a test registers: the last comes first.
+        # Comes before the wait, and after the next one: the last comes first.
         self.waiting = threading.Semaphore(0)
         self.app.teardown_request(lambda error: self.waiting.release())
+
+        if release == "after":
+            self.app.teardown_request(self.release_connection)
 
         if late:
             make_late(self.app)
@@ -258,7 +267,7 @@ def test_failing_statement_does_not_break_the_next_task(make_site: SiteFactory) 
         site.db.session.commit()
 
     def view() -> None:
-        # One by one, and without help, so on the only thread.
+        # One by one, so on the only thread.
         assert isinstance(run(work, "ada").exception(PATIENCE), exc.IntegrityError)
         run(work, "bob").result(PATIENCE)
 
@@ -314,11 +323,8 @@ def test_view_that_has_let_go_does_not_lock_out_its_task(
     make_site: SiteFactory, released: str
 ) -> None:
     """A task writes what its request wrote before it, if that has let go of it."""
-    site = make_site(late=True, lock_timeout=0.1)
-
-    if released == "release_connection":
-        site.app.teardown_request(site.release_connection)
-
+    release = "after" if released == "release_connection" else None
+    site = make_site(late=True, lock_timeout=0.1, release=release)
     visits: list[int] = []
 
     def work() -> None:
@@ -366,8 +372,7 @@ def test_object_is_bound_to_the_session_of_the_request(make_site: SiteFactory) -
 
 def test_object_whose_session_is_gone(make_site: SiteFactory) -> None:
     """An object passed to a task has, without its session, only what was loaded."""
-    site = make_site(late=True)
-    site.app.teardown_request(site.release_connection)
+    site = make_site(late=True, release="after")
     futures: dict[bool, concurrent.futures.Future[int]] = {}
 
     def work(user: User) -> int:
@@ -388,38 +393,45 @@ def test_object_whose_session_is_gone(make_site: SiteFactory) -> None:
 
 
 def no_query(site: Site, task: cabc.Callable[[], None]) -> None:
+    """makes no query"""
     run(task)
 
 
 def read(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads"""
     site.find()
     run(task)
 
 
 def write(site: Site, task: cabc.Callable[[], None]) -> None:
+    """writes, and does not commit"""
     site.visit()
     run(task)
 
 
 def fail(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads, and raises"""
     site.find()
     run(task)
     raise LookupError
 
 
 def commit(site: Site, task: cabc.Callable[[], None]) -> None:
+    """writes and commits"""
     site.visit()
     run(task)
     site.db.session.commit()
 
 
 def close(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads, and closes the session"""
     site.find()
     run(task)
     site.db.session.close()
 
 
 def commit_then_read(site: Site, task: cabc.Callable[[], None]) -> None:
+    """commits, and reads an attribute after that"""
     user = site.find()
     site.visit()
     site.db.session.commit()
@@ -428,12 +440,14 @@ def commit_then_read(site: Site, task: cabc.Callable[[], None]) -> None:
 
 
 def read_then_wait(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads, and calls `wait()`"""
     site.find()
     run(task)
     wait()
 
 
 def commit_then_wait(site: Site, task: cabc.Callable[[], None]) -> None:
+    """commits, and calls `wait()`"""
     site.visit()
     site.db.session.commit()
     run(task)
@@ -442,27 +456,32 @@ def commit_then_wait(site: Site, task: cabc.Callable[[], None]) -> None:
 
 @scoped
 def read_scoped(site: Site, task: cabc.Callable[[], None]) -> None:
+    """reads, in `@scoped`"""
     read(site, task)
 
 
 @scoped
 def commit_scoped(site: Site, task: cabc.Callable[[], None]) -> None:
+    """commits, in `@scoped`"""
     commit(site, task)
 
 
-# The views that the rows of the table in the documentation speak of.
+# Each row of the table in the documentation speaks of one of these.
 VIEWS = {
-    "makes no query": no_query,
-    "reads": read,
-    "writes, and does not commit": write,
-    "reads, and raises": fail,
-    "writes and commits": commit,
-    "reads, and closes the session": close,
-    "commits, and reads an attribute after that": commit_then_read,
-    "reads, and calls `wait()`": read_then_wait,
-    "commits, and calls `wait()`": commit_then_wait,
-    "reads, in `@scoped`": read_scoped,
-    "commits, in `@scoped`": commit_scoped,
+    str(view.__doc__): view
+    for view in (
+        no_query,
+        read,
+        write,
+        fail,
+        commit,
+        close,
+        commit_then_read,
+        read_then_wait,
+        commit_then_wait,
+        read_scoped,
+        commit_scoped,
+    )
 }
 
 
@@ -485,12 +504,15 @@ def test_checked_out_connections(
     make_site: SiteFactory, column: str, database_first: bool
 ) -> None:
     """The documented number of connections is out while a request waits."""
-    close = {"APITASK_WAIT": "close"} if "APITASK_WAIT" in column else {}
-    site = make_site(late=True, database_first=database_first, **close)
-    measured: dict[str, list[int]] = {}
+    options: dict[str, t.Any] = {"database_first": database_first}
 
-    if "release_connection" in column:
-        site.app.teardown_request(site.release_connection)
+    if "APITASK_WAIT" in column:
+        options["APITASK_WAIT"] = "close"
+    elif "release_connection" in column:
+        options["release"] = "after"
+
+    site = make_site(late=True, **options)
+    measured: dict[str, list[int]] = {}
 
     for name, view in VIEWS.items():
         counts = measured[name] = []
@@ -502,16 +524,18 @@ def test_checked_out_connections(
     assert measured == expected
 
 
-@pytest.mark.parametrize("released", [False, True])
-def test_request_starves_its_own_task(make_site: SiteFactory, released: bool) -> None:
-    """A task needs a connection of its own, next to that which the view keeps."""
-    site = make_site(
-        late=True, pool={"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1}
-    )
-    futures: list[concurrent.futures.Future[User]] = []
+@pytest.mark.parametrize("release", [None, "before", "after"])
+def test_request_starves_its_own_task(
+    make_site: SiteFactory, release: str | None
+) -> None:
+    """A task needs a connection of its own, next to that which the view keeps.
 
-    if released:
-        site.app.teardown_request(site.release_connection)
+    The function that gives that back helps if it is registered after ``ApiTask(app)``:
+    Flask calls it before the wait, and one that was registered earlier after it.
+    """
+    pool = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 0.1}
+    site = make_site(late=True, release=release, pool=pool)
+    futures: list[concurrent.futures.Future[User]] = []
 
     def view() -> None:
         site.find()
@@ -520,7 +544,7 @@ def test_request_starves_its_own_task(make_site: SiteFactory, released: bool) ->
     assert site.get(view) == 200
     error = futures[0].exception(PATIENCE)
 
-    if released:
+    if release == "after":
         assert error is None
     else:
         assert isinstance(error, exc.TimeoutError)
@@ -554,11 +578,9 @@ def send_while_mail_is_slow(make_site: SiteFactory, order: str) -> Load:
             APITASK_MAIL_BACKGROUND=True,
             APITASK_MAIL_CONNECTIONS=6,
             APITASK_MAIL_KEEPALIVE=0,
+            release="after" if order == "release_connection" else None,
         )
         mail = Mail(site.app)
-
-        if order == "release_connection":
-            site.app.teardown_request(site.release_connection)
 
         def view() -> None:
             recipient = f"{site.find().name}@example.org"

@@ -1,44 +1,79 @@
 from __future__ import annotations
 
+import contextlib
+import copy
 import sys
 import threading
 import typing as t
 
+import flask_mail
 import pytest
 from conftest import PATIENCE
 from flask import Blueprint
 from flask import current_app
 from flask import Flask
+from flask import g
+from flask import has_app_context
 from late_threads import make_late
 
 import flask_apitask
 from flask_apitask import ApiTask
 from flask_apitask import current_scope
-from flask_apitask import extension
+from flask_apitask import request_scope
 from flask_apitask import run
-from flask_apitask.threads import Threads
+from flask_apitask.context import MERGED
+from flask_apitask.executor.pool import ThreadPool
 
 if t.TYPE_CHECKING:
     from conftest import AppFactory
 
 
-def test_init_app_registers_the_extension() -> None:
-    """An app set up by the constructor or by init_app has its state and its hooks."""
-    direct = Flask(__name__)
-    ApiTask(direct)
-    later = Flask(__name__)
-    ApiTask().init_app(later)
-
-    for app in (direct, later):
-        assert app.extensions["apitask"].config.enabled
-        assert "do_teardown_request" in vars(app)
-        assert not app.teardown_request_funcs
-        assert not app.teardown_appcontext_funcs
+# What Flask keeps of an app: functions that are called by name of a blueprint, or not.
+HOOKS = [
+    "after_request_funcs",
+    "before_request_funcs",
+    "teardown_appcontext_funcs",
+    "teardown_request_funcs",
+    "url_value_preprocessors",
+]
 
 
-def test_constructor_without_an_app_touches_none() -> None:
-    """ApiTask() alone does nothing."""
-    assert vars(ApiTask()) == {}
+def hooks_of(app: Flask) -> dict[str, t.Any]:
+    """Return a copy of the functions that an app has registered."""
+    return {name: copy.deepcopy(getattr(app, name)) for name in HOOKS}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_hooks(enabled: bool) -> None:
+    """An app has Flask's own hooks, its state, and nothing else of it is touched.
+
+    Without a scope for each request, nothing is made when a request begins.
+    """
+    apitask = ApiTask()
+    assert vars(apitask) == {}
+    before = vars(Flask(__name__))
+    states = []
+
+    for _ in range(2):
+        app = Flask(__name__)
+        app.config["APITASK_ENABLED"] = enabled
+        touched = hooks_of(app)
+        apitask.init_app(app)
+        begin = [request_scope.begin_request]
+        touched["before_request_funcs"] = {None: begin} if enabled else {}
+        touched["teardown_request_funcs"] = {None: [request_scope.end_request]}
+
+        # Before Flask 3.2, one that raises keeps the others from being called.
+        if not MERGED:
+            touched["teardown_appcontext_funcs"] = [request_scope.end_leftovers]
+
+        assert hooks_of(app) == touched
+        assert vars(app).keys() == before.keys()
+        assert list(app.extensions) == ["apitask"]
+        states.append(app.extensions["apitask"])
+
+    assert states[0] is not states[1]
+    assert states[0].config.enabled is enabled
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -46,8 +81,7 @@ def test_second_one_is_refused(same: bool) -> None:
     """A second ApiTask on an app, or a second init_app, is an error that says so."""
     app = Flask(__name__)
     first = ApiTask(app)
-    state = app.extensions["apitask"]
-    teardown = app.do_teardown_request
+    state, hooks = app.extensions["apitask"], hooks_of(app)
     second = first if same else ApiTask()
 
     with pytest.raises(RuntimeError) as excinfo:
@@ -58,7 +92,145 @@ def test_second_one_is_refused(same: bool) -> None:
         " One is enough: run() and the others find it by the current app."
     )
     assert app.extensions["apitask"] is state
-    assert app.do_teardown_request is teardown
+    assert hooks_of(app) == hooks
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_app_that_serves_already(
+    monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    """Flask refuses its hooks then, and nothing of the app has been touched."""
+    monkeypatch.setattr(flask_mail, "Connection", flask_mail.Connection)
+    app = Flask(__name__)
+    app.config["APITASK_MAIL_BACKGROUND"] = background
+    app.test_client().get("/")
+    before, connection = hooks_of(app), flask_mail.Connection
+
+    with pytest.raises(AssertionError, match="can no longer be called"):
+        ApiTask(app)
+
+    assert app.extensions == {}
+    assert hooks_of(app) == before
+    assert flask_mail.Connection is connection
+
+
+def test_request_while_the_app_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its answer, though nothing is there yet that others count on."""
+    app = Flask(__name__)
+    app.config["APITASK_WAIT"] = "close"
+    done: list[int] = []
+
+    @app.before_request
+    def start() -> None:
+        run(done.append, 1)
+
+    class RequestingPool(ThreadPool):
+        def __init__(self, size: int) -> None:
+            done.append(app.test_client().get("/missing").status_code)
+            super().__init__(size)
+
+    monkeypatch.setattr("flask_apitask.extension.ThreadPool", RequestingPool)
+    ApiTask(app)
+    assert done == [1, 404]
+
+
+def test_bad_value_is_refused() -> None:
+    """A bad value raises in init_app, with its key, and leaves the app untouched."""
+    app = Flask(__name__)
+    before = hooks_of(app)
+    app.config["APITASK_MAX_WORKERS"] = 0
+
+    with pytest.raises(ValueError, match=r"^APITASK_MAX_WORKERS is 0, but must be "):
+        ApiTask(app)
+
+    assert app.extensions == {}
+    assert hooks_of(app) == before
+
+
+@pytest.mark.parametrize("missing", ["flask_mail", "flask_apitask.mail"])
+def test_mail_that_can_not_be_imported(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """The flag for mail without Flask-Mail is an error with the remedy.
+
+    An import that fails for another reason is told as it is.
+    """
+    for name in [name for name in sys.modules if "flask_apitask.mail" in name]:
+        monkeypatch.delitem(sys.modules, name)
+
+    monkeypatch.delattr(flask_apitask, "mail", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    app = Flask(__name__)
+    app.config["APITASK_MAIL_BACKGROUND"] = True
+
+    with pytest.raises((RuntimeError, ImportError)) as excinfo:
+        ApiTask(app)
+
+    if missing == "flask_mail":
+        assert str(excinfo.value) == (
+            "APITASK_MAIL_BACKGROUND is on, but Flask-Mail is not installed. Install"
+            ' it with: pip install "flask-apitask[mail]"'
+        )
+    else:
+        assert isinstance(excinfo.value, ImportError)
+        assert excinfo.value.name == missing
+
+    assert app.extensions == {}
+
+
+@pytest.mark.parametrize("where", ["nowhere", "app", "disabled", "no extension"])
+def test_run_is_a_plain_call(make_app: AppFactory, where: str) -> None:
+    """Where there is no scope run() calls the task, and what it raises goes on.
+
+    That is outside of any app, in an app context, with ``APITASK_ENABLED`` off, and in
+    a request of an app that has no ApiTask. A done callback is called there, too.
+    """
+    app = Flask(__name__) if where == "no extension" else make_app()
+    called: list[t.Any] = []
+
+    if where == "disabled":
+        app = make_app(APITASK_ENABLED=False)
+
+    def note(future: object) -> None:
+        called.extend([future, threading.get_ident(), has_app_context() and g.who])
+
+    with contextlib.ExitStack() as stack:
+        if where == "app":
+            stack.enter_context(app.app_context())
+        elif where != "nowhere":
+            stack.enter_context(app.test_request_context())
+
+        if where != "nowhere":
+            g.who = "caller"
+
+        assert current_scope() is None
+        future = run(threading.get_ident)
+        assert future.result(0) == threading.get_ident()
+        future.add_done_callback(note)
+        who = where != "nowhere" and "caller"
+        assert called[1] == threading.get_ident()
+        assert called == [future, called[1], who]
+
+        with pytest.raises(ZeroDivisionError):
+            run(divmod, 1, 0)
+
+
+def test_blueprint_and_library_code_find_the_scope(make_app: AppFactory) -> None:
+    """run() works in a blueprint, without the ApiTask object, as often as one likes."""
+    app = make_late(make_app(APITASK_MAX_WORKERS=2))
+    app.config["APITASK_MAX_WORKERS"] = 5
+    blueprint = Blueprint("site", __name__)
+    done: list[str] = []
+
+    @blueprint.get("/")
+    def index() -> str:
+        run(done.append, "task")
+        # As it was when the app was set up.
+        return repr(current_scope())
+
+    app.register_blueprint(blueprint)
+    assert "max_workers=2>" in app.test_client().get("/").text
+    assert done == ["task"]
 
 
 def test_current_app_is_the_app() -> None:
@@ -71,136 +243,6 @@ def test_current_app_is_the_app() -> None:
     assert "apitask" in app.extensions
 
 
-def test_app_that_serves_already() -> None:
-    """A scope that is opened at once has its end."""
-    app = Flask(__name__)
-    done: list[str] = []
-
-    @app.get("/")
-    def index() -> str:
-        if "apitask" not in app.extensions:
-            ApiTask(app)
-            make_late(app)
-
-        run(done.append, "task")
-        return "ok"
-
-    app.test_client().get("/")
-    assert done == ["task"]
-
-
-def test_request_while_the_app_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has its answer, though nothing is there yet that others count on."""
-    app = Flask(__name__)
-    app.config["APITASK_WAIT"] = "close"
-    statuses: list[int] = []
-
-    class RequestingThreads(Threads):
-        def __init__(self, size: int) -> None:
-            statuses.append(app.test_client().get("/missing").status_code)
-            super().__init__(size)
-
-    monkeypatch.setattr(extension, "Threads", RequestingThreads)
-    ApiTask(app)
-    assert statuses == [404]
-
-
-def test_one_extension_sets_up_several_apps() -> None:
-    """An ApiTask holds no app: one sets up as many as there are."""
-    apitask = ApiTask()
-    apps = [Flask(__name__), Flask(__name__)]
-
-    for app in apps:
-        apitask.init_app(app)
-
-    assert apps[0].extensions["apitask"] is not apps[1].extensions["apitask"]
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("APITASK_ENABLED", "perhaps"),
-        ("APITASK_MAX_WORKERS", 0),
-        ("APITASK_POOL_SIZE", 2.5),
-        ("APITASK_TIMEOUT", -1),
-        ("APITASK_MAIL_BACKGROUND", 7),
-    ],
-)
-def test_bad_value_is_refused(key: str, value: object) -> None:
-    """A bad value raises in init_app, with its key, and leaves the app untouched."""
-    app = Flask(__name__)
-    app.config[key] = value
-
-    with pytest.raises(ValueError, match=rf"^{key} is {value!r}, but must be "):
-        ApiTask(app)
-
-    assert "apitask" not in app.extensions
-    assert "do_teardown_request" not in vars(app)
-
-
-def test_prefixed_environment_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values from from_prefixed_env() work."""
-    monkeypatch.setenv("FLASK_APITASK_MAX_WORKERS", "3")
-    monkeypatch.setenv("FLASK_APITASK_TIMEOUT", "2.5")
-    monkeypatch.setenv("FLASK_APITASK_ENABLED", "false")
-    app = Flask(__name__)
-    app.config.from_prefixed_env()
-    ApiTask(app)
-    config = app.extensions["apitask"].config
-
-    assert (config.max_workers, config.timeout, config.enabled) == (3, 2.5, False)
-
-
-def test_config_is_read_once(make_app: AppFactory) -> None:
-    """A value that is changed after init_app has no effect."""
-    app = make_app(APITASK_MAX_WORKERS=2)
-    app.config["APITASK_MAX_WORKERS"] = 5
-
-    with app.test_request_context():
-        run(str).result(PATIENCE)
-        assert "max_workers=2>" in repr(current_scope())
-
-
-def test_mail_without_flask_mail_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The flag for mail without Flask-Mail is an error with the remedy."""
-    monkeypatch.setitem(sys.modules, "flask_mail", None)
-
-    for name in [name for name in sys.modules if "flask_apitask.mail" in name]:
-        monkeypatch.delitem(sys.modules, name)
-
-    monkeypatch.delattr(flask_apitask, "mail", raising=False)
-    app = Flask(__name__)
-    app.config["APITASK_MAIL_BACKGROUND"] = True
-
-    with pytest.raises(RuntimeError) as excinfo:
-        ApiTask(app)
-
-    assert str(excinfo.value) == (
-        "APITASK_MAIL_BACKGROUND is on, but Flask-Mail is not installed. Install"
-        ' it with: pip install "flask-apitask[mail]"'
-    )
-    assert "apitask" not in app.extensions
-
-
-def test_other_import_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An import that fails for another reason than Flask-Mail is told as it is."""
-    for name in [name for name in sys.modules if "flask_apitask.mail" in name]:
-        monkeypatch.delitem(sys.modules, name)
-
-    monkeypatch.delattr(flask_apitask, "mail", raising=False)
-    monkeypatch.setitem(sys.modules, "smtplib", None)
-    monkeypatch.setitem(sys.modules, "flask_apitask.mail", None)
-    app = Flask(__name__)
-    app.config["APITASK_MAIL_BACKGROUND"] = True
-
-    with pytest.raises(ImportError) as excinfo:
-        ApiTask(app)
-
-    assert excinfo.value.name == "flask_apitask.mail"
-
-
 def test_request_without_a_task_starts_no_thread(make_app: AppFactory) -> None:
     """A request that runs no task starts no thread (behaviour 1)."""
     app = make_app()
@@ -209,42 +251,6 @@ def test_request_without_a_task_starts_no_thread(make_app: AppFactory) -> None:
 
     assert app.test_client().get("/").status_code == 200
     assert threading.enumerate() == before
-
-
-def test_disabled_run_is_a_plain_call(make_app: AppFactory) -> None:
-    """With APITASK_ENABLED off there is no scope, and an exception goes to the view."""
-    app = make_app(APITASK_ENABLED=False)
-    seen: list[object] = []
-
-    @app.get("/")
-    def index() -> str:
-        seen.append(current_scope())
-        seen.append(run(threading.get_ident).result(0))
-
-        with pytest.raises(ZeroDivisionError):
-            run(divmod, 1, 0)
-
-        return "ok"
-
-    assert app.test_client().get("/").status_code == 200
-    assert seen == [None, threading.get_ident()]
-
-
-def test_blueprint_and_library_code_find_the_scope(make_app: AppFactory) -> None:
-    """run() works in a blueprint, without the ApiTask object (behaviour 2)."""
-    app = make_late(make_app())
-    blueprint = Blueprint("site", __name__)
-    done: list[str] = []
-
-    @blueprint.get("/")
-    def index() -> str:
-        run(done.append, "task")
-        return "ok"
-
-    app.register_blueprint(blueprint)
-    app.test_client().get("/")
-
-    assert done == ["task"]
 
 
 def test_arguments_belong_to_the_task(make_app: AppFactory) -> None:
@@ -260,34 +266,6 @@ def test_arguments_belong_to_the_task(make_app: AppFactory) -> None:
             (1, 2),
             {"task": 3, "self": 4, "timeout": 5, "fn": 6},
         )
-
-
-def test_without_any_context_run_is_a_plain_call() -> None:
-    """Outside of any app, run() calls the task, and what it raises goes on."""
-    assert run(threading.get_ident).result(0) == threading.get_ident()
-
-    with pytest.raises(ZeroDivisionError):
-        run(divmod, 1, 0)
-
-
-def test_in_an_app_context_run_is_a_plain_call(make_app: AppFactory) -> None:
-    """In an app context without a scope, run() calls the task in that very context."""
-    app = make_app()
-
-    with app.app_context():
-        assert run(threading.get_ident).result(0) == threading.get_ident()
-
-        with pytest.raises(ZeroDivisionError):
-            run(divmod, 1, 0)
-
-
-def test_on_an_app_without_the_extension_run_is_a_plain_call() -> None:
-    """In a request of an app that has no ApiTask, run() calls the task."""
-    app = Flask(__name__)
-
-    with app.test_request_context():
-        assert run(threading.get_ident).result(0) == threading.get_ident()
-        assert current_scope() is None
 
 
 @pytest.mark.parametrize("not_a_task", [None, 5, "fn", object()])

@@ -2,171 +2,227 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import gc
-import threading
-import types
+import contextvars
 import typing as t
 import weakref
 
 import pytest
 from conftest import PATIENCE
+from conftest import wait_until
+from scopes import fail
+from scopes import Gate
+from scopes import join
+from scopes import make_scope
+from scopes import no_collector
+from scopes import nothing
+from scopes import Payload
+from scopes import RefusedPool
+from scopes import start
 
-from flask_apitask import futures
-from flask_apitask.futures import TaskFuture
+from flask_apitask.executor.future import TaskFuture
+from flask_apitask.executor.pool import ThreadPool
+from flask_apitask.executor.runner import Runner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-# Of a thread that has to be woken: it sees by itself, later, that the future is done.
-LONG = 2 * PATIENCE
+variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
 
-Future: t.TypeAlias = "concurrent.futures.Future[t.Any]"
-
-
-@pytest.fixture
-def executor() -> cabc.Iterator[concurrent.futures.Executor]:
-    """Give the test threads that wait for its futures."""
-    with concurrent.futures.ThreadPoolExecutor(4) as executor:
-        yield executor
+READS: list[cabc.Callable[[t.Any, float], object]] = [
+    TaskFuture.result,
+    TaskFuture.exception,
+]
 
 
-class Sleepers:
-    """Count the threads that are about to sleep until a future is done."""
+@pytest.mark.parametrize("read", READS)
+def test_wait_ends_at_the_timeout(read: cabc.Callable[[t.Any, float], object]) -> None:
+    """A wait that is too short raises, and the task goes on."""
+    gate = Gate()
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._asleep = asleep = threading.Semaphore(0)
+    with make_scope() as scope:
+        future = scope.submit(gate)
 
-        class Condition(threading.Condition):
-            def wait(self, timeout: float | None = None) -> bool:
-                # The future's lock is held until the thread sleeps.
-                asleep.release()
-                return super().wait(timeout)
+        for _ in range(2):
+            with pytest.raises(concurrent.futures.TimeoutError):
+                read(future, 0.001)
 
-        # Not in the library's own module: the pool of these threads uses that, too.
-        names = types.SimpleNamespace(RLock=threading.RLock, Condition=Condition)
-        monkeypatch.setattr(futures, "threading", names)
-
-    def await_one(self) -> None:
-        """Return when one more thread holds its future's lock, about to sleep."""
-        assert self._asleep.acquire(timeout=PATIENCE)
+        gate.opened.set()
+        assert future.result(PATIENCE) == "through"
+        assert scope.waiters == 0
 
 
-def test_has_the_attributes_of_the_standard_future() -> None:
-    """What the standard library's methods read is set as its own class sets it."""
-    future: Future = TaskFuture()
-    standard_future: Future = concurrent.futures.Future()
-    ours, standard = vars(future), vars(standard_future)
-    assert ours.keys() == standard.keys()
-    del ours["_condition"], standard["_condition"]
-    assert ours == standard
-
-
-def test_unawaited_future_has_no_condition_variable(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A future that no thread waits for is completed and read without one."""
-    monkeypatch.delattr(threading, "Condition")
-    future = TaskFuture[int]()
-    assert future.set_running_or_notify_cancel()
-    future.set_result(1)
-    assert future.result() == 1
-
-
-def test_all_waiting_threads_are_woken(
-    executor: concurrent.futures.Executor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_waiting_threads_are_woken() -> None:
     """Threads that wait for the result, or the exception, are woken by the outcome."""
-    sleepers = Sleepers(monkeypatch)
-    future = TaskFuture[int]()
-    reads = (future.result, future.result, future.exception)
-    waits = [executor.submit(read, LONG) for read in reads]
+    gate = Gate()
+    results: list[object] = []
 
-    for _ in waits:
-        sleepers.await_one()
+    with make_scope() as scope:
+        future = scope.submit(gate)
+        reads = (future.result, future.result, future.exception)
+        threads = [start(lambda read=read: results.append(read())) for read in reads]
+        wait_until(lambda: scope.waiters == 3)
+        gate.opened.set()
+        join(*threads)
 
-    future.set_result(1)
-    assert [wait.result(PATIENCE) for wait in waits] == [1, 1, None]
-
-
-def test_nothing_refers_to_a_future_that_was_waited_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It goes, with all that it has, without the garbage collector."""
-    sleepers = Sleepers(monkeypatch)
-    future = TaskFuture[int]()
-    thread = threading.Thread(target=future.result, args=[LONG], daemon=True)
-    thread.start()
-    sleepers.await_one()
-    future.set_result(1)
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
-    gc.collect()
-    gc.disable()
-
-    try:
-        reference = weakref.ref(future._condition)
-        del future
-        assert reference() is None
-    finally:
-        gc.enable()
+    assert sorted(map(str, results)) == ["None", "through", "through"]
 
 
-def test_waiting_thread_learns_of_the_cancellation(
-    executor: concurrent.futures.Executor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancelled_task_is_not_waited_for() -> None:
     """A thread that waits is told when the future is cancelled."""
-    sleepers = Sleepers(monkeypatch)
-    future = TaskFuture[int]()
-    wait = executor.submit(future.result, LONG)
-    sleepers.await_one()
-    assert future.cancel()
+    gate = Gate()
+    errors: list[BaseException] = []
 
-    with pytest.raises(concurrent.futures.CancelledError):
-        wait.result(PATIENCE)
+    def wait() -> None:
+        try:
+            future.result()
+        except concurrent.futures.CancelledError as error:
+            errors.append(error)
+
+    with make_scope(1) as scope:
+        scope.submit(gate)
+        assert gate.begun.wait(PATIENCE)
+        future = scope.submit(nothing)
+        waiting = start(wait)
+        wait_until(lambda: scope.waiters == 1)
+        assert future.cancel()
+        join(waiting)
+        gate.opened.set()
+
+    assert len(errors) == 1
 
 
-@pytest.mark.parametrize("read", [TaskFuture.result, TaskFuture.exception])
-def test_wait_ends_at_the_timeout(
-    read: cabc.Callable[[Future, float], object],
+async def _wait_for(future: TaskFuture[str]) -> str:
+    return await future
+
+
+def test_coroutine_waits_for_it() -> None:
+    """``await`` blocks no event loop, and ends with the task's result or exception."""
+
+    async def main() -> str:
+        gate = Gate()
+        failing = scope.submit(fail, LookupError("task"))
+        waiting = asyncio.ensure_future(_wait_for(scope.submit(gate)))
+
+        with pytest.raises(LookupError, match="task"):
+            await failing
+
+        gate.opened.set()
+        return await asyncio.wait_for(waiting, PATIENCE)
+
+    with make_scope(pool=ThreadPool(0)) as scope:
+        assert asyncio.run(main()) == "through"
+        assert scope.waiters == 0
+
+
+def test_exception_goes_with_its_future() -> None:
+    """Reading a result that was raised leaves no cycle."""
+
+    class Failure(Exception):
+        pass
+
+    def raise_failure() -> t.NoReturn:
+        raise Failure
+
+    with no_collector(), make_scope() as scope:
+        future = scope.submit(raise_failure)
+
+        try:
+            future.result(PATIENCE)
+        except Failure as error:
+            reference = weakref.ref(error)
+
+        del future
+        wait_until(lambda: reference() is None)
+
+
+@pytest.mark.parametrize("how", ["thread", "inline", "cancelled", "done"])
+@pytest.mark.parametrize("error_type", [ValueError, SystemExit, KeyboardInterrupt])
+def test_callback_that_raises(
+    error_type: type[BaseException], how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A wait that is too short raises, and the future goes on."""
-    future = TaskFuture[int]()
+    """A done callback that raises is logged, and holds up nobody.
 
-    for _ in range(2):
-        with pytest.raises(concurrent.futures.TimeoutError):
-            read(future, 0.001)
+    The standard library lets through what is no ``Exception``.
+    """
+    gate = Gate()
+    called: list[object] = []
 
-    future.set_result(1)
-    assert future.result() == 1
+    def add_callbacks() -> None:
+        future.add_done_callback(lambda _: fail(error_type("callback")))
+        future.add_done_callback(called.append)
+
+    with make_scope(1, RefusedPool() if how == "inline" else ThreadPool(1)) as scope:
+        if how == "inline":
+            # Its own task adds the callbacks before it is done.
+            future: TaskFuture[None]
+            future = TaskFuture(Runner(), scope, (nothing, (), {}, 0.0))
+            add_callbacks()
+            future.run("inline")
+        else:
+            scope.submit(gate)
+            future = scope.submit(nothing)
+
+            if how != "done":
+                add_callbacks()
+
+            if how == "cancelled":
+                future.cancel()
+
+            gate.opened.set()
+            scope.wait()
+
+            if how == "done":
+                add_callbacks()
+
+        assert scope.submit(len, "abc").result(PATIENCE) == 3
+
+    assert called == [future]
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert (record.name, record.getMessage()) == (
+        "flask_apitask",
+        "A done callback failed.",
+    )
+    assert record.exc_info
+    assert isinstance(record.exc_info[1], error_type)
 
 
-def test_module_functions_wait_for_it(executor: concurrent.futures.Executor) -> None:
-    """``wait`` and ``as_completed`` take it, with standard futures or without."""
-    ours = TaskFuture[int]()
-    mixed: list[Future] = [ours, executor.submit(int, "2")]
-    first = next(concurrent.futures.as_completed(mixed, PATIENCE))
-    assert first.result() == 2
-    executor.submit(ours.set_result, 1)
-    done, _ = concurrent.futures.wait(mixed, PATIENCE)
-    assert {future.result() for future in done} == {1, 2}
+def test_task_and_callback_find_context_variables() -> None:
+    """The task finds those of its submission, and a callback those of the task.
+
+    What one of them sets stays its own.
+    """
+    found: list[str] = []
+
+    def work(*args: object) -> None:
+        found.append(variable.get())
+        variable.set("a callback's" if args else "the task's")
+
+    with make_scope() as scope:
+        variable.set("at submission")
+        future = scope.submit(work)
+        variable.set("later")
+
+        for _ in range(2):
+            future.add_done_callback(work)
+
+        scope.wait()
+        future.add_done_callback(work)
+        assert variable.get() == "later"
+
+    assert found == ["at submission"] + ["the task's"] * 3
 
 
-def test_event_loop_waits_for_it(executor: concurrent.futures.Executor) -> None:
-    """``asyncio.wrap_future`` takes it."""
-    future = TaskFuture[int]()
+def test_context_of_a_submission_goes_with_the_future() -> None:
+    """What context variables held is not kept by the scope or its threads."""
+    payload_variable: contextvars.ContextVar[Payload] = contextvars.ContextVar("other")
 
-    async def await_it() -> int:
-        wrapped = asyncio.wrap_future(future)
-        executor.submit(future.set_result, 1)
-        return await asyncio.wait_for(wrapped, PATIENCE)
+    def submit() -> weakref.ref[Payload]:
+        payload = Payload()
+        payload_variable.set(payload)
+        scope.submit(nothing)
+        return weakref.ref(payload)
 
-    assert asyncio.run(await_it()) == 1
-
-
-def test_lock_is_reentrant() -> None:
-    """A signal handler may look at a future that its thread has the lock of."""
-    future = TaskFuture[int]()
-
-    with future._condition:
-        assert not future.done()
-        assert "pending" in repr(future)
+    with no_collector(), make_scope() as scope:
+        reference = contextvars.copy_context().run(submit)
+        scope.wait()
+        wait_until(lambda: reference() is None)

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
+import graphlib
 import pathlib
 import subprocess
 import sys
 import typing as t
-
-import pytest
 
 import flask_apitask
 
@@ -15,104 +15,116 @@ if t.TYPE_CHECKING:
 
 PACKAGE = pathlib.Path(flask_apitask.__file__).parent
 
-# From the bottom up. A module imports from the rows below its own, and no other.
-LAYERS = (
-    {"exceptions", "futures", "locks", "signals", "uwsgi"},
-    {"config", "mail.envelope", "tasks", "threads"},
-    {"jobs", "mail.wire"},
-    {"mail.smtp", "scope"},
-    {"context", "mail.places"},
-    {"binding", "closing", "mail.pool"},
-    {"endings"},
-    {"stack"},
-    {"mail.delivery"},
-    {"mail.rerouting"},
-    {"mail"},
-    {"extension"},
-    {"__init__"},
-)
-LEVELS = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+# The cores: they import neither Flask nor anything else but the standard library.
+CORES = ("executor.*", "mail.envelope", "mail.pool", "mail.smtp")
 
-# What else than the standard library a module may know.
-LIBRARIES = {
-    "signals": {"blinker"},
-    "closing": {"flask"},
-    "context": {"flask"},
-    "binding": {"blinker", "flask"},
-    "endings": {"flask"},
-    "stack": {"flask"},
-    "mail.delivery": {"flask", "flask_mail"},
-    "mail.rerouting": {"flask", "flask_mail", "typing_extensions"},
-    "extension": {"flask", "werkzeug"},
+# What imports these modules, and nothing else does.
+IMPORTERS = {
+    "extension": {"__init__"},
+    "mail": {"extension"},
 }
 
 # Private names of other packages: which one is used, and why it may be.
 FOREIGN_PRIVATE_NAMES = {
-    "_base": "where the standard library has its future's first state; TaskFuture sets"
-    " that class's private attributes, too, to be made for less (test_futures.py)",
-    "_cv_app": "the context variable behind Flask's proxies, which take two calls more"
-    " to read it; each task and each request's end pays that (test_merged_context.py)",
-    "_cv_request": "the same for the request, before Flask 3.2",
-    "_cv_tokens": "Flask < 3.2: whether a request context is pushed, and, by a mark"
-    " that goes with the push, whether that is torn down; a stream pushes it anew, and"
-    " nothing public tells (test_request_scope.py, test_close.py)",
+    "_cv_tokens": "Flask < 3.2: whether a request context is pushed; nothing public"
+    " tells, once a stream has pushed it anew (test_request_scope.py)",
+    "_Mail": "what app.extensions['mail'] is, in annotations only",
+    "_MailMixin": "where Flask-Mail looks up all that it sends over, whatever stands in"
+    " its place, by whomever (test_mail_flask_mail.py)",
     "_current_frames": "documented by Python: what every thread is doing",
     "_get_current_object": "documented by Werkzeug: the object behind a proxy",
     "_register_atexit": "Python's own thread pool ends by it: atexit comes too late for"
     " what a task needs, and not at all in a child of multiprocessing; optional",
     "_request": "Flask >= 3.2: without it, the end of a task's context is not the end"
     " of the request; nothing public takes it away (test_merged_context.py)",
+    "_typeshed": "the types of WSGI, which only type checkers import",
 }
 
-OPTIONAL = {"celery", "flask_debugtoolbar", "flask_mail"}
+OPTIONAL = {"asyncio", "celery", "flask_debugtoolbar", "flask_mail"}
 
 
-def find_modules() -> dict[str, ast.Module]:
-    """Parse every module of the package, by its name below the package's."""
-    modules = {}
-
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-
-        if parts[-1] == "__init__" and len(parts) > 1:
-            parts = parts[:-1]
-
-        modules[".".join(parts)] = ast.parse(path.read_text("utf-8"))
-
-    return modules
+def name_of(path: pathlib.Path) -> str:
+    """Return the dotted name of a module."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and parts[1:] else parts)
 
 
-MODULES = find_modules()
+MODULES = {
+    name_of(path): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")
+}
 
 
-def find_imports(name: str) -> cabc.Iterator[str]:
-    """Yield the absolute name of all that a module imports, types included."""
+def walk(node: ast.AST, *, types: bool) -> cabc.Iterator[ast.AST]:
+    """Yield all of a module, with or without what is there for type checkers only."""
+    yield node
+
+    for child in ast.iter_child_nodes(node):
+        only_types = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(
+            child.test
+        )
+
+        if types or not only_types:
+            yield from walk(child, types=types)
+
+
+def find_imports(name: str, *, types: bool = False) -> set[str]:
+    """Return what a module imports: the package's modules, and other packages."""
     package = ["flask_apitask", *name.split(".")]
 
-    if PACKAGE.joinpath(*package[1:]).is_dir():
-        package.append("__init__")
+    if name == "__init__" or not (PACKAGE / pathlib.Path(*package[1:])).is_dir():
+        package.pop()
 
-    for node in ast.walk(MODULES[name]):
+    found: set[str] = set()
+
+    for node in walk(MODULES[name], types=types):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: -node.level] if node.level else []
+            base = package[: len(package) + 1 - node.level] if node.level else []
             base = base + (node.module.split(".") if node.module else [])
-            yield from (".".join([*base, alias.name]) for alias in node.names)
+            found.update(".".join([*base, alias.name]) for alias in node.names)
+
+    return {own_name(imported) for imported in found}
 
 
-def find_own_imports(name: str) -> set[str]:
-    """Return the package's modules that a module imports from."""
-    own = set()
+def own_name(imported: str) -> str:
+    """Return the name of a module of ours, or else of a package."""
+    package, _, rest = imported.partition(".")
 
-    for imported in find_imports(name):
-        package, _, rest = imported.partition(".")
+    if package != "flask_apitask":
+        return package
 
-        if package == "flask_apitask":
-            # The last part is a module, or a name in one.
-            own.add(rest if rest in MODULES else rest.rpartition(".")[0] or "__init__")
+    # The last part is a module, or a name in one.
+    return rest if rest in MODULES else rest.rpartition(".")[0] or "__init__"
 
-    return own
+
+def test_imports_run_downward() -> None:
+    """No modules import each other, not even by way of others."""
+    graph = {name: find_imports(name) & MODULES.keys() for name in MODULES}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def test_cores_know_no_flask() -> None:
+    """Scopes, threads and SMTP work without Flask; so does all that they import."""
+    cores = {name for name in MODULES if any(fnmatch.fnmatch(name, c) for c in CORES)}
+    assert len(cores) > 6
+    libraries = set()
+    left = set(cores)
+
+    while left:
+        imported = find_imports(left.pop())
+        left |= (imported & MODULES.keys()) - cores
+        cores |= imported & MODULES.keys()
+        libraries |= imported - MODULES.keys() - sys.stdlib_module_names
+
+    assert libraries == set()
+
+
+def test_no_module_imports_those_above_it() -> None:
+    """What sets the extension up, and mail, are known by what uses them alone."""
+    for name, importers in IMPORTERS.items():
+        found = {other for other in MODULES if name in find_imports(other, types=True)}
+        assert found == importers
 
 
 def find_own_names() -> set[str]:
@@ -150,37 +162,19 @@ def find_private_names(tree: ast.Module) -> cabc.Iterator[str]:
                 yield name
 
 
-def test_every_module_has_its_layer() -> None:
-    """A new module is given its place, and no place is left to a module that went."""
-    assert LEVELS.keys() == MODULES.keys()
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_run_downward(name: str) -> None:
-    """A module imports from the layers below its own, and from no other."""
-    others = find_own_imports(name)
-    assert {other for other in others if LEVELS[other] >= LEVELS[name]} == set()
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_libraries_stay_where_they_belong(name: str) -> None:
-    """Only the adapters know Flask and what comes with it, the cores none of it."""
-    imported = {name.partition(".")[0] for name in find_imports(name)}
-    libraries = imported - sys.stdlib_module_names - {"flask_apitask"}
-    assert libraries == LIBRARIES.get(name, set())
-
-
 def test_foreign_private_names_have_a_reason() -> None:
     """No private name of Flask, or of any other package, is used without a reason."""
     used = {name for tree in MODULES.values() for name in find_private_names(tree)}
     private = {name for name in used if name.startswith("_") and name[-2:] != "__"}
-    foreign = {name for name in private if not name.startswith("_apitask")}
-    assert foreign - find_own_names() == FOREIGN_PRIVATE_NAMES.keys()
+    assert private - find_own_names() == FOREIGN_PRIVATE_NAMES.keys()
 
 
 def test_import_leaves_optional_packages_alone(tmp_path: pathlib.Path) -> None:
     """What an app did not ask for is not imported, even where it is installed."""
-    code = f"import flask_apitask, sys; print({OPTIONAL} & sys.modules.keys())"
+    code = (
+        "import flask, sys; before = set(sys.modules); import flask_apitask;"
+        f" print({OPTIONAL} & (sys.modules.keys() - before))"
+    )
     printed = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,

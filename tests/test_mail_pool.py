@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import gc
 import os
 import socket
 import threading
@@ -9,6 +8,7 @@ import time
 import typing as t
 
 import pytest
+from conftest import wait_until
 from smtp_servers import Certificates
 from smtp_servers import Fault
 from smtp_servers import make_envelope
@@ -19,10 +19,10 @@ from smtp_servers import Stage
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.exceptions import DeliveryUnknown
-from flask_apitask.mail import places
-from flask_apitask.mail.envelope import Server
+from flask_apitask.mail import pool as pool_module
+from flask_apitask.mail import smtp
 from flask_apitask.mail.pool import ConnectionPool
-from flask_apitask.mail.wire import ConnectionLost
+from flask_apitask.mail.smtp import ConnectionLost
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -56,7 +56,7 @@ def pools(
     yield make
 
     for pool in made:
-        pool.close()
+        pool.close_idle()
 
 
 Pools = t.Callable[..., ConnectionPool]
@@ -97,28 +97,9 @@ class Holder:
             self.error = error
 
 
-class WatchedEvent(threading.Event):
-    """An event that tells when somebody begins to wait for it."""
-
-    waited_for: t.ClassVar[threading.Semaphore]
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waited_for.release()
-        return super().wait(timeout)
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
-    """Count those who wait for a connection."""
-    WatchedEvent.waited_for = threading.Semaphore(0)
-    watched = places._Waiter.__init__
-
-    def init(self: places._Waiter) -> None:
-        watched(self)
-        self.called = WatchedEvent()
-
-    monkeypatch.setattr(places._Waiter, "__init__", init)
-    return WatchedEvent.waited_for
+def wait_for_line(pool: ConnectionPool, length: int) -> None:
+    """Wait until so many threads wait for a connection."""
+    wait_until(lambda: f"waiting={length}" in f"{pool!r}")
 
 
 def test_a_connection_is_kept(server: ScriptedServer, pools: Pools) -> None:
@@ -179,12 +160,13 @@ def test_what_was_used_last_is_used_next(server: ScriptedServer, pools: Pools) -
     for holder in holders:
         holder.end()
 
-    with pool.connection() as first:
-        used = first._connection
+    used = pool.acquire()
+    pool.release(used)
 
     for _ in range(3):
-        with pool.connection() as again:
-            assert again._connection is used
+        send(pool)
+        assert pool.acquire() is used
+        pool.release(used)
 
     assert server.connects == 3
 
@@ -202,16 +184,18 @@ def test_the_size_is_the_limit(server: ScriptedServer, pools: Pools) -> None:
     assert server.most_open <= 2
 
 
-def test_close_has_no_time_for_all(
+def test_no_time_for_goodbye(
     server: ScriptedServer, pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When its time is over, closing a pool closes connections without a QUIT."""
-    monkeypatch.setattr(places, "_CLOSE_TIMEOUT", -1.0)
+    """When the time for it is over, nobody waits for the reply to a QUIT."""
+    monkeypatch.setattr(smtp, "_QUIT_TIMEOUT", -1.0)
     pool = pools()
+    server.fail(Stage.QUIT, Fault.SILENCE)
     send(pool)
-    pool.close()
+    began = time.monotonic()
+    pool.close_idle()
+    assert time.monotonic() - began < 1
     server.wait_for(lambda: server.open == 0)
-    assert server.quits == 0
 
 
 def test_the_size_is_the_limit_without_keepalive(
@@ -231,7 +215,7 @@ def test_the_size_is_the_limit_without_keepalive(
     assert server.quits == server.connects
 
 
-def test_waiters_are_served_in_order(pools: Pools, waits: threading.Semaphore) -> None:
+def test_waiters_are_served_in_order(pools: Pools) -> None:
     """Who came first gets the connection first, and one who comes last stands last."""
     pool = pools(size=1)
     first = Holder(pool)
@@ -239,8 +223,9 @@ def test_waiters_are_served_in_order(pools: Pools, waits: threading.Semaphore) -
     order: list[int] = []
 
     def wait_in_line(number: int) -> None:
-        with pool.connection():
-            order.append(number)
+        session = pool.acquire()
+        order.append(number)
+        pool.release(session)
 
     threads = []
 
@@ -248,7 +233,7 @@ def test_waiters_are_served_in_order(pools: Pools, waits: threading.Semaphore) -
         thread = threading.Thread(target=wait_in_line, args=[number])
         threads.append(thread)
         thread.start()
-        assert waits.acquire(timeout=PATIENCE)
+        wait_for_line(pool, number + 1)
 
     assert "size=1 in_use=1 idle=0 waiting=5" in f"{pool!r}"
     first.end()
@@ -259,18 +244,15 @@ def test_waiters_are_served_in_order(pools: Pools, waits: threading.Semaphore) -
     assert order == [0, 1, 2, 3, 4]
 
 
-def test_waiter_gets_a_place_that_had_no_connection(
-    server: ScriptedServer, pools: Pools, waits: threading.Semaphore
-) -> None:
-    """Who waits gets the place of one who has never sent, and opens a connection."""
+def test_a_place_without_a_connection(server: ScriptedServer, pools: Pools) -> None:
+    """A thread that waits gets the place of a session that was never opened."""
     pool = pools(size=1)
-    holder = Holder(pool, sends=False)
-    assert holder.has_it.wait(PATIENCE)
+    session = pool.acquire()
 
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         sent = executor.submit(send, pool)
-        assert waits.acquire(timeout=PATIENCE)
-        holder.end()
+        wait_for_line(pool, 1)
+        pool.release(session)
         sent.result(PATIENCE)
 
     assert server.connects == 1
@@ -287,8 +269,9 @@ def test_waiting_has_an_end(server: ScriptedServer, pools: Pools) -> None:
         send(pool)
 
     assert f"{caught.value}" == (
-        f"No connection to {pool.server} was free within 0.3 s: all 1 are in use and 0"
-        " more wait. Allow more connections, or send less at once."
+        f"No connection to {pool.settings} was free, and it was silent for 0.3 s"
+        " (APITASK_MAIL_TIMEOUT): all 1 are in use and 0 more wait. Allow more"
+        " (APITASK_MAIL_CONNECTIONS), or send less at once."
     )
     assert "waiting=0" in f"{pool!r}"
     holder.end()
@@ -296,69 +279,54 @@ def test_waiting_has_an_end(server: ScriptedServer, pools: Pools) -> None:
     assert server.connects == 1
 
 
-def test_a_waiter_that_is_called_too_late(
-    pools: Pools, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A connection that comes as the wait times out is used, and not lost (race 2)."""
-    pool = pools(size=1)
-    holder = Holder(pool)
-    assert holder.has_it.wait(PATIENCE)
-
-    class LateEvent(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            holder.end()
-            assert self.is_set()
-            return False
-
-    make = places._Waiter.__init__
-
-    def init(self: places._Waiter) -> None:
-        make(self)
-        self.called = LateEvent()
-
-    monkeypatch.setattr(places._Waiter, "__init__", init)
-    send(pool)
-    assert "in_use=0 idle=1 waiting=0" in f"{pool!r}"
-
-
 class Interrupted(BaseException):
     """What a signal or the kill of a greenlet raises in the middle of anything."""
 
 
-@pytest.mark.parametrize("called", ["no", "yes", "refused"])
-def test_an_interrupted_wait(
-    pools: Pools, monkeypatch: pytest.MonkeyPatch, called: str
-) -> None:
-    """Who is interrupted leaves the line, and gives back what it was given."""
+def test_an_interrupted_wait(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place that is free as the wait for it is interrupted is not lost (race 2)."""
     pool = pools(size=1)
     holder = Holder(pool)
     assert holder.has_it.wait(PATIENCE)
+    wait = threading.Condition.wait
 
-    class InterruptedEvent(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            if called == "yes":
-                holder.end()
-            elif called == "refused":
-                pool.close()
+    def interrupt(self: threading.Condition, timeout: float | None = None) -> bool:
+        if self is not pool._freed:
+            return wait(self, timeout)
 
-            raise Interrupted
-
-    make = places._Waiter.__init__
-
-    def init(self: places._Waiter) -> None:
-        make(self)
-        self.called = InterruptedEvent()
+        self.release()
+        holder.end()
+        self.acquire()
+        raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(places._Waiter, "__init__", init)
+        patch.setattr(threading.Condition, "wait", interrupt)
 
         with pytest.raises(Interrupted):
             send(pool)
 
-    holder.end()
-    assert "in_use=0" in f"{pool!r}"
-    assert "waiting=0" in f"{pool!r}"
-    assert f"idle={called != 'refused':d}" in f"{pool!r}"
+    assert "in_use=0 idle=1 waiting=0" in f"{pool!r}"
+
+
+def test_an_interrupted_release(
+    pools: Pools, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place is not lost with what interrupts the closing of its connection."""
+
+    def interrupt(sessions: object) -> None:
+        raise Interrupted
+
+    pool = pools(keepalive=0)
+
+    session = pool.acquire()
+    session.open()
+    monkeypatch.setattr(pool_module, "end_all", interrupt)
+
+    with pytest.raises(Interrupted):
+        pool.release(session)
+
+    monkeypatch.undo()
+    assert "in_use=0 idle=0" in f"{pool!r}"
 
 
 def test_idle_connections_are_closed(server: ScriptedServer, pools: Pools) -> None:
@@ -376,12 +344,7 @@ def test_idle_connections_are_closed(server: ScriptedServer, pools: Pools) -> No
     assert "idle=3" in f"{pool!r}"
     server.wait_for(lambda: server.quits == 3 and server.open == 0)
     assert time.monotonic() - began < SHORT * 3
-    closer = pool._own_places().closer
-
-    if closer is not None:
-        closer.join(PATIENCE)
-
-    assert pool._own_places().closer is None
+    wait_until(lambda: pool_module._closer.thread is None)
     assert "in_use=0 idle=0" in f"{pool!r}"
     send(pool)
     assert server.connects == 4
@@ -393,11 +356,10 @@ def test_use_puts_the_end_off(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     pool = pools(keepalive=30)
     send(pool)
-    own = pool._own_places()
-    assert [until for until, _ in own.idle] == [1_030.0]
+    assert [until for until, _ in pool._idle] == [1_030.0]
     now += 20
     send(pool)
-    assert [until for until, _ in own.idle] == [1_050.0]
+    assert [until for until, _ in pool._idle] == [1_050.0]
 
 
 def test_the_closer_ends_as_a_connection_comes_back(
@@ -437,40 +399,28 @@ def test_no_thread_can_be_had(
     assert server.connects == 1
 
 
-def test_closing(server: ScriptedServer, pools: Pools) -> None:
-    """Closing ends idle connections and the closer, and can be done twice."""
-    pool = pools()
-    send(pool)
-    closer = pool._own_places().closer
+def test_a_shorter_keepalive_comes_first(server: ScriptedServer, pools: Pools) -> None:
+    """The closer wakes in time for a connection that is due before all others."""
+    send(pools(keepalive=30.0))
+    closer = pool_module._closer.thread
     assert closer is not None
-    pool.close()
-    assert not closer.is_alive()
+    send(pools(keepalive=SHORT / 3))
+    assert pool_module._closer.thread is closer
+    server.wait_for(lambda: server.quits == 1 and server.open == 1)
+
+
+def test_close_idle(server: ScriptedServer, pools: Pools) -> None:
+    """What is idle is closed, and what is in use is not."""
+    pool = pools()
+    holder = Holder(pool)
+    assert holder.has_it.wait(PATIENCE)
+    send(pool)
+    assert "in_use=1 idle=1" in f"{pool!r}"
+    pool.close_idle()
     assert server.quits == 1
-    pool.close()
-    assert f"{pool!r}".endswith("size=4 in_use=0 idle=0 waiting=0 closed>")
-
-    with pytest.raises(DeliveryError, match=r"pool of connections to .* is closed"):
-        send(pool)
-
-
-def test_closing_while_in_use(
-    server: ScriptedServer, pools: Pools, waits: threading.Semaphore
-) -> None:
-    """A batch comes to its end, its connection is not kept, and who waits is told."""
-    pool = pools(size=1)
-
-    with pool.connection() as connection:
-        connection.send(make_envelope())
-        waiter = Holder(pool)
-        assert waits.acquire(timeout=PATIENCE)
-        pool.close()
-        waiter.end()
-        assert "is closed" in f"{waiter.error}"
-        connection.send(make_envelope())
-
-    assert len(server.taken) == 2
-    assert server.quits == 1
-    assert "in_use=0 idle=0" in f"{pool!r}"
+    assert "in_use=1 idle=0" in f"{pool!r}"
+    holder.end()
+    assert "in_use=0 idle=1" in f"{pool!r}"
 
 
 def test_a_lease_ends_with_its_block(pools: Pools) -> None:
@@ -528,7 +478,7 @@ def test_a_busy_server_is_asked_twice(server: ScriptedServer, pools: Pools) -> N
     server.fail(Stage.GREETING, Fault.BUSY)
     send(pool)
     assert server.connects == 2
-    pool.close()
+    pool.close_idle()
 
     with pools().connection() as connection:
         server.fail(Stage.GREETING, Fault.BUSY, Fault.BUSY)
@@ -538,8 +488,10 @@ def test_a_busy_server_is_asked_twice(server: ScriptedServer, pools: Pools) -> N
 
     assert server.connects == 4
     assert f"{caught.value}" == (
-        f"Sending was stopped at the greeting by {pool.server} with a 421. It may allow"
-        " fewer connections or messages."
+        f"The connection to {pool.settings} failed at the greeting: '421 4.7.0 too many"
+        " connections' ended it. The server may allow fewer connections"
+        " (APITASK_MAIL_CONNECTIONS) or messages (MAIL_MAX_EMAILS)."
+        " If MAIL_PORT is one for TLS from the start, mostly 465, set MAIL_USE_SSL."
     )
 
 
@@ -584,7 +536,7 @@ def test_a_refused_message_keeps_the_connection(
     server.fail(Stage.RCPT, Fault.PERMANENT)
 
     with pool.connection() as connection:
-        with pytest.raises(DeliveryError, match=r"554 5\.7\.1\.$"):
+        with pytest.raises(DeliveryError, match=r": 554 5\.7\.1 <address> not ever\.$"):
             connection.send(make_envelope())
 
         connection.send(make_envelope())
@@ -621,7 +573,6 @@ def test_no_connection_can_be_opened(pools: Pools) -> None:
             send(pool)
 
     assert "in_use=0 idle=0" in f"{pool!r}"
-    assert not pool._own_places().connections
 
 
 def test_the_local_name_is_looked_up_once(
@@ -635,58 +586,16 @@ def test_the_local_name_is_looked_up_once(
         return "client.example"
 
     monkeypatch.setattr(socket, "getfqdn", getfqdn)
+    smtp._local_hostname.cache_clear()
     pool = pools(keepalive=0)
     send(pool)
     send(pool)
+    smtp._local_hostname.cache_clear()
     assert len(asked) == 1
     assert server.commands.count("ehlo client.example") == 2
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_collected_open(server: ScriptedServer) -> None:
-    """A pool that is forgotten warns, and closes its sockets and its thread."""
-    pool = ConnectionPool(server.settings())
-    send(pool)
-    closer = pool._own_places().closer
-    assert closer is not None
-
-    forgotten = [pool]
-    del pool
-
-    with pytest.warns(ResourceWarning, match=r"idle=1 .* was not closed"):
-        forgotten.clear()
-
-    closer.join(PATIENCE)
-    assert not closer.is_alive()
-    server.wait_for(lambda: server.open == 0)
-    assert server.quits == 0
-
-
-def test_collected_closed(server: ScriptedServer) -> None:
-    """A pool that was closed, or never used, goes without a word."""
-    pool = ConnectionPool(server.settings())
-    assert f"{pool!r}" == f"<ConnectionPool 'localhost:{server.port}' size=4 unused>"
-    del pool
-    pool = ConnectionPool(server.settings())
-    send(pool)
-    pool.close()
-    del pool
-    gc.collect()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"size": 0}, "A pool of 0 connections can't send anything"),
-        ({"keepalive": -1.0}, r"A keepalive of -1\.0 s is below 0"),
-    ],
-)
-def test_wrong_numbers(arguments: dict[str, t.Any], message: str) -> None:
-    """Numbers that make no sense are refused with their value."""
-    with pytest.raises(ValueError, match=message):
-        ConnectionPool(Server(), **arguments)
-
-
 def test_the_interpreter_exits(server: ScriptedServer) -> None:
     """At exit idle connections get their QUIT, and nobody waits for keepalive."""
     began = time.monotonic()
@@ -694,9 +603,9 @@ def test_the_interpreter_exits(server: ScriptedServer) -> None:
         """
 import sys
 from flask_apitask.mail.pool import ConnectionPool
-from smtp_servers import Server, make_envelope
+from smtp_servers import SMTPSettings, make_envelope
 
-pool = ConnectionPool(Server(port=int(sys.argv[1])), keepalive=600)
+pool = ConnectionPool(SMTPSettings(port=int(sys.argv[1])), keepalive=600)
 
 with pool.connection() as connection:
     connection.send(make_envelope())
@@ -724,12 +633,12 @@ def test_a_fork_shares_no_connection(
             """
 import gc, os, sys, warnings
 from flask_apitask.mail.pool import ConnectionPool
-from smtp_servers import Server, make_envelope
+from smtp_servers import SMTPSettings, make_envelope
 
 warnings.simplefilter("ignore", DeprecationWarning)
 tls = bool(sys.argv[2])
 pool = ConnectionPool(
-    Server(host="localhost", port=int(sys.argv[1]), use_tls=tls, tls_verify=sys.argv[2])
+    SMTPSettings("localhost", int(sys.argv[1]), use_tls=tls, tls_verify=sys.argv[2])
 )
 
 def send():
@@ -742,7 +651,7 @@ with pool.connection() as first, pool.connection() as second:
 
 with pool.connection() as leased:
     leased.send(make_envelope())
-    inherited = list(pool._own_places().connections)
+    inherited = [*pool._in_use, *(session for _, session in pool._idle)]
     child = os.fork()
 
     if not child:
@@ -751,11 +660,11 @@ with pool.connection() as leased:
 
 if not child:
     # After it, in a pool that looks new, while a lock of the parent is held.
-    assert "unused" in repr(pool), pool
+    assert "in_use=0 idle=0" in repr(pool), pool
+    assert [session.sock for session in inherited] == [None, None]
     send()
     assert "in_use=0 idle=1" in repr(pool), pool
-    assert [connection.sock for connection in inherited] == [None, None]
-    pool.close()
+    pool.close_idle()
     sys.exit()
 
 assert os.waitpid(child, 0)[1] == 0
@@ -778,7 +687,7 @@ if not child:
 
 assert os.waitpid(child, 0)[1] == 0
 send()
-pool.close()
+pool.close_idle()
 """,
             f"{server.port}",
             certificates.cafile if encrypted else "",
@@ -790,29 +699,30 @@ pool.close()
 
 
 def test_a_fork_while_the_lock_is_held(server: ScriptedServer) -> None:
-    """A child is not stuck on a lock that a thread of its parent held (race 4)."""
+    """A child is not stuck on a lock that a thread of its parent held (race 3)."""
     run_script(
         """
 import os, sys, warnings
+from flask_apitask.mail import pool as pool_module
 from flask_apitask.mail.pool import ConnectionPool
-from smtp_servers import Server, make_envelope
+from smtp_servers import SMTPSettings, make_envelope
 
 warnings.simplefilter("ignore", DeprecationWarning)
-pool = ConnectionPool(Server(port=int(sys.argv[1]), timeout=5))
+pool = ConnectionPool(SMTPSettings(port=int(sys.argv[1]), timeout=5))
 
 with pool.connection() as leased:
     leased.send(make_envelope())
 
-    with pool._own_places().lock:
+    with pool_module._lock:
         child = os.fork()
 
         if not child:
-            leased.end()
+            leased.close()
 
             with pool.connection() as own:
                 own.send(make_envelope())
 
-            pool.close()
+            pool.close_idle()
             os._exit(0)
 
     assert os.waitpid(child, 0)[1] == 0
@@ -837,9 +747,9 @@ with warnings.catch_warnings():
 import sys
 import gevent
 from flask_apitask.mail.pool import ConnectionPool
-from smtp_servers import Server, make_envelope
+from smtp_servers import SMTPSettings, make_envelope
 
-pool = ConnectionPool(Server(port=int(sys.argv[1])), size=2, keepalive=0.3)
+pool = ConnectionPool(SMTPSettings(port=int(sys.argv[1])), size=2, keepalive=0.3)
 
 def send():
     with pool.connection() as connection:
@@ -864,16 +774,16 @@ print(pool)
 def test_who_was_to_blame(server: ScriptedServer, pools: Pools) -> None:
     """A lease tells a message that failed from a server that could not be reached."""
     with pools().connection() as connection:
-        assert not connection.is_connected
+        assert not connection.is_reachable
         server.fail(Stage.GREETING, Fault.PERMANENT)
 
         with pytest.raises(DeliveryError, match="connection was refused by"):
             connection.send(make_envelope())
 
-        assert not connection.is_connected
+        assert not connection.is_reachable
         server.fail(Stage.MAIL, Fault.PERMANENT)
 
         with pytest.raises(DeliveryError, match="sender was refused by"):
             connection.send(make_envelope())
 
-        assert connection.is_connected
+        assert connection.is_reachable

@@ -15,7 +15,7 @@ from smtp_servers import make_envelope
 from smtp_servers import PATIENCE
 
 from flask_apitask.exceptions import DeliveryError
-from flask_apitask.mail.envelope import Server
+from flask_apitask.mail.envelope import SMTPSettings
 from flask_apitask.mail.pool import ConnectionPool
 
 if t.TYPE_CHECKING:
@@ -102,7 +102,7 @@ def test_starttls_and_auth(tmp_path: pathlib.Path, password: str) -> None:
 
     with serve(make_protocol) as port:
         pool = ConnectionPool(
-            Server(
+            SMTPSettings(
                 host="localhost",
                 port=port,
                 use_tls=True,
@@ -120,7 +120,7 @@ def test_starttls_and_auth(tmp_path: pathlib.Path, password: str) -> None:
                 for envelope in batch:
                     connection.send(envelope)
 
-        pool.close()
+        pool.close_idle()
 
     expected = [envelope.content.replace(b"\n", b"\r\n") for envelope in batch]
     assert handler.contents == ([] if password == "wrong" else expected)

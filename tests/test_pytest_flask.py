@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import http.client
+import multiprocessing
+import os
 import threading
 import typing as t
 
@@ -84,15 +87,23 @@ def test_context_around_the_test(app: Flask, done: list[str]) -> None:
     assert future.result(0) is True
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_live_server(live_server: Server) -> None:
+def test_live_server(request: pytest.FixtureRequest) -> None:
     """A server in a forked process answers, with tasks on threads of its own."""
-    connection = http.client.HTTPConnection(
-        "localhost", live_server.port, timeout=PATIENCE
-    )
-    connection.request("GET", "/thread")
-    response = connection.getresponse()
+    # What it starts can't be pickled, as Python 3.14 does by default.
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
 
-    assert response.status == 200
-    assert response.read().startswith(b"apitask")
-    connection.close()
+    try:
+        server: Server = request.getfixturevalue("live_server")
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+
+    connection = http.client.HTTPConnection("localhost", server.port, timeout=PATIENCE)
+
+    with contextlib.closing(connection):
+        connection.request("GET", "/thread")
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.read().startswith(b"apitask")

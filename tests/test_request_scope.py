@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import gc
 import http.client
 import threading
 import typing as t
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import flask
 import pytest
@@ -24,25 +24,28 @@ from late_threads import note_return
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.serving import make_server
 from werkzeug.test import Client
-from werkzeug.test import EnvironBuilder
 
 from flask_apitask import ApiTask
 from flask_apitask import current_scope
-from flask_apitask import endings
+from flask_apitask import request_scope
 from flask_apitask import run
-from flask_apitask import stack
 from flask_apitask import TaskScope
 from flask_apitask import wait
 from flask_apitask.context import find_request_context
-from flask_apitask.context import is_over
-from flask_apitask.context import mark_over
 from flask_apitask.context import MERGED
+from flask_apitask.runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from conftest import AppFactory
     from werkzeug.wrappers import Response
+
+    from flask_apitask.request_scope import RequestScope
+
+MODES = pytest.mark.parametrize("waits", ["teardown", "close"])
+# As it is, or from Flask 3.2 on in an exception group.
+TEARDOWN_ERRORS = "another extension|Errors during context teardown"
 
 
 class Argument:
@@ -66,6 +69,14 @@ def add_outcomes(app: Flask, events: list[str]) -> None:
     app.add_url_rule("/abort", "abort", lambda: abort(418))
     app.add_url_rule("/boom", "boom", lambda: str(1 / 0))
     app.add_url_rule("/post", "post", lambda: "ok", methods=["POST"])
+
+
+def raise_in_teardown(app: Flask) -> None:
+    """Have a function that is called in the teardown of a request raise."""
+
+    @app.teardown_request
+    def broken(exc: BaseException | None) -> None:
+        raise LookupError("another extension")
 
 
 @pytest.mark.parametrize(
@@ -146,67 +157,46 @@ def test_view_overlaps_its_tasks(make_app: AppFactory) -> None:
     assert app.test_client().get("/").text == "result"
 
 
-def test_before_request_that_stands_before_ours() -> None:
-    """run() works in a function registered before ApiTask (behaviour 3)."""
+# Where run() works.
+
+
+@pytest.mark.parametrize("how", ["sync", "async", "answers"])
+def test_before_request_that_stands_before_ours(how: str) -> None:
+    """A task that is started before our hook opens the scope (behaviour 3)."""
     app = Flask(__name__)
     scopes: list[object] = []
     events: list[str] = []
 
     @app.before_request
-    def early() -> None:
+    def early() -> str | None:
         run(events.append, "early")
         scopes.append(current_scope())
+        return "early" if how == "answers" else None
 
     @app.get("/")
     def index() -> str:
         run(events.append, "view")
         scopes.append(current_scope())
-        return "ok"
+        return "view"
 
-    ApiTask(app)
-    make_late(app)
-    note_return(app, events)
-    app.test_client().get("/")
+    if how == "async":
+        app.before_request_funcs[None].clear()
 
-    assert events == ["early", "view", "returned"]
-    assert scopes[0] is scopes[1]
-    assert scopes[0] is not None
-
-
-def test_async_before_request_that_stands_before_ours() -> None:
-    """What an async function registered before ApiTask runs, is done (behaviour 3)."""
-    app = Flask(__name__)
-    events: list[str] = []
-
-    @app.before_request
-    async def early() -> None:
-        run(events.append, "early")
-
-    ApiTask(app)
-    make_late(app)
-    note_return(app, events)
-    app.add_url_rule("/", "index", lambda: "ok")
-    app.test_client().get("/")
-
-    assert events == ["early", "returned"]
-
-
-def test_before_request_that_answers() -> None:
-    """run() works in a function that answers before ours is called (behaviour 3)."""
-    app = Flask(__name__)
-    events: list[str] = []
-
-    @app.before_request
-    def early() -> str:
-        run(events.append, "early")
-        return "early"
+        @app.before_request
+        async def early_too() -> None:
+            early()
 
     ApiTask(app)
     make_late(app)
     note_return(app, events)
 
-    assert app.test_client().get("/").text == "early"
-    assert events == ["early", "returned"]
+    if how == "answers":
+        assert app.test_client().get("/").text == "early"
+        assert events == ["early", "returned"]
+    else:
+        assert app.test_client().get("/").text == "view"
+        assert events == ["early", "view", "returned"]
+        assert scopes[0] is scopes[1] is not None
 
 
 def test_error_handlers_and_after_request(make_app: AppFactory) -> None:
@@ -235,73 +225,16 @@ def test_error_handlers_and_after_request(make_app: AppFactory) -> None:
     assert events == ["errorhandler", "after_this_request", "after_request", "returned"]
 
 
-@pytest.mark.parametrize("outer", [False, True])
-@pytest.mark.parametrize("register_first", [False, True])
-@pytest.mark.parametrize("hook", ["teardown_request", "teardown_appcontext"])
-def test_teardown_functions(hook: str, register_first: bool, outer: bool) -> None:
-    """run() works in a function called before or after ours (behaviour 3).
-
-    Also where an app context is around the request, that Flask < 3.2 then reuses.
-    """
-    app = Flask(__name__)
-    app.add_url_rule("/", "index", lambda: "ok")
+def test_test_request_context(make_app: AppFactory) -> None:
+    """run() works in a test_request_context, and is waited for (behaviour 3)."""
+    app = make_late(make_app())
     done: list[str] = []
 
-    def late(exc: BaseException | None) -> None:
+    with app.test_request_context():
         run(done.append, "task")
+        assert done == []
 
-    def register() -> None:
-        getattr(app, hook)(late)
-
-    if register_first:
-        register()
-
-    ApiTask(app)
-
-    if not register_first:
-        register()
-
-    make_late(app)
-
-    # Such a function is called at the end of a task, too.
-    if not outer:
-        app.test_client().get("/")
-        assert set(done) == {"task"}
-        return
-
-    with app.app_context():
-        app.test_client().get("/")
-
-        if hook == "teardown_request":
-            assert done == ["task"]
-
-    assert "task" in done
-
-
-@pytest.mark.parametrize("register_first", [False, True])
-def test_teardown_functions_come_before_the_wait(register_first: bool) -> None:
-    """What a request holds can be given back before the wait, by whatever function."""
-    app = Flask(__name__)
-    events: list[str] = []
-
-    @app.get("/")
-    def index() -> str:
-        run(events.append, "task")
-        return "ok"
-
-    def register() -> None:
-        app.teardown_request(lambda exc: events.append("teardown"))
-
-    if register_first:
-        register()
-
-    ApiTask(app)
-
-    if not register_first:
-        register()
-
-    make_late(app).test_client().get("/")
-    assert events == ["teardown", "task"]
+    assert done == ["task"]
 
 
 def test_task_after_the_teardown_functions(make_app: AppFactory) -> None:
@@ -321,117 +254,168 @@ def test_task_after_the_teardown_functions(make_app: AppFactory) -> None:
     assert events == ["task", "close", "returned"]
 
 
-class ClosingFlask(Flask):
-    """An app that starts a task when a request is torn down."""
-
-    def do_teardown_request(self, *args: t.Any, **kwargs: t.Any) -> None:
-        super().do_teardown_request(*args, **kwargs)
-        self.start_task()
-
-    def start_task(self) -> None:
-        run(self.config["EVENTS"].append, "task")
+# Teardown functions of others.
 
 
-@pytest.mark.parametrize("replaced", [False, True])
-def test_another_teardown_of_the_app(replaced: bool) -> None:
-    """That of a subclass, and what an extension has put in its place, are called."""
-    app = ClosingFlask(__name__) if not replaced else Flask(__name__)
-    app.config["EVENTS"] = events = list[str]()
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("extension_first", [False, True])
+@pytest.mark.parametrize("hook", ["teardown_request", "teardown_appcontext"])
+def test_task_of_a_teardown_function(
+    hook: str, extension_first: bool, outer: bool
+) -> None:
+    """It is awaited if it starts before our function, else a plain call (behaviour 3).
+
+    Also where an app context is around the request, that Flask < 3.2 then reuses.
+    """
+    app = Flask(__name__)
+    app.add_url_rule("/", "index", lambda: "ok")
+    events: list[str] = []
+
+    def work() -> None:
+        if "task" not in events:
+            events.append("task")
+
+    def late(exc: BaseException | None) -> None:
+        # Such a function is called at the end of a task, too.
+        if "started" not in events:
+            events.append("started")
+            run(work)
+            events.append("left")
+
+    if extension_first:
+        ApiTask(app)
+
+    getattr(app, hook)(late)
+
+    if not extension_first:
+        ApiTask(app)
+
+    note_return(make_late(app), events)
+    is_awaited = extension_first and hook == "teardown_request"
+    expected = ["left", "task"] if is_awaited else ["task", "left"]
+
+    with app.app_context() if outer else contextlib.nullcontext():
+        app.test_client().get("/")
+
+    events.remove("returned")
+    assert events == ["started", *expected]
+
+
+@pytest.mark.parametrize("extension_first", [False, True])
+def test_order_of_teardown_functions(extension_first: bool) -> None:
+    """What was registered after ApiTask comes before the wait, the rest after it."""
+    app = Flask(__name__)
+    events: list[str] = []
+
+    @app.get("/")
+    def index() -> str:
+        run(events.append, "task")
+        return "ok"
+
+    if extension_first:
+        ApiTask(app)
+
+    app.teardown_request(lambda exc: events.append("teardown"))
+
+    if not extension_first:
+        ApiTask(app)
+
+    make_late(app).test_client().get("/")
+    expected = ["teardown", "task"]
+    assert events == (expected if extension_first else expected[::-1])
+
+
+@pytest.mark.parametrize("extension_first", [False, True])
+@pytest.mark.parametrize("outer", [False, True])
+def test_another_teardown_that_raises(extension_first: bool, outer: bool) -> None:
+    """Another's teardown_request that raises: the tasks are awaited (behaviour 5).
+
+    In an app context around the request, Flask < 3.2 tears down only that.
+    """
+    app = Flask(__name__)
+    events: list[str] = []
+    seen: list[object] = []
+
+    if extension_first:
+        ApiTask(app)
+
+    raise_in_teardown(app)
+
+    if not extension_first:
+        ApiTask(app)
+
+    make_late(app)
+
+    @app.get("/<name>")
+    def index(name: str) -> str:
+        assert current_scope() not in seen
+        run(events.append, name)
+        seen.append(current_scope())
+        return "ok"
+
+    with app.app_context() if outer else contextlib.nullcontext():
+        for name in ("first", "second"):
+            with pytest.raises(Exception, match=TEARDOWN_ERRORS):
+                app.test_client().get(f"/{name}")
+
+            if not outer:
+                assert events.pop() == name
+
+        assert current_scope() is None
+
+    assert sorted(events) == (["first", "second"] if outer else [])
+
+
+def test_requests_in_one_app_context_do_not_add_up(
+    make_app: AppFactory, without_gc: None
+) -> None:
+    """An app context around many requests keeps none that has ended (behaviour 10)."""
+    app = make_app()
+    references: list[weakref.ref[RequestScope]] = []
+
+    @app.get("/")
+    def index() -> str:
+        run(int)
+        scope = request_scope.find_request_scope(find_request_context())
+        references.append(weakref.ref(t.cast("t.Any", scope)._scope))
+        return "ok"
+
+    with app.app_context():
+        for _ in range(3):
+            app.test_client().get("/").close()
+            assert references[-1]() is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_scope_that_is_opened_in_a_teardown(
+    make_app: AppFactory, fails: bool, without_gc: None
+) -> None:
+    """It is ended though another function raises, and its request goes (10)."""
+    app = make_late(make_app())
+    app.add_url_rule("/", "index", lambda: "ok")
+    events: list[str] = []
+    references: list[weakref.ref[t.Any]] = []
     note_return(app, events)
 
-    if replaced:
-        method = app.do_teardown_request
+    if fails:
+        raise_in_teardown(app)
 
-        def replacement(*args: t.Any, **kwargs: t.Any) -> None:
-            method(*args, **kwargs)
-            ClosingFlask.start_task(t.cast("ClosingFlask", app))
+    @app.teardown_request
+    def late(exc: BaseException | None) -> None:
+        run(events.append, "task")
+        references.append(weakref.ref(find_request_context()))
 
-        app.do_teardown_request = replacement  # type: ignore[method-assign]
+    with contextlib.suppress(Exception):
+        app.test_client().get("/").close()
 
-    ApiTask(app)
-    make_late(app).test_client().get("/missing")
     assert events == ["task", "returned"]
 
-
-@pytest.mark.skipif(MERGED, reason="Such a context has a request there.")
-def test_teardown_in_the_request_of_another_app(make_app: AppFactory) -> None:
-    """A stream that is closed in a request of another app ends no scope of that."""
-    app, other = make_late(make_app()), make_app()
-    streams: list[cabc.Iterator[bytes]] = []
-
-    @other.get("/")
-    def stream() -> Response:
-        return flask.Response(stream_with_context(iter("12")))
-
-    def begin() -> None:
-        body = other.wsgi_app(EnvironBuilder("/").get_environ(), lambda *args: str)
-        streams.append(iter(t.cast("t.Any", body)))
-        next(streams[0])
-
-    contextvars.copy_context().run(begin)
-
-    with app.test_request_context():
-        scope = current_scope()
-
-        with pytest.raises((AssertionError, ValueError)):
-            t.cast("t.Any", streams[0]).close()
-
-        assert current_scope() is scope is not None
+    # The errors that Flask 3.2 collects are in a cycle with their traceback.
+    if not (MERGED and fails):
+        assert references[0]() is None
 
 
-@pytest.mark.skipif(MERGED, reason="The context is an argument from Flask 3.2 on.")
-def test_teardown_after_the_request(make_app: AppFactory) -> None:
-    """Whoever calls for it once more has what Flask has to say, and no more."""
-    app = make_app()
-    calls: list[object] = []
-    app.teardown_request(calls.append)
-
-    with app.test_request_context():
-        late = contextvars.copy_context()
-
-    late.run(app.do_teardown_request)
-    assert calls == [None, None]
-
-
-@pytest.mark.skipif(MERGED, reason="The context is an argument from Flask 3.2 on.")
-def test_teardown_without_a_request(make_app: AppFactory) -> None:
-    """It is Flask who says what is wrong."""
-    app = make_app()
-
-    with pytest.raises(RuntimeError, match="outside of request context"):
-        app.do_teardown_request()
-
-
-def test_nested_request_without_a_task(make_app: AppFactory) -> None:
-    """A request that starts no task leaves those of the one around it (behaviour 6)."""
-    app = make_late(make_app())
-    done: list[str] = []
-
-    @app.get("/inner")
-    def inner() -> str:
-        return "inner"
-
-    @app.get("/outer")
-    def outer() -> str:
-        run(done.append, "outer")
-        text = app.test_client().get("/inner").text
-        assert done == []
-        return text
-
-    assert app.test_client().get("/outer").text == "inner"
-    assert done == ["outer"]
-
-
-def test_test_request_context(make_app: AppFactory) -> None:
-    """run() works in a test_request_context, and is waited for (behaviour 3)."""
-    app = make_late(make_app())
-    done: list[str] = []
-
-    with app.test_request_context():
-        run(done.append, "task")
-        assert done == []
-
-    assert done == ["task"]
+# Contexts that are pushed more than once, or streamed with.
 
 
 def test_client_that_preserves_the_context(make_app: AppFactory) -> None:
@@ -462,28 +446,32 @@ def test_client_that_preserves_the_context(make_app: AppFactory) -> None:
 
 @pytest.mark.parametrize("consume", [True, False])
 def test_stream_with_context(make_app: AppFactory, consume: bool) -> None:
-    """run() in a generator with context is never lost, nor refused (behaviour 4).
+    """A task of a generator with context is one like any other (behaviour 4).
 
     Flask 3.1.3 tears the request down before the generator runs, and once more at its
     end; others do so only at the end.
     """
     app = make_late(make_app())
     events: list[str] = []
+    threads: list[int] = []
+
+    def work(name: str) -> None:
+        events.append(name)
+        threads.append(threading.get_ident())
 
     @app.get("/")
     def index() -> flask.Response:
         def generate() -> cabc.Iterator[str]:
-            run(events.append, "first")
+            run(work, "first")
             yield "1"
-            run(events.append, "second")
+            run(work, "second")
             yield "2"
 
-        run(events.append, "view")
+        run(work, "view")
         return flask.Response(stream_with_context(generate()))
 
     response = app.test_client().get("/", buffered=False)
     body = iter(response.response)
-
     assert next(body) == b"1"
 
     if consume:
@@ -491,11 +479,41 @@ def test_stream_with_context(make_app: AppFactory, consume: bool) -> None:
 
     response.close()
     assert events == (["view", "first", "second"] if consume else ["view", "first"])
+    assert threading.get_ident() not in threads
 
 
-def test_generator_without_context(make_app: AppFactory) -> None:
-    """run() in a plain generator, after the request, is a plain call (behaviour 4)."""
+@pytest.mark.skipif(MERGED, reason="A context is over for good from Flask 3.2 on.")
+def test_context_that_is_pushed_anew(make_app: AppFactory) -> None:
+    """It has a new scope if it is pushed, which only ``_cv_tokens`` tells."""
     app = make_late(make_app())
+    request_context = app.test_request_context()
+    events: list[str] = []
+
+    with request_context:
+        late = contextvars.copy_context()
+
+    # A thread that outlives the request makes a plain call, as nobody would end it.
+    late.run(run, events.append, "late")
+    assert events == ["late"]
+    ended = request_scope.find_request_scope(request_context)
+
+    with request_context:
+        run(events.append, "anew")
+        assert events == ["late"]
+        # Two threads may see that the former has ended.
+        handle = ended.replace(request_context)
+        assert handle is request_scope.find_request_scope(request_context)
+        assert handle.open(app, request_context) is current_scope()
+
+    assert events == ["late", "anew"]
+    # And one may come to replace it when the context was popped meanwhile.
+    assert handle.replace(request_context).ended
+
+
+@MODES
+def test_generator_without_context(make_app: AppFactory, waits: str) -> None:
+    """run() in a plain generator, after the request, is a plain call (behaviour 4)."""
+    app = make_late(make_app(APITASK_WAIT=waits))
     events: list[str] = []
 
     @app.get("/")
@@ -506,104 +524,8 @@ def test_generator_without_context(make_app: AppFactory) -> None:
 
         return flask.Response(generate())
 
-    response = app.test_client().get("/")
-
-    assert response.text == "1"
+    assert app.test_client().get("/").text == "1"
     assert events == ["generator"]
-
-
-# As it is, or from Flask 3.2 on in an exception group.
-TEARDOWN_ERRORS = "another extension|Errors during context teardown"
-
-
-def raise_in_teardown(app: Flask) -> None:
-    """Have a function that is called in the teardown of a request raise."""
-
-    @app.teardown_request
-    def broken(exc: BaseException | None) -> None:
-        raise LookupError("another extension")
-
-
-def test_another_teardown_that_raises(make_app: AppFactory) -> None:
-    """Another's teardown_request that raises: the tasks are awaited (behaviour 5)."""
-    app = make_late(make_app())
-    events: list[str] = []
-    note_return(app, events)
-    raise_in_teardown(app)
-
-    @app.get("/")
-    def index() -> str:
-        run(events.append, "task")
-        return "ok"
-
-    with pytest.raises(Exception, match=TEARDOWN_ERRORS):
-        app.test_client().get("/")
-
-    assert events == ["task", "returned"]
-
-
-def test_another_teardown_that_raises_in_an_app_context(make_app: AppFactory) -> None:
-    """So they are where an app context is around the request (behaviour 5).
-
-    Flask < 3.2 reuses it, and tears it down only at its own end.
-    """
-    app = make_late(make_app())
-    events: list[str] = []
-    raise_in_teardown(app)
-
-    @app.get("/<name>")
-    def index(name: str) -> str:
-        assert current_scope() not in seen
-        run(events.append, name)
-        seen.append(current_scope())
-        return "ok"
-
-    seen: list[object] = []
-
-    with app.app_context():
-        for name in ("first", "second"):
-            with pytest.raises(Exception, match=TEARDOWN_ERRORS):
-                app.test_client().get(f"/{name}")
-
-            assert events.pop() == name
-
-        assert current_scope() is None
-
-
-@pytest.mark.parametrize("outer", [False, True])
-@pytest.mark.parametrize("fails", [False, True])
-def test_scope_that_is_opened_in_a_teardown(
-    make_app: AppFactory, fails: bool, outer: bool
-) -> None:
-    """A scope that a teardown function opens is ended, though another raises.
-
-    And the request context goes, without the garbage collector (behaviours 5 and 10).
-    """
-    app = make_late(make_app())
-    app.add_url_rule("/", "index", lambda: "ok")
-    events: list[str] = []
-    references: list[weakref.ref[t.Any]] = []
-    note_return(app, events)
-
-    if fails:
-        raise_in_teardown(app)
-
-    @app.teardown_request
-    def late(exc: BaseException | None) -> None:
-        run(events.append, "task")
-        references.append(weakref.ref(find_request_context()))
-
-    gc.disable()
-
-    try:
-        with app.app_context() if outer else contextlib.nullcontext():
-            with contextlib.suppress(Exception):
-                app.test_client().get("/").close()
-
-            assert events == ["task", "returned"]
-            assert references[0]() is None
-    finally:
-        gc.enable()
 
 
 def test_context_that_is_pushed_twice(make_app: AppFactory) -> None:
@@ -627,6 +549,7 @@ def test_context_that_is_pushed_twice(make_app: AppFactory) -> None:
     assert events == ["first", "second"]
 
 
+@pytest.mark.skipif(MERGED, reason="Flask 3.2 refuses to pop it in another thread.")
 def test_task_that_pushes_the_context_of_the_request(make_app: AppFactory) -> None:
     """It ends no scope, and does not wait for itself (behaviour 7)."""
     app = make_app()
@@ -644,65 +567,28 @@ def test_task_that_pushes_the_context_of_the_request(make_app: AppFactory) -> No
             scopes.append(current_scope())
 
     in_time(be_in_request)
-    assert scopes[0] is not None
-    assert scopes[0] is scopes[1]
+    assert scopes[0] is scopes[1] is not None
 
 
-def test_context_goes_with_its_last_reference(make_app: AppFactory) -> None:
-    """No cycle runs through a request context whose scope has ended (behaviour 10)."""
-    app = make_late(make_app())
-    references: list[weakref.ref[t.Any]] = []
-
-    @app.get("/")
-    def index() -> str:
-        run(int)
-        references.append(weakref.ref(find_request_context()))
-        return "ok"
-
-    gc.disable()
-
-    try:
-        app.test_client().get("/").close()
-        assert references[0]() is None
-    finally:
-        gc.enable()
+# Requests in requests, and contexts of other apps.
 
 
-def test_threads_that_open_the_scope_at_once(
-    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize("inner", ["same", "other", "mounted", "without extension"])
+@MODES
+def test_nested_request(
+    make_app: AppFactory, waits: str, inner: str, starts: bool
 ) -> None:
-    """Of two threads with the same contexts, both get the scope of the first."""
-    app = make_late(make_app())
-    events: list[str] = []
-    scopes: list[object] = []
-    keep = endings.keep
-
-    def keep_late(request_context: object, *args: t.Any) -> TaskScope | None:
-        monkeypatch.setattr(stack, "keep", keep)
-        other = threading.Thread(target=contextvars.copy_context().run, args=[second])
-        other.start()
-        other.join(PATIENCE)
-        return keep(request_context, *args)
-
-    def second() -> None:
-        run(events.append, "second")
-        scopes.append(current_scope())
-
-    monkeypatch.setattr(stack, "keep", keep_late)
-
-    with app.test_request_context():
-        run(events.append, "first")
-        scopes.append(current_scope())
-
-    assert scopes[0] is scopes[1]
-    assert events == ["second", "first"]
-
-
-@pytest.mark.parametrize("inner", ["same", "other", "mounted"])
-def test_nested_request(make_app: AppFactory, inner: str) -> None:
     """A request in a view waits for its own tasks, and for no others (behaviour 6)."""
-    outer_app = make_late(make_app())
-    inner_app = outer_app if inner == "same" else make_late(make_app())
+    outer_app = make_late(make_app(APITASK_WAIT=waits))
+
+    if inner == "same":
+        inner_app = outer_app
+    elif inner == "without extension":
+        inner_app = Flask(__name__)
+    else:
+        inner_app = make_late(make_app(APITASK_WAIT=waits))
+
     site = DispatcherMiddleware(outer_app, {"/mounted": inner_app})
     client = Client(site if inner == "mounted" else inner_app)
     events: list[str] = []
@@ -712,7 +598,7 @@ def test_nested_request(make_app: AppFactory, inner: str) -> None:
         scope = current_scope()
         run(events.append, "outer task")
         path = "/mounted/inner" if inner == "mounted" else "/inner"
-        assert client.get(path).status_code == 200
+        assert client.get(path, buffered=True).status_code == 200
         events.append("inner returned")
         assert current_scope() is scope
         run(events.append, "another outer task")
@@ -720,70 +606,43 @@ def test_nested_request(make_app: AppFactory, inner: str) -> None:
 
     @inner_app.get("/inner")
     def inside() -> str:
-        run(events.append, "inner task")
+        assert (current_scope() is None) is (inner == "without extension")
+
+        if starts:
+            run(events.append, "inner task")
+
         return "ok"
 
-    assert Client(site).get("/outer").status_code == 200
-    assert events == [
-        "inner task",
-        "inner returned",
-        "outer task",
-        "another outer task",
-    ]
+    assert Client(site).get("/outer", buffered=True).status_code == 200
+    start = ["inner task"] if starts else []
+    end = ["inner returned", "outer task", "another outer task"]
+    assert events == [*start, *end]
 
 
-def test_nested_request_of_an_app_without_the_extension(make_app: AppFactory) -> None:
-    """In a nested request of an app without ApiTask, run() is a call (behaviour 6)."""
-    outer_app = make_late(make_app())
-    inner_app = Flask(__name__)
-    events: list[str] = []
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_app_context_in_a_request(
+    make_app: AppFactory, same: bool, is_first: bool
+) -> None:
+    """In another app's context, the request's scope is out of sight (behaviour 6).
 
-    @outer_app.get("/")
-    def outer() -> str:
-        scope = current_scope()
-        run(events.append, "outer task")
-        inner_app.test_client().get("/")
-        assert current_scope() is scope
-        return "ok"
-
-    @inner_app.get("/")
-    def inside() -> str:
-        assert current_scope() is None
-        run(events.append, "inner task")
-        return "ok"
-
-    assert outer_app.test_client().get("/").status_code == 200
-    assert events == ["inner task", "outer task"]
-
-
-def test_app_context_of_another_app_in_a_request(make_app: AppFactory) -> None:
-    """In another app's context, the request's scope is out of sight (behaviour 6)."""
-    app = make_late(make_app())
-    other = make_app()
-
-    with app.test_request_context():
-        scope = current_scope()
-
-        with other.app_context():
-            assert current_scope() is None
-            assert run(threading.get_ident).result(0) == threading.get_ident()
-
-        assert current_scope() is scope
-
-
-def test_app_context_of_the_app_in_a_request(make_app: AppFactory) -> None:
-    """It makes no difference, but that no request is in it from Flask 3.2 on."""
+    In one of its own app it is not, but from Flask 3.2 on there is no request in it.
+    """
     app = make_late(make_app())
     events: list[str] = []
+    is_seen = same and not MERGED
 
     with app.test_request_context():
-        scope = current_scope()
+        if not is_first:
+            run(int)
 
-        with app.app_context():
-            assert current_scope() is (None if MERGED else scope)
+        with (app if same else make_app()).app_context():
             run(events.append, "task")
+            seen = current_scope()
+            assert (seen is not None) is is_seen
 
-        assert events == (["task"] if MERGED else [])
+        assert current_scope() is (seen or current_scope()) is not None
+        assert events == ([] if is_seen else ["task"])
 
     assert events == ["task"]
 
@@ -794,10 +653,9 @@ def test_request_inside_a_task(make_app: AppFactory, same: bool) -> None:
     app = make_app()
     inner_app = app if same else make_app()
     events: list[str] = []
-    threads: list[int] = []
+    ending = threading.Event()
 
     def call() -> None:
-        threads.append(threading.get_ident())
         assert inner_app.test_client().get("/inner").status_code == 200
         events.append("inner returned")
         assert current_scope() is None
@@ -807,10 +665,7 @@ def test_request_inside_a_task(make_app: AppFactory, same: bool) -> None:
         run(call).result(PATIENCE)
         return "ok"
 
-    ending = threading.Event()
-
     def work() -> None:
-        threads.append(threading.get_ident())
         assert ending.wait(PATIENCE)
         events.append("inner task")
 
@@ -820,16 +675,36 @@ def test_request_inside_a_task(make_app: AppFactory, same: bool) -> None:
         return "ok"
 
     inner_app.teardown_request(lambda exc: ending.set())
-
     assert app.test_client().get("/outer").status_code == 200
     assert events == ["inner task", "inner returned"]
-    assert len(threads) == 2
+
+
+def test_two_apps_have_two_pools(make_app: AppFactory) -> None:
+    """A full pool of one app keeps no task of another from running (behaviour 9)."""
+    apps = [make_app(APITASK_POOL_SIZE=1, APITASK_MAX_WORKERS=n) for n in (1, 2)]
+    started = threading.Event()
+
+    with apps[0].test_request_context():
+        blocked = run(started.wait, PATIENCE)
+        assert "max_workers=1>" in repr(current_scope())
+
+        with apps[1].test_request_context():
+            run(started.set)
+            # Nobody waits for it in its own scope, which would get it a thread anyhow.
+            assert started.wait(PATIENCE)
+            assert "max_workers=2>" in repr(current_scope())
+
+        assert blocked.result(PATIENCE) is True
+
+
+# Copies of a request's context, and threads that share it.
 
 
 @pytest.mark.parametrize("where", ["thread", "same thread", "copied variables"])
-def test_copied_request_context(make_app: AppFactory, where: str) -> None:
+@MODES
+def test_copied_request_context(make_app: AppFactory, waits: str, where: str) -> None:
     """A copied request context has nothing of the request's scope (behaviour 7)."""
-    app = make_late(make_app())
+    app = make_late(make_app(APITASK_WAIT=waits))
     events: list[str] = []
 
     @app.get("/")
@@ -845,27 +720,18 @@ def test_copied_request_context(make_app: AppFactory, where: str) -> None:
 
         if where == "same thread":
             copied()
+        elif where == "thread":
+            in_time(copied)
         else:
-            variables = contextvars.copy_context()
-            call = variables.run if where == "copied variables" else _call
-            thread = threading.Thread(target=call, args=[copied], daemon=True)
-            thread.start()
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+            in_time(contextvars.copy_context().run, copied)
 
         assert current_scope() is scope
         assert not t.cast("t.Any", scope).closed
         run(events.append, "view again")
         return "ok"
 
-    response = in_time(app.test_client().get, "/")
-
-    assert response.status_code == 200
+    assert app.test_client().get("/", buffered=True).status_code == 200
     assert events == ["end of copy", "copied", "view", "view again"]
-
-
-def _call(fn: cabc.Callable[[], None]) -> None:
-    fn()
 
 
 def test_copied_context_variables_alone(make_app: AppFactory) -> None:
@@ -876,15 +742,10 @@ def test_copied_context_variables_alone(make_app: AppFactory) -> None:
 
     @app.get("/")
     def index() -> str:
-        context = contextvars.copy_context()
-        thread = threading.Thread(
-            target=context.run, args=[run, events.append, "task"], daemon=True
-        )
-        thread.start()
-        thread.join(PATIENCE)
+        in_time(contextvars.copy_context().run, run, events.append, "task")
         return "ok"
 
-    in_time(app.test_client().get, "/")
+    app.test_client().get("/")
     assert events == ["task", "returned"]
 
 
@@ -892,151 +753,34 @@ def test_copied_context_that_outlives_the_request(make_app: AppFactory) -> None:
     """A copied context in use after the request still has run() (behaviour 7)."""
     app = make_late(make_app())
     events: list[str] = []
-    returned = threading.Event()
-    threads: list[threading.Thread] = []
+    copies: list[cabc.Callable[[], None]] = []
 
     @app.get("/")
     def index() -> str:
-        @copy_current_request_context
-        def copied() -> None:
-            assert returned.wait(PATIENCE)
-            run(events.append, "copied")
-
         run(events.append, "view")
-        threads.append(threading.Thread(target=copied, daemon=True))
-        threads[0].start()
+        copies.append(copy_current_request_context(lambda: (run(work), None)[1]))
         return "ok"
 
-    in_time(app.test_client().get, "/")
+    def work() -> None:
+        events.append("copied")
+
+    app.test_client().get("/")
     assert events == ["view"]
-    returned.set()
-    threads[0].join(PATIENCE)
+    in_time(copies[0])
     assert events == ["view", "copied"]
 
 
 def test_context_variables_that_outlive_the_request(make_app: AppFactory) -> None:
     """Once the request is over, run() is a plain call in them (behaviour 7)."""
     app = make_app()
-    threads: list[int] = []
 
     with app.test_request_context():
         run(int)
         context = contextvars.copy_context()
 
     assert context.run(current_scope) is None
-    context.run(run, lambda: threads.append(threading.get_ident()))
-    assert threads == [threading.get_ident()]
-
-
-@pytest.mark.skipif(MERGED, reason="A context is over for good from Flask 3.2 on.")
-def test_late_thread_leaves_a_context_that_is_pushed_anew(
-    make_app: AppFactory,
-) -> None:
-    """A plain call after the request does not keep it from a scope later on."""
-    app = make_late(make_app())
-    request_context = app.test_request_context()
-
-    with request_context:
-        late = contextvars.copy_context()
-
-    late.run(run, int)
-
-    with request_context:
-        assert current_scope() is not None
-
-
-@pytest.mark.skipif(MERGED, reason="A context is over for good from Flask 3.2 on.")
-def test_late_threads_leave_the_scope_of_a_context_that_is_pushed_anew(
-    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One forgets its own scope, but none that was opened since."""
-    app = make_late(make_app())
-    request_context = app.test_request_context()
-
-    threads = app.extensions["apitask"].threads
-
-    with request_context:
-        late = contextvars.copy_context()
-
-    anew = contextvars.copy_context()
-    scopes: list[object] = []
-
-    def push_after(ending: object) -> bool:
-        over = is_over(ending)
-        monkeypatch.undo()
-        # A second one, that found no scope either.
-        scope = TaskScope(threads, max_workers=1)
-        assert endings.keep(request_context, scope, threads.process) is None
-        anew.run(request_context.push)
-        scopes.append(anew.run(current_scope))
-        return over
-
-    monkeypatch.setattr(endings, "is_over", push_after)
-    late.run(run, int)
-    assert anew.run(current_scope) is scopes[0]
-    anew.run(request_context.pop)
-
-
-def test_late_thread_that_finds_the_scope_of_another(
-    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it has submitted until the other one looks is waited for."""
-    app = make_late(make_app())
-    events: list[str] = []
-
-    with app.test_request_context():
-        late, later = contextvars.copy_context(), contextvars.copy_context()
-
-    def submit_after(ending: object) -> bool:
-        monkeypatch.undo()
-        later.run(run, events.append, "task")
-        assert events == []
-        return is_over(ending)
-
-    monkeypatch.setattr(endings, "is_over", submit_after)
-    late.run(run, int)
-    assert events == ["task"]
-
-
-def test_thread_that_opens_a_scope_while_the_request_ends(
-    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it has opened until the request is marked as over, is waited for."""
-    app = make_late(make_app())
-    events: list[str] = []
-
-    def mark_late(ending: object) -> None:
-        monkeypatch.undo()
-        run(events.append, "task")
-        assert events == []
-        mark_over(ending)
-
-    monkeypatch.setattr(endings, "mark_over", mark_late)
-
-    with app.test_request_context():
-        pass
-
-    assert events == ["task"]
-
-
-def test_request_that_ends_while_its_scope_is_opened(
-    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Then run() is a plain call, as nobody would end the scope (behaviour 7)."""
-    app = make_app()
-    threads: list[int] = []
-    request_context = app.test_request_context()
-    request_context.push()
-
-    def end_after(ending: object) -> bool:
-        over = is_over(ending)
-        monkeypatch.undo()
-        request_context.pop()
-        return over
-
-    monkeypatch.setattr(endings, "is_over", end_after)
-    run(lambda: threads.append(threading.get_ident()))
-    assert threads == [threading.get_ident()]
+    future = context.run(run, threading.get_ident)
+    assert future.result(0) == threading.get_ident()
 
 
 def test_foreign_executor(make_app: AppFactory) -> None:
@@ -1063,26 +807,84 @@ def test_foreign_executor(make_app: AppFactory) -> None:
     assert events[2:] == ["view", "view again"]
 
 
+def test_threads_that_open_the_scope_at_once(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two threads with the same contexts, both get the scope of the first."""
+    app = make_late(make_app())
+    events: list[str] = []
+    scopes: list[object] = []
+
+    def start(name: str) -> None:
+        run(events.append, name)
+        scopes.append(current_scope())
+
+    class SlowRunner(TaskRunner):
+        """Made by a thread that has seen no scope, while another one makes it."""
+
+        def __init__(self, *args: t.Any) -> None:
+            monkeypatch.undo()
+            in_time(contextvars.copy_context().run, start, "second")
+            super().__init__(*args)
+
+    monkeypatch.setattr(request_scope, "TaskRunner", SlowRunner)
+
+    with app.test_request_context():
+        start("first")
+
+    assert scopes[0] is scopes[1]
+    assert events == ["second", "first"]
+
+
+def test_request_that_ends_while_its_scope_is_opened(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then run() is a plain call, as nobody would end the scope (behaviour 7)."""
+    app = make_app()
+    opening, ended = threading.Event(), threading.Event()
+
+    class SlowRunner(TaskRunner):
+        """Made by a thread that has seen the request go on."""
+
+        def __init__(self, *args: t.Any) -> None:
+            monkeypatch.undo()
+            opening.set()
+            assert ended.wait(PATIENCE)
+            super().__init__(*args)
+
+    with ThreadPoolExecutor(1) as executor:
+        with app.test_request_context():
+            monkeypatch.setattr(request_scope, "TaskRunner", SlowRunner)
+            variables = contextvars.copy_context()
+            future = executor.submit(lambda: variables.run(run, threading.get_ident))
+            assert opening.wait(PATIENCE)
+
+        ended.set()
+        thread = executor.submit(threading.get_ident)
+        assert future.result(PATIENCE).result(0) == thread.result(PATIENCE)
+
+
 def test_worker_does_not_end_the_scope_it_works_for(make_app: AppFactory) -> None:
     """The end of a task's app context ends no scope (behaviour 7)."""
     app = make_app(APITASK_MAX_WORKERS=1)
-    seen: list[bool] = []
 
     @app.get("/")
-    def index() -> str:
-        scope = current_scope()
-        assert scope is not None
+    def index() -> list[bool]:
+        scope = t.cast("TaskScope", current_scope())
+        closed = []
 
         for _ in range(3):
             run(str).result(PATIENCE)
             wait()
-            seen.append(scope.closed)
+            closed.append(scope.closed)
 
         assert current_scope() is scope
-        return "ok"
+        return closed
 
-    assert in_time(app.test_client().get, "/").status_code == 200
-    assert seen == [False, False, False]
+    assert in_time(app.test_client().get, "/").json == [False, False, False]
+
+
+# What is left behind.
 
 
 @pytest.mark.parametrize("path", ["/ok", "/boom", "/missing"])
@@ -1124,19 +926,25 @@ def test_no_context_variable_is_left(make_app: AppFactory) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("threads", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+@MODES
 def test_no_reference_to_an_argument_is_left(
     make_app: AppFactory,
     monkeypatch: pytest.MonkeyPatch,
     without_gc: None,
     fails: bool,
-    threads: bool,
+    late: bool,
+    waits: str,
 ) -> None:
-    """After the request, nothing refers to a task's arguments (behaviour 8)."""
-    app = make_app() if threads else make_late(make_app())
+    """After the request, nothing refers to a task's arguments, or to it (8, 10)."""
+    app = make_app(APITASK_WAIT=waits)
+
+    if late:
+        make_late(app)
+
     # The records hold the exception, and pytest holds the records.
     monkeypatch.setattr(app.logger, "disabled", True)
-    references: list[weakref.ref[Argument]] = []
+    references: list[weakref.ref[t.Any]] = []
 
     def work(argument: Argument, fails: bool) -> Argument:
         if fails:
@@ -1148,43 +956,80 @@ def test_no_reference_to_an_argument_is_left(
     def index() -> str:
         argument = Argument()
         references.append(weakref.ref(argument))
+        references.append(weakref.ref(find_request_context()))
         run(work, argument, fails)
         return "ok"
 
     client = app.test_client()
-    client.get("/")
-    client.get("/")
-
-    assert [reference() for reference in references] == [None, None]
-
-
-def test_two_apps_have_two_pools(make_app: AppFactory) -> None:
-    """A full pool of one app keeps no task of another from running (behaviour 9)."""
-    apps = [make_app(APITASK_POOL_SIZE=1, APITASK_MAX_WORKERS=n) for n in (1, 2)]
-    started = threading.Event()
-    scopes: list[str] = []
-
-    with apps[0].test_request_context():
-        blocked = run(started.wait, PATIENCE)
-        scopes.append(repr(current_scope()))
-
-        with apps[1].test_request_context():
-            # Nobody helps here: only a thread of a second pool can do it.
-            run(started.set).result(PATIENCE)
-            scopes.append(repr(current_scope()))
-
-        assert blocked.result(PATIENCE) is True
-
-    assert [text[-14:] for text in scopes] == ["max_workers=1>", "max_workers=2>"]
+    client.get("/").close()
+    client.get("/").close()
+    assert [reference() for reference in references] == [None] * 4
 
 
-def test_one_worker_is_one_at_a_time(make_app: AppFactory) -> None:
-    """With max_workers=1 tasks run in order, whoever runs them (behaviour 10)."""
+@pytest.mark.parametrize("by_variable", [True, False])
+@pytest.mark.parametrize("closes", [True, False])
+@MODES
+def test_app_goes_with_its_last_reference(
+    monkeypatch: pytest.MonkeyPatch,
+    without_gc: None,
+    by_variable: bool,
+    closes: bool,
+    waits: str,
+) -> None:
+    """An app is freed without the garbage collector's help (behaviour 10).
+
+    Also if a variable of the request, an error in it say, refers to the request, and
+    if the server never closes the response.
+    """
+    variable: contextvars.ContextVar[object] = contextvars.ContextVar("variable")
+    gone = threading.Event()
+    app = Flask(__name__)
+    app.config["APITASK_WAIT"] = waits
+    ApiTask(app)
+    monkeypatch.setattr(app.logger, "disabled", True)
+
+    # Not by a decorator: app.get() would keep the app in a cell of this very frame.
+    def index() -> str:
+        if by_variable:
+            variable.set(find_request_context())
+        else:
+            run(str)
+            run(divmod, 1, 0)
+            assert isinstance(run(divmod, 1, 0).exception(PATIENCE), ZeroDivisionError)
+
+        return "ok"
+
+    app.add_url_rule("/", "index", index)
+
+    for _ in range(2):
+        response = contextvars.copy_context().run(app.test_client().get, "/")
+
+        if closes:
+            response.close()
+
+        del response
+
+    # A thread that goes home may be the last to let go of it.
+    reference = weakref.ref(app, lambda _: gone.set())
+    del app
+    assert gone.wait(PATIENCE)
+    assert reference() is None
+
+
+# Limits.
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_one_worker_is_one_at_a_time(make_app: AppFactory, late: bool) -> None:
+    """With max_workers=1 tasks run one at a time, in order (behaviour 10)."""
     app = make_app(APITASK_MAX_WORKERS=1)
     events: list[int] = []
     overlaps: list[int] = []
     busy = threading.Lock()
-    helping = threading.Event()
+    ending = threading.Event()
+
+    if late:
+        make_late(app)
 
     def work(number: int) -> None:
         if not busy.acquire(blocking=False):
@@ -1192,7 +1037,7 @@ def test_one_worker_is_one_at_a_time(make_app: AppFactory) -> None:
             return
 
         if number == 0:
-            assert helping.wait(PATIENCE)
+            assert ending.wait(PATIENCE)
 
         events.append(number)
         busy.release()
@@ -1204,87 +1049,33 @@ def test_one_worker_is_one_at_a_time(make_app: AppFactory) -> None:
 
         return "ok"
 
-    app.teardown_request(lambda exc: helping.set())
+    app.teardown_request(lambda exc: ending.set())
     app.test_client().get("/")
 
     assert overlaps == []
     assert events == list(range(50))
 
 
-def test_app_goes_though_a_variable_refers_to_the_request(without_gc: None) -> None:
-    """One that has an error, say, in variables of the request (behaviour 10)."""
-    variable: contextvars.ContextVar[object] = contextvars.ContextVar("variable")
-    app = Flask(__name__)
-    ApiTask(app)
-
-    def index() -> str:
-        variable.set(find_request_context())
-        return "ok"
-
-    app.add_url_rule("/", "index", index)
-    contextvars.copy_context().run(app.test_client().get, "/")
-    reference = weakref.ref(app)
-    del app
-    assert reference() is None
-
-
-def test_app_goes_with_its_last_reference(
-    monkeypatch: pytest.MonkeyPatch, without_gc: None
-) -> None:
-    """An app is freed without the garbage collector's help (behaviour 10)."""
-    gone = threading.Event()
-    app = Flask(__name__)
-    ApiTask(app)
-    monkeypatch.setattr(app.logger, "disabled", True)
-
-    # Not by a decorator: app.get() would keep the app in a cell of this very frame.
-    def index() -> str:
-        run(str)
-        run(divmod, 1, 0)
-        assert isinstance(run(divmod, 1, 0).exception(PATIENCE), ZeroDivisionError)
-        return "ok"
-
-    app.add_url_rule("/", "index", index)
-
-    for _ in range(2):
-        assert app.test_client().get("/").status_code == 200
-
-    # A thread that goes home may be the last to let go of it.
-    reference = weakref.ref(app, lambda _: gone.set())
-    del app
-
-    assert gone.wait(PATIENCE)
-    assert reference() is None
-
-
-@pytest.fixture
-def without_gc() -> cabc.Iterator[None]:
-    """What is freed is freed by the count of its references."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
 def test_concurrent_requests_share_the_pool(make_app: AppFactory) -> None:
-    """Requests on a threaded server share the cap of the process (behaviour 10)."""
+    """Requests on a threaded server share the threads of the process (behaviour 10).
+
+    Each has one of its own beyond those, while it waits and all of them are busy.
+    """
     app = make_app(APITASK_POOL_SIZE=2, APITASK_MAX_WORKERS=4)
-    # Two threads of the pool, and the two that help.
     arrived = threading.Semaphore(0)
     release = threading.Event()
-    names: list[str] = []
     counting = threading.Lock()
     submitted = threading.Barrier(2, timeout=PATIENCE)
-    running = 0
-    most = 0
+    running = most = ran = 0
+    statuses: list[int] = []
 
     def work() -> None:
-        nonlocal running, most
+        nonlocal running, most, ran
 
         with counting:
+            ran += 1
             running += 1
             most = max(most, running)
-            names.append(threading.current_thread().name)
 
         arrived.release()
         assert release.wait(PATIENCE)
@@ -1300,26 +1091,23 @@ def test_concurrent_requests_share_the_pool(make_app: AppFactory) -> None:
         submitted.wait()
         return "ok"
 
-    statuses: list[int] = []
-
     def request(port: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        connection.request("GET", "/")
-        statuses.append(connection.getresponse().status)
-        connection.close()
+
+        with contextlib.closing(connection):
+            connection.request("GET", "/")
+            statuses.append(connection.getresponse().status)
 
     with make_server("127.0.0.1", 0, app, threaded=True) as server:
+        port = server.server_port
         serving = threading.Thread(target=server.serve_forever)
-        serving.start()
-        clients = [
-            threading.Thread(target=request, args=[server.server_port])
-            for _ in range(2)
-        ]
+        clients = [threading.Thread(target=request, args=[port]) for _ in range(2)]
+
+        for thread in (serving, *clients):
+            thread.start()
 
         try:
-            for client in clients:
-                client.start()
-
+            # As many as the pool has, and one for each of the two that wait.
             for _ in range(4):
                 assert arrived.acquire(timeout=PATIENCE)
         finally:
@@ -1332,6 +1120,4 @@ def test_concurrent_requests_share_the_pool(make_app: AppFactory) -> None:
             serving.join(PATIENCE)
 
     assert statuses == [200, 200]
-    assert most == 4
-    assert len(names) == 8
-    assert len({name for name in names if name.startswith("apitask")}) == 2
+    assert (most, ran) == (4, 8)

@@ -7,39 +7,32 @@ import typing as t
 
 import pytest
 from interleaving import explore
-from interleaving import GapLock
-from interleaving import HeldThreads
 from interleaving import Schedule
-from interleaving import ScheduledThreads
 from reporting import Reporting
 
 from flask_apitask import ScopeClosed
-from flask_apitask import TaskScope
+from flask_apitask.executor.pool import ThreadPool
+from flask_apitask.executor.scope import TaskScope
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
     import concurrent.futures
 
-    from flask_apitask.threads import Threads
+    from flask_apitask.executor.runner import Runner
 
-SEEDS = range(40)
+SEEDS = range(30)
 STRESS_SEEDS = 100
 
-# How many threads a pool has, and how often of three times it refuses.
-Pool = t.Literal["full", "refusing", "failing", "sound"]
-POOLS: dict[Pool, tuple[int, int]] = {
-    "full": (0, 0),
-    "refusing": (0, 3),
-    "failing": (2, 1),
-    "sound": (2, 0),
+# The size of a pool, and how often of three times a start is refused or interrupted.
+POOLS: dict[str, tuple[int, int, int]] = {
+    "full": (0, 0, 0),
+    "one": (1, 0, 0),
+    "two": (2, 0, 0),
+    "refusing": (1, 3, 0),
+    "failing": (2, 1, 0),
+    "interrupted": (1, 0, 1),
 }
-
-
-class _SilentScope(TaskScope):
-    """A scope that need not be ended."""
-
-    def __del__(self) -> None:
-        pass
+SOUND = ("one", "two", "failing")
 
 
 class Recorded:
@@ -48,49 +41,84 @@ class Recorded:
     def __init__(
         self,
         schedule: Schedule,
-        pool: Pool,
-        max_workers: int,
-        threads: Threads | None = None,
-        **options: t.Any,
+        pool: ThreadPool,
+        cap: int,
+        timeout: float | None = None,
+        runner: Runner | None = None,
     ) -> None:
         self.schedule = schedule
+        self.pool = pool
+        self.cap = cap
+        self.scope = TaskScope(pool, cap, timeout, runner)
+        # Not told of if it is never ended.
+        self.scope.__class__ = _SilentScope
         self.begun: list[str] = []
         self.done: list[str] = []
+        self.inline: list[str] = []
         self.most = 0
         self.futures: dict[str, concurrent.futures.Future[None]] = {}
-        self.threads = threads or ScheduledThreads(schedule, *POOLS[pool])
-        self.scope = _SilentScope(self.threads, max_workers=max_workers, **options)
-        self.scope._lock = schedule.make_lock()
 
-    def submit(self, name: str) -> None:
-        self.futures[name] = self.scope.submit(self._work, name)
+    def submit(self, name: str, work: cabc.Callable[[], object] | None = None) -> None:
+        """Submit a task; a Ctrl-C may leave open whether it was."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self.futures[name] = self.scope.submit(self._work, name, work)
 
-    def _work(self, name: str) -> None:
+    def wait(self) -> None:
+        """Wait once more after each Ctrl-C."""
+        persist(self.scope.wait)
+
+    def _work(self, name: str, work: cabc.Callable[[], object] | None) -> None:
         self.begun.append(name)
         self.most = max(self.most, len(self.begun) - len(self.done))
+
+        if not self.schedule.on_pool_thread():
+            self.inline.append(name)
+
         self.schedule.pause()
+
+        if work is not None:
+            work()
+
         self.done.append(name)
 
+    def check(self) -> None:
+        """Check what holds whatever the tasks do, once they are done."""
+        cancelled = {n for n, future in self.futures.items() if future.cancelled()}
+        assert len(self.done) == len(set(self.done)), "a task ran twice"
+        assert set(self.futures) - cancelled <= set(self.done), "a task is lost"
+        assert not cancelled & set(self.done)
+        assert self.most <= self.cap
+        # Else one that is lacking later is taken for one that has been requested.
+        queued = self.pool._waiting.count(self.scope)
+        assert self.scope.closed or self.scope._requested <= queued
+        assert self.scope.waiters == 0
 
-def fresh_seeds() -> cabc.Iterator[str]:
-    source = random.SystemRandom()
-    return (f"{source.getrandbits(64):x}" for _ in range(STRESS_SEEDS))
+
+class _SilentScope(TaskScope):
+    def __del__(self) -> None:
+        pass
 
 
-def barriers(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
-    """Two threads submit to one scope, and wait twice each."""
-    recorded = Recorded(schedule, pool, max_workers)
+def persist(wait: cabc.Callable[[], object]) -> None:
+    """Do it until no Ctrl-C interrupts it."""
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            wait()
+            return
+
+
+def two_threads_wait(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
+    """Two threads submit to one scope and wait for it, twice each."""
+    recorded = Recorded(schedule, pool, cap)
     missing: list[str] = []
 
     def work(thread: str) -> None:
         for round_ in range(2):
-            names = [f"{thread}{round_}{index}" for index in range(2)]
-
-            for name in names:
-                recorded.submit(name)
+            for index in range(2):
+                recorded.submit(f"{thread}{round_}{index}")
 
             known = list(recorded.futures)
-            recorded.scope.wait()
+            recorded.wait()
             missing.extend(name for name in known if name not in recorded.done)
 
     schedule.spawn(functools.partial(work, "a"))
@@ -98,72 +126,95 @@ def barriers(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
 
     def check() -> None:
         assert missing == []
-        assert sorted(recorded.done) == sorted(recorded.futures)
-        assert recorded.most <= max_workers
+        recorded.check()
 
-    return check
+    return check, [recorded]
 
 
-def wake_ups(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
-    """Two threads submit and go; one of them waits for its first tasks only."""
-    recorded = Recorded(schedule, pool, max_workers)
+def results(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
+    """One thread waits for each of its tasks by itself, another for its last one."""
+    recorded = Recorded(schedule, pool, cap)
 
-    def waits() -> None:
-        recorded.submit("a0")
-        recorded.submit("a1")
-        recorded.scope.wait()
+    def one_by_one() -> None:
+        for index in range(3):
+            recorded.submit(f"a{index}")
 
-    def goes() -> None:
+            if f"a{index}" in recorded.futures:
+                persist(recorded.futures[f"a{index}"].result)
+
+    def the_last() -> None:
         for index in range(3):
             recorded.submit(f"b{index}")
 
-    schedule.spawn(waits)
-    schedule.spawn(goes)
+        for name in ("b2", "b0"):
+            if name in recorded.futures:
+                persist(recorded.futures[name].exception)
+
+    schedule.spawn(one_by_one)
+    schedule.spawn(the_last)
+    # What was submitted by an interrupted call has nobody who waits for it.
+    schedule.spawn(recorded.wait)
+    return recorded.check, [recorded]
+
+
+def nested(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
+    """Tasks have scopes of their own, and wait for them, down to some depth."""
+    scopes = [Recorded(schedule, pool, cap)]
+
+    def nest(depth: int) -> None:
+        inner = Recorded(schedule, pool, cap)
+        scopes.append(inner)
+
+        for index in range(2):
+            work = functools.partial(nest, depth - 1) if depth and index else None
+            inner.submit(str(index), work)
+
+        persist(inner.scope.end)
+
+    def outer() -> None:
+        for index in range(2):
+            scopes[0].submit(str(index), functools.partial(nest, 1))
+
+        persist(scopes[0].scope.end)
+
+    schedule.spawn(outer)
 
     def check() -> None:
-        assert sorted(recorded.done) == ["a0", "a1", "b0", "b1", "b2"]
-        assert recorded.most <= max_workers
+        for recorded in scopes:
+            recorded.check()
 
-        if max_workers == 1:
-            assert [name for name in recorded.begun if name[0] == "b"] == [
-                "b0",
-                "b1",
-                "b2",
-            ]
-
-    return check
+    return check, scopes
 
 
-def neighbours(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
+def neighbours(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
     """Two scopes share their threads, and nobody waits for one of them."""
-    first = Recorded(schedule, pool, max_workers)
-    second = Recorded(schedule, pool, max_workers, first.threads)
+    first = Recorded(schedule, pool, cap)
+    second = Recorded(schedule, pool, cap)
 
     def submits(recorded: Recorded) -> None:
         for index in range(3):
             recorded.submit(str(index))
 
-    def waits(recorded: Recorded) -> None:
-        submits(recorded)
-        recorded.scope.wait()
+    def waits() -> None:
+        submits(second)
+        second.wait()
 
     schedule.spawn(functools.partial(submits, first))
-    schedule.spawn(functools.partial(waits, second))
+    schedule.spawn(waits)
 
     def check() -> None:
         for recorded in (first, second):
-            assert sorted(recorded.done) == ["0", "1", "2"]
-            assert recorded.most <= max_workers
+            recorded.check()
 
-            if max_workers == 1:
-                assert recorded.begun == ["0", "1", "2"]
+            if cap == 1:
+                assert recorded.begun == sorted(recorded.begun)
 
-    return check
+    return check, [first, second]
 
 
-def late_submits(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
+def late_submits(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
     """One thread ends the scope while another still submits."""
-    recorded = Recorded(schedule, pool, max_workers)
+    recorded = Recorded(schedule, pool, cap)
     done_at_end: list[str] = []
 
     def submits() -> None:
@@ -172,171 +223,194 @@ def late_submits(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
                 recorded.submit(str(index))
 
     def ends() -> None:
-        recorded.scope.end()
+        persist(recorded.scope.end)
         done_at_end.extend(recorded.done)
 
     schedule.spawn(submits)
     schedule.spawn(ends)
 
     def check() -> None:
-        assert sorted(done_at_end) == sorted(recorded.futures)
+        recorded.check()
         assert recorded.done == done_at_end
-        assert recorded.most <= max_workers
+        assert not pool._waiting, "a scope that has ended is kept"
 
-    return check
+    return check, [recorded]
 
 
-def cancellations(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
-    """One thread cancels futures, another shuts down, and a third waits."""
-    recorded = Recorded(schedule, pool, max_workers)
-    undone_after_wait: list[str] = []
+def cancellations(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
+    """One thread cancels futures, another shuts down, and two wait."""
+    recorded = Recorded(schedule, pool, cap)
+    undone: list[str] = []
 
     def cancels() -> None:
-        for index in range(3):
-            recorded.submit(str(index))
+        with contextlib.suppress(ScopeClosed):
+            for index in range(3):
+                recorded.submit(str(index))
 
-        recorded.futures["2"].cancel()
-        schedule.pause()
-        recorded.futures["1"].cancel()
-        recorded.scope.wait()
-        undone_after_wait.extend(
-            name for name, future in recorded.futures.items() if not future.done()
-        )
+        for future in [*recorded.futures.values()][:0:-1]:
+            future.cancel()
+            schedule.pause()
+
+        recorded.wait()
+        undone.extend(n for n, future in recorded.futures.items() if not future.done())
 
     def shuts_down() -> None:
-        schedule.pause(lambda: len(recorded.futures) == 3)
-        recorded.scope.shutdown(cancel_futures=True)
+        shutdown = functools.partial(recorded.scope.shutdown, cancel_futures=True)
+        schedule.pause(lambda: bool(recorded.futures))
+        persist(shutdown)
 
     schedule.spawn(cancels)
-    schedule.spawn(recorded.scope.wait)
+    schedule.spawn(recorded.wait)
     schedule.spawn(shuts_down)
 
     def check() -> None:
-        assert undone_after_wait == []
-        cancelled = [n for n, future in recorded.futures.items() if future.cancelled()]
-        assert sorted(recorded.done + cancelled) == ["0", "1", "2"]
-        assert recorded.most <= max_workers
+        assert undone == []
+        recorded.check()
 
-    return check
+    return check, [recorded]
 
 
-def deadlines(schedule: Schedule, pool: Pool, max_workers: int) -> t.Any:
-    """The scope ends at a deadline, which passes at any moment."""
-    binding = Reporting()
-    recorded = Recorded(schedule, pool, max_workers, timeout=1.0, binding=binding)
+def deadlines(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
+    """A scope ends at a deadline, which passes at any moment; another one waits."""
+    runner = Reporting()
+    recorded = Recorded(schedule, pool, cap, 1.0, runner)
+    other = Recorded(schedule, pool, cap)
     begun_at_end: list[str] = []
 
     def ends() -> None:
-        for index in range(4):
+        for index in range(3):
             recorded.submit(str(index))
 
-        recorded.scope.end()
+        persist(recorded.scope.end)
         begun_at_end.extend(recorded.begun)
 
+    def waits() -> None:
+        other.submit("0")
+        other.submit("1")
+        other.wait()
+
     schedule.spawn(ends)
+    schedule.spawn(waits)
 
     def check() -> None:
+        recorded.check()
+        other.check()
         cancelled = [n for n, future in recorded.futures.items() if future.cancelled()]
-        reported = [name for report in binding.reports for name in report.cancelled]
-        assert len(reported) == len(cancelled)
-        assert sorted(recorded.done + cancelled) == ["0", "1", "2", "3"]
-        assert recorded.most <= max_workers
+        reported = [name for report in runner.reports for name in report.cancelled]
+        assert len(reported) >= len(cancelled)
         # What begins after the end had been taken before, and was reported to run.
-        assert len(recorded.begun) - len(begun_at_end) <= max_workers
+        assert len(recorded.begun) - len(begun_at_end) <= cap
+        assert not pool._abandoned
 
-    return check
+    return check, [recorded, other]
+
+
+def impatience(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
+    """Waits end too early, and the last of them does not."""
+    recorded = Recorded(schedule, pool, cap)
+
+    def polls() -> None:
+        for index in range(2):
+            recorded.submit(str(index))
+
+            with contextlib.suppress(TimeoutError, KeyboardInterrupt):
+                recorded.scope.wait(0.0)
+
+        for future in recorded.futures.values():
+            with contextlib.suppress(TimeoutError, KeyboardInterrupt):
+                future.result(0.0)
+
+        recorded.wait()
+        assert set(recorded.futures) <= set(recorded.done)
+
+    schedule.spawn(polls)
+    return recorded.check, [recorded]
+
+
+def exit_of_the_process(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
+    """The pool closes while one thread submits and goes, and another waits."""
+    recorded = Recorded(schedule, pool, cap)
+    waited = Recorded(schedule, pool, cap)
+
+    def submits() -> None:
+        for index in range(3):
+            recorded.submit(str(index))
+
+    def waits() -> None:
+        waited.submit("0")
+        waited.submit("1")
+        waited.wait()
+
+    schedule.spawn(submits)
+    schedule.spawn(waits)
+    schedule.spawn(lambda: persist(pool.close))
+
+    def check() -> None:
+        recorded.check()
+        waited.check()
+        assert schedule.count_pool_threads() == 0, "a thread sleeps for ever"
+
+    return check, []
 
 
 PROGRAMS = [
-    pytest.param(functools.partial(program, pool=pool, max_workers=cap), id=name)
+    pytest.param(program, pool, cap, id=f"{program.__name__}-{pool}-{cap}")
     for program in (
-        barriers,
-        wake_ups,
+        two_threads_wait,
+        results,
+        nested,
         neighbours,
         late_submits,
         cancellations,
         deadlines,
+        impatience,
+        exit_of_the_process,
     )
     for pool in POOLS
     for cap in (1, 2)
-    # Where nobody waits, somebody has to come.
-    if pool != "full" or program not in (wake_ups, neighbours)
-    if (name := f"{program.__name__}-{pool}-{cap}")
+    # Where nobody waits, a thread of the pool has to come.
+    if program not in (neighbours, exit_of_the_process) or pool in SOUND
 ]
 
 
-def test_no_wake_up_is_lost() -> None:
-    """A task that is submitted while the last one finishes is not left behind.
+def run_program(
+    program: t.Any, pool: str, cap: int, seeds: cabc.Iterable[object]
+) -> None:
+    """Run a program by many schedules."""
+    size, refusals, interrupts = POOLS[pool]
 
-    It is submitted wherever the finishing thread has just given the lock back, and no
-    thread comes but those that the scope then summons.
-    """
-    for gap in (1, 2):
-        threads = HeldThreads()
-        done: list[str] = []
+    def set_up(schedule: Schedule) -> cabc.Callable[[], None]:
+        threads = ThreadPool(size)
+        check, scopes = program(schedule, threads, cap)
 
-        with TaskScope(threads, max_workers=1) as scope:
-            scope.submit(done.append, "first")
-            late = functools.partial(scope.submit, done.append, "late")
-            scope._lock = GapLock(gap, late)  # type: ignore[assignment]
+        def check_all() -> None:
+            check()
 
-            while threads.calls:
-                threads.come()
+            # Those that system gives no thread for, and no others, run inline.
+            if not refusals:
+                assert [name for scope in scopes for name in scope.inline] == []
 
-            assert done == ["first", "late"]
+            assert not threads._busy
 
+        return check_all
 
-def test_no_late_submit_slips_through() -> None:
-    """A task that is submitted during the end of its scope is refused, or done by then.
-
-    It is submitted wherever the ending thread has just given the lock back.
-    """
-    for gap in range(1, 6):
-        futures: list[concurrent.futures.Future[None]] = []
-        done: list[str] = []
-        scope = TaskScope(HeldThreads(), max_workers=1)
-
-        def submit_late(
-            scope: TaskScope = scope,
-            done: list[str] = done,
-            futures: list[concurrent.futures.Future[None]] = futures,
-        ) -> None:
-            with contextlib.suppress(ScopeClosed):
-                futures.append(scope.submit(done.append, "late"))
-
-        scope.submit(done.append, "first")
-        scope._lock = GapLock(gap, submit_late)  # type: ignore[assignment]
-        scope.end()
-        assert done == ["first", "late"][: 1 + len(futures)]
-        assert [future.done() for future in futures] == [True] * len(futures)
+    explore(set_up, seeds, refusals=refusals, interrupts=interrupts)
 
 
-def test_thread_is_summoned_for_nothing() -> None:
-    """A thread that comes while the helper works runs what is left, or nothing.
-
-    It comes wherever the helping thread has just given the lock back.
-    """
-    for gap in range(1, 6):
-        threads = HeldThreads()
-        order: list[int] = []
-
-        with TaskScope(threads, max_workers=1) as scope:
-            for index in range(3):
-                scope.submit(order.append, index)
-
-            scope._lock = GapLock(gap, threads.come)  # type: ignore[assignment]
-            scope.wait()
-            assert order == [0, 1, 2]
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_guarantees_hold_in_every_interleaving(program: t.Any) -> None:
-    """Tasks run once, in order and under the cap, and every wait ends."""
-    explore(program, SEEDS)
+@pytest.mark.parametrize(("program", "pool", "cap"), PROGRAMS)
+def test_guarantees_hold_in_every_interleaving(
+    program: t.Any, pool: str, cap: int
+) -> None:
+    """Tasks run once, in order, under the cap, on threads of the pool; waits end."""
+    run_program(program, pool, cap, SEEDS)
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_guarantees_hold_in_new_interleavings(program: t.Any) -> None:
+@pytest.mark.parametrize(("program", "pool", "cap"), PROGRAMS)
+def test_guarantees_hold_in_new_interleavings(
+    program: t.Any, pool: str, cap: int
+) -> None:
     """The same in interleavings that no run before has tried."""
-    explore(program, fresh_seeds())
+    source = random.SystemRandom()
+    seeds = (f"{source.getrandbits(64):x}" for _ in range(STRESS_SEEDS))
+    run_program(program, pool, cap, seeds)

@@ -157,6 +157,13 @@ def test_limits_are_checked(make_app: AppFactory, limit: dict[str, t.Any]) -> No
         open_scope(**limit).__enter__()
 
 
+@pytest.mark.parametrize("view", [3, "view"])
+def test_scoped_takes_a_function(view: t.Any) -> None:
+    """Anything else is a TypeError that shows how limits are given."""
+    with pytest.raises(TypeError, match=r"as in @scoped\(max_workers=2\), not ['3]"):
+        scoped(view)
+
+
 def test_limits_default_to_the_config(make_app: AppFactory) -> None:
     """A block has the app's limits, unless it has its own."""
     app = make_app(APITASK_MAX_WORKERS=3, APITASK_TIMEOUT=PATIENCE)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import http.client
+import json
 import select
 import signal
 import socket
@@ -296,7 +297,12 @@ def test_a_task_that_fails(site: Site) -> None:
     """It leaves the response and the other task alone, and is logged once."""
     assert site.get("/fail/fail") == (200, "fail")
     assert "fail" in site.done()
-    assert site.server.output().count("Task 'servers_app.fail' failed after") == 1
+    assert (
+        site.server.output().count(
+            "Task 'servers_app.fail' of GET /fail/<name> failed after"
+        )
+        == 1
+    )
     assert site.server.output().count("LookupError: on purpose") == 1
 
 
@@ -337,6 +343,18 @@ def test_a_body_that_a_task_reads(site: Site) -> None:
         assert ask(client, "POST", "/body/body", content) == (200, "body")
 
     assert f"body {hashlib.sha256(content).hexdigest()}" in site.done()
+
+
+def test_what_is_bound_to_a_thread(site: Site) -> None:
+    """A view and its tasks never share it, and no task leaves any for a request."""
+    if site.kind.inline:
+        pytest.skip("this server lets no thread run but that of the request")
+
+    for name in map(str, range(10)):
+        answer = json.loads(site.get(f"/isolated/{name}").text)
+        assert answer["found"] == {}
+        assert answer["kept"] == {"owner": name}
+        assert {"owner": name} not in answer["seen"]
 
 
 def test_requests_that_wait_at_once(site: Site) -> None:
@@ -437,7 +455,7 @@ def test_a_client_that_goes_with_the_answer_first(first: Site) -> None:
 def test_a_task_that_fails_with_the_answer_first(first: Site) -> None:
     """Its failure is logged once, though the request is over."""
     assert first.get("/fail/fail") == (200, "fail")
-    failure = "Task 'servers_app.fail' failed after"
+    failure = "Task 'servers_app.fail' of GET /fail/<name> failed after"
     wait_until(lambda: failure in first.server.output() and "fail" in first.done())
     assert first.server.output().count(failure) == 1
 

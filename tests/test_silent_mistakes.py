@@ -39,6 +39,7 @@ WITHOUT = (
 
 
 def find_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the texts of the log, which has nothing above a warning."""
     assert all(record.levelno <= logging.WARNING for record in caplog.records)
     return caplog.messages
 
@@ -137,10 +138,12 @@ def test_unknown_key(
 
 
 def set_colour(colour: str) -> None:
+    """Write to the session."""
     session["colour"] = colour
 
 
 def count_up() -> int:
+    """Change a list in the session."""
     session["counts"].append(len(session["counts"]))
     session.modified = True
     return len(session["counts"])
@@ -358,10 +361,12 @@ def test_session_before_flask_3_1_3(make_app: AppFactory) -> None:
 
 
 def generate() -> cabc.Iterator[int]:
+    """Return a generator instead of doing the work."""
     yield 1
 
 
 async def generate_async() -> cabc.AsyncIterator[int]:
+    """Return an async generator instead of doing the work."""
     yield 1
 
 
@@ -414,6 +419,7 @@ def test_wrong_arguments(
 
 
 def pass_on(event: threading.Event) -> str:
+    """Wait for an event."""
     assert event.wait(PATIENCE)
     return "done"
 

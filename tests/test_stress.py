@@ -13,13 +13,13 @@ import typing as t
 import pytest
 from conftest import PATIENCE
 from conftest import wait_until
+from scopes import ALLOW_FORK
+from scopes import forks
 from stress_load import Load
 from stress_load import POOL_SIZE
-from test_threads import ALLOW_FORK
-from test_threads import forks
 
 if t.TYPE_CHECKING:
-    from flask_apitask.threads import Threads
+    from flask_apitask.executor.pool import ThreadPool
 
 pytestmark = pytest.mark.stress
 
@@ -29,14 +29,13 @@ TESTS = pathlib.Path(__file__).parent
 def expect_rest(load: Load) -> None:
     """Expect that no pool has more threads than it may, and that all of them sleep."""
     for app in load.apps:
-        threads = app.extensions["apitask"].threads
-        wait_until(functools.partial(is_at_rest, threads))
+        wait_until(functools.partial(is_at_rest, app.extensions["apitask"].pool))
 
 
-def is_at_rest(threads: Threads) -> bool:
-    return repr(threads) == (
-        f"<Threads size={POOL_SIZE} threads={POOL_SIZE} asleep={POOL_SIZE} overdue=0>"
-    )
+def is_at_rest(pool: ThreadPool) -> bool:
+    """Return whether a pool has nothing to do."""
+    nothing_left = not (pool._busy or pool._abandoned or pool._waiting)
+    return nothing_left and len(pool._idle) <= POOL_SIZE
 
 
 def run_load(script: str, *options: str) -> str:
@@ -106,10 +105,10 @@ def test_fork_in_the_middle() -> None:
         load.begin()
 
         def has_own_threads():
-            pools = [app.extensions["apitask"].threads for app in load.apps]
+            pools = [app.extensions["apitask"].pool for app in load.apps]
             names = [thread.name for thread in threading.enumerate()]
             alive = sum(name.startswith("apitask_") for name in names)
-            return 0 < alive == sum(len(pool._workers) for pool in pools)
+            return 0 < alive == sum(len(pool._idle) for pool in pools)
 
         def follow():
             signal.alarm(15)
@@ -158,16 +157,30 @@ def test_fork_in_the_middle() -> None:
 
 
 def test_exit_in_the_middle() -> None:
-    """What is queued, runs or is submitted while the interpreter exits is done."""
+    """What is queued, runs or is submitted while the interpreter exits is done.
+
+    At most one WARNING of each pool says that there are no threads any more.
+    """
     printed = run_load("""
-        import atexit, threading, time
+        import atexit, logging, threading, time
+
+        class Counting(logging.Handler):
+            count = 0
+
+            def emit(self, record):
+                self.count += 1
 
         def work(start):
             for number in range(start, 150, 10):
                 load.make_request(number)
 
+        def finish():
+            print("balanced", load.balance().tasks > 500, warnings.count <= 3)
+
+        warnings = Counting()
+        logging.getLogger("flask_apitask").addHandler(warnings)
         # Called when all threads are done but those of the pools.
-        atexit.register(lambda: print("balanced", load.balance().tasks > 500))
+        atexit.register(finish)
 
         for start in range(10):
             threading.Thread(target=work, args=(start,)).start()
@@ -176,4 +189,4 @@ def test_exit_in_the_middle() -> None:
         while len(load.outcomes) < 100:
             time.sleep(0)
         """)
-    assert printed == "balanced True\n"
+    assert printed == "balanced True True\n"

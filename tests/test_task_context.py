@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
+import inspect
 import threading
 import time
 import typing as t
@@ -31,14 +31,11 @@ from flask_apitask import wait
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
+    from concurrent.futures import Future
 
     from conftest import AppFactory
 
 color: contextvars.ContextVar[str] = contextvars.ContextVar("color", default="none")
-
-
-class OutOfTheTree(BaseException):
-    """An exception that no "except Exception" catches, like gevent's Timeout."""
 
 
 class Signals:
@@ -56,6 +53,7 @@ class Signals:
 
 @pytest.fixture
 def signals() -> cabc.Iterator[Signals]:
+    """Return what is sent in a test."""
     signals = Signals()
 
     with (
@@ -65,150 +63,6 @@ def signals() -> cabc.Iterator[Signals]:
         yield signals
 
     signals.sent.clear()
-
-
-def fail(error: BaseException) -> None:
-    raise error
-
-
-@pytest.mark.parametrize("threads", [True, False])
-@pytest.mark.parametrize(
-    "error_type",
-    [
-        ValueError,
-        SystemExit,
-        KeyboardInterrupt,
-        GeneratorExit,
-        asyncio.CancelledError,
-        OutOfTheTree,
-    ],
-)
-def test_failing_task(
-    make_app: AppFactory,
-    caplog: pytest.LogCaptureFixture,
-    error_type: type[BaseException],
-    threads: bool,
-) -> None:
-    """A task that raises anything at all is contained, and logged (behaviour 11)."""
-    app = make_app() if threads else make_late(make_app())
-    error = error_type()
-    done: list[str] = []
-    futures = []
-
-    @app.get("/")
-    def index() -> str:
-        futures.append(run(fail, error))
-        run(done.append, "second")
-        run(done.append, "third")
-        return "ok"
-
-    response = app.test_client().get("/")
-
-    assert (response.status_code, response.text) == (200, "ok")
-    assert sorted(done) == ["second", "third"]
-    assert futures[0].exception(0) is error
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-    record: t.Any = caplog.records[0]
-    assert record.name == app.logger.name
-    assert record.exc_info[1] is error
-    assert record.action == "apitask"
-    assert record.task_name == f"{__name__}.fail"
-    assert record.endpoint == "index"
-    assert 0 <= record.duration < PATIENCE
-    assert record.getMessage().startswith(f"Task '{__name__}.fail' failed after 0.")
-
-
-def test_failing_task_outside_of_a_request(
-    make_app: AppFactory, caplog: pytest.LogCaptureFixture
-) -> None:
-    """In a command, a failing task is logged without endpoint (behaviour 11)."""
-    app = make_app()
-
-    with app.app_context(), open_scope():
-        run(fail, ValueError())
-
-    record: t.Any = caplog.records[0]
-    assert len(caplog.records) == 1
-    assert record.endpoint is None
-
-
-def test_view_gets_the_exception_if_it_asks(
-    make_app: AppFactory, caplog: pytest.LogCaptureFixture
-) -> None:
-    """future.result() raises in the view what the task did; it is logged once."""
-    app = make_app()
-
-    @app.get("/")
-    def index() -> str:
-        with pytest.raises(ZeroDivisionError):
-            run(divmod, 1, 0).result(PATIENCE)
-
-        return "ok"
-
-    assert app.test_client().get("/").status_code == 200
-    assert len(caplog.records) == 1
-
-
-class BrokenHandler(logging.Handler):
-    """A handler that raises, as one that writes to a network may."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        raise OSError("no log today")
-
-
-@pytest.fixture
-def broken_log(make_app: AppFactory) -> cabc.Iterator[None]:
-    logger = make_app().logger
-    handler = BrokenHandler()
-    logger.addHandler(handler)
-    yield
-    logger.removeHandler(handler)
-
-
-def test_logging_that_fails(make_app: AppFactory, broken_log: None) -> None:
-    """A log that can't be written leaves response and tasks alone (behaviour 11)."""
-    app = make_app()
-    error = ValueError()
-    done: list[str] = []
-    futures = []
-
-    @app.get("/")
-    def index() -> str:
-        futures.append(run(fail, error))
-        run(done.append, "task")
-        return "ok"
-
-    assert app.test_client().get("/").status_code == 200
-    assert done == ["task"]
-    raised = futures[0].exception(0)
-    assert raised is error or (raised is not None and raised.__context__ is error)
-
-
-def test_receiver_that_fails(
-    make_app: AppFactory, caplog: pytest.LogCaptureFixture, signals: Signals
-) -> None:
-    """A receiver that raises is logged, and its task runs (behaviour 11)."""
-    app = make_late(make_app())
-    done: list[str] = []
-
-    def broken(sender: Flask, **fields: t.Any) -> None:
-        raise LookupError("receiver")
-
-    with (
-        task_started.connected_to(broken),
-        task_finished.connected_to(broken),
-        app.test_request_context(),
-    ):
-        future = run(done.append, "task")
-        wait()
-
-    assert future.exception(0) is None
-    assert done == ["task"]
-    assert [record.getMessage() for record in caplog.records] == [
-        "A receiver of the signal 'task-started' failed.",
-        "A receiver of the signal 'task-finished' failed.",
-    ]
-    assert all(record.exc_info for record in caplog.records)
 
 
 def test_task_has_a_g_of_its_own(make_app: AppFactory) -> None:
@@ -228,16 +82,16 @@ def test_task_has_a_g_of_its_own(make_app: AppFactory) -> None:
         assert g.request == "request"
 
 
-@pytest.mark.parametrize("threads", [True, False])
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("fails", [True, False])
 def test_teardown_functions_of_a_task(
     make_app: AppFactory,
     caplog: pytest.LogCaptureFixture,
-    threads: bool,
+    late: bool,
     fails: bool,
 ) -> None:
     """A task's end calls teardown_appcontext, not teardown_request (behaviour 12)."""
-    app = make_app() if threads else make_late(make_app())
+    app = make_late(make_app()) if late else make_app()
     events: list[t.Any] = []
 
     @app.teardown_appcontext
@@ -274,38 +128,6 @@ def test_teardown_functions_of_a_task(
     ]
 
 
-def test_what_is_bound_to_a_thread(make_app: AppFactory) -> None:
-    """What a task opens for its thread can be closed at its end (behaviour 12).
-
-    Also on the thread of the request, which has closed its own before the wait.
-    """
-    app = make_late(make_app())
-    connection = threading.local()
-    found: list[bool] = []
-
-    def connect() -> None:
-        found.append(hasattr(connection, "open"))
-        connection.open = True
-
-    @app.teardown_request
-    @app.teardown_appcontext
-    def close(exc: BaseException | None) -> None:
-        vars(connection).pop("open", None)
-
-    app.before_request(connect)
-
-    @app.get("/")
-    def index() -> str:
-        run(connect)
-        run(connect)
-        return "ok"
-
-    for _ in range(2):
-        app.test_client().get("/")
-
-    assert found == [False] * 6
-
-
 def test_teardown_function_that_fails(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -331,38 +153,51 @@ def test_teardown_function_that_fails(
     assert len(caplog.records) == 1
 
 
-def test_flask_works_in_a_task(make_app: AppFactory) -> None:
-    """current_app, request, session, url_for and templates do (behaviour 13)."""
-    app = make_app(SECRET_KEY="test")
+@pytest.mark.parametrize("waits", ["teardown", "close"])
+def test_flask_works_in_a_task(make_app: AppFactory, waits: str) -> None:
+    """current_app, request, session, url_for and templates do (behaviour 13).
 
-    def work() -> list[object]:
-        return [
-            current_app._get_current_object(),  # type: ignore[attr-defined]
-            request.method,
-            request.path,
-            request.args["q"],
-            request.endpoint,
-            session["user"],
-            url_for("index", _external=True),
-            render_template_string("{{ request.path }} {{ session.user }}"),
-        ]
+    Also after the request's own end.
+    """
+    app = make_late(make_app(APITASK_WAIT=waits, SECRET_KEY="secret"))
+    futures: list[Future[t.Any]] = []
 
-    @app.get("/index")
-    def index() -> str:
-        session["user"] = "me"
-        assert run(work).result(PATIENCE) == [
-            app,
-            "GET",
-            "/index",
-            "1",
-            "index",
-            "me",
-            "http://localhost/index",
-            "/index me",
-        ]
+    def work() -> dict[str, object]:
+        return {
+            "app": current_app._get_current_object(),  # type: ignore[attr-defined]
+            "g": list(g),
+            "request": (request.method, request.path, request.view_args),
+            "endpoint": request.endpoint,
+            "args": request.args["q"],
+            "headers": request.headers["X-Id"],
+            "json": request.json,
+            "session": dict(session),
+            "url": url_for("index", name="y", _external=True),
+            "template": render_template_string("{{ request.path }} {{ session.user }}"),
+        }
+
+    @app.post("/path/<name>")
+    def index(name: str) -> str:
+        g.who = "request"
+        session["user"] = "ann"
+        assert request.json == {"number": 7}
+        futures.append(run(work))
         return "ok"
 
-    assert app.test_client().get("/index?q=1").status_code == 200
+    client = app.test_client()
+    client.post("/path/x?q=1", json={"number": 7}, headers={"X-Id": "9"}, buffered=True)
+    assert futures[0].result(0) == {
+        "app": app,
+        "g": [],
+        "request": ("POST", "/path/x", {"name": "x"}),
+        "endpoint": "index",
+        "args": "1",
+        "headers": "9",
+        "json": {"number": 7},
+        "session": {"user": "ann"},
+        "url": "http://localhost/path/y",
+        "template": "/path/x ann",
+    }
 
 
 def test_task_of_a_command_has_no_request(make_app: AppFactory) -> None:
@@ -376,10 +211,10 @@ def test_task_of_a_command_has_no_request(make_app: AppFactory) -> None:
         assert run(work).result(PATIENCE) == (app.name, False)
 
 
-@pytest.mark.parametrize("threads", [True, False])
-def test_context_variables(make_app: AppFactory, threads: bool) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_context_variables(make_app: AppFactory, late: bool) -> None:
     """A task has the variables as they were at run(); its own stay (behaviour 13)."""
-    app = make_app() if threads else make_late(make_app())
+    app = make_late(make_app()) if late else make_app()
 
     def work() -> str:
         found = color.get()
@@ -455,6 +290,36 @@ def test_run_in_a_task_is_a_plain_call(
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_done_callback_finds_what_a_task_does(make_app: AppFactory, late: bool) -> None:
+    """A context of its own, the request and the variables of the task (case 27)."""
+    app = make_late(make_app()) if late else make_app()
+    found: list[object] = []
+
+    def note(future: Future[int]) -> None:
+        found.append((current_app.name, request.path, list(g), color.get()))
+        found.append(current_scope())
+        found.append(run(threading.get_ident).result(0) == threading.get_ident())
+        g.who = "callback"
+        color.set("the callback's")
+
+    @app.get("/path")
+    def index() -> str:
+        color.set("red")
+        g.who = "request"
+        future = run(int)
+        color.set("blue")
+        future.add_done_callback(note)
+        future.result(PATIENCE)
+        wait()
+        future.add_done_callback(note)
+        return f"{g.who} {color.get()}"
+
+    response = contextvars.copy_context().run(app.test_client().get, "/path")
+    assert response.text == "request blue"
+    assert found == [(app.name, "/path", [], "red"), None, True] * 2
+
+
 def test_open_scope_in_a_task(make_app: AppFactory) -> None:
     """A task may open a scope: no cap makes it wait for ever (behaviour 14)."""
     app = make_app(APITASK_MAX_WORKERS=1, APITASK_POOL_SIZE=1)
@@ -487,7 +352,7 @@ def test_async_task_runs_through_ensure_sync(in_request: bool) -> None:
 
     class OwnFlask(Flask):
         def ensure_sync(self, func: cabc.Callable[..., t.Any]) -> t.Any:
-            if asyncio.iscoroutinefunction(func):
+            if inspect.iscoroutinefunction(func):
                 used.append(func)
 
             return super().ensure_sync(func)
@@ -628,9 +493,9 @@ def test_child_is_the_first_to_run_a_task(make_app: AppFactory) -> None:
 
 
 def test_async_task_in_an_async_view(make_app: AppFactory) -> None:
-    """An async task of an async view runs where it is waited for (behaviour 15).
+    """An async task of an async view has an event loop of its own (behaviour 15).
 
-    The wait may be on the thread of a running event loop, which helps.
+    The wait may be on the thread of a loop that runs.
     """
     app = make_late(make_app())
     futures = []
@@ -711,10 +576,10 @@ def test_threads_come_back(
         assert run(threading.get_ident).result(PATIENCE) != threading.get_ident()
 
 
-@pytest.mark.parametrize("how", ["thread", "helped", "inline"])
+@pytest.mark.parametrize("how", ["thread", "inline"])
 def test_signals(make_app: AppFactory, signals: Signals, how: str) -> None:
     """Both signals are sent around a task, with times in order."""
-    app = make_late(make_app()) if how == "helped" else make_app()
+    app = make_app()
 
     @task("mailer.welcome")
     def work() -> int:
@@ -722,17 +587,8 @@ def test_signals(make_app: AppFactory, signals: Signals, how: str) -> None:
 
     before = time.monotonic()
 
-    if how == "inline":
-        with app.app_context():
-            thread = run(work).result(0)
-    else:
-        with app.test_request_context():
-            future = run(work)
-
-            if how == "thread":
-                future.result(PATIENCE)
-
-        thread = future.result(0)
+    with app.test_request_context() if how == "thread" else app.app_context():
+        thread = run(work).result(PATIENCE)
 
     after = time.monotonic()
     (first, started), (second, finished) = signals.sent

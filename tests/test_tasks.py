@@ -7,22 +7,24 @@ import typing as t
 import pytest
 
 from flask_apitask import task
-from flask_apitask.tasks import make_callable
-from flask_apitask.tasks import task_name
+from flask_apitask.executor.task import make_callable
+from flask_apitask.executor.task import task_name
 
 
-def plain() -> None: ...
+def plain() -> None:
+    """Have no name but its own."""
 
 
 @task("mailer.named")
 def named(number: int = 0) -> int:
+    """Return a number."""
     return number
 
 
 class Welcome:
-    """A task object, a home of methods, and a class that can be called."""
+    """A task object, and a home of methods."""
 
-    name = "mailer.welcome"
+    name: object = "mailer.welcome"
 
     def run(self) -> str:
         return "sent"
@@ -53,10 +55,39 @@ class CallerWithName(Caller):
     name = "not this one"
 
 
-def make_local() -> t.Any:
-    def local() -> None: ...
+NAMES: list[tuple[t.Any, str]] = [
+    (plain, "test_tasks.plain"),
+    (named, "mailer.named"),
+    (lambda: None, "test_tasks.<lambda>"),
+    (Welcome().method, "test_tasks.Welcome.method"),
+    (Welcome().named_method, "mailer.method"),
+    (Welcome.named_method, "mailer.method"),
+    (Welcome.static, "test_tasks.Welcome.static"),
+    (Welcome.of_class, "test_tasks.Welcome.of_class"),
+    (Welcome, "test_tasks.Welcome"),
+    (Caller(), "test_tasks.Caller"),
+    (CallerWithName(), "mailer.caller"),
+    (functools.partial(plain), "test_tasks.plain"),
+    (functools.partial(functools.partial(named), 1), "mailer.named"),
+    (functools.partial(Caller(), 1), "test_tasks.Caller"),
+    (task("partial")(functools.partial(named)), "partial"),
+    (functools.lru_cache(plain), "test_tasks.plain"),
+    (functools.wraps(named)(lambda: None), "mailer.named"),
+    (print, "builtins.print"),
+    (operator.attrgetter("id"), "operator.attrgetter"),
+    # A method of a built-in type has no module.
+    ([].append, "list.append"),
+    (str.upper, "str.upper"),
+    (dict.fromkeys, "dict.fromkeys"),
+    (functools.partial("".join, ""), "str.join"),
+]
 
-    return local
+
+def test_names() -> None:
+    """A task has the name it was given, or that of the code it is, and stays itself."""
+    for fn, name in NAMES:
+        assert task_name(fn) == name
+        assert make_callable(fn) is fn
 
 
 def test_task_returns_the_function_itself() -> None:
@@ -88,97 +119,26 @@ def test_task_that_takes_no_name(fn: t.Any) -> None:
         task("any.name")(fn)
 
 
-def test_names() -> None:
-    """A task has the name it was given, or that of the code it is."""
-    names: list[tuple[t.Any, str]] = [
-        (plain, "test_tasks.plain"),
-        (named, "mailer.named"),
-        (make_local(), "test_tasks.make_local.<locals>.local"),
-        (lambda: None, "test_tasks.test_names.<locals>.<lambda>"),
-        (Welcome().method, "test_tasks.Welcome.method"),
-        (Welcome().named_method, "mailer.method"),
-        (Welcome.named_method, "mailer.method"),
-        (Welcome.static, "test_tasks.Welcome.static"),
-        (Welcome.of_class, "test_tasks.Welcome.of_class"),
-        (Welcome, "test_tasks.Welcome"),
-        (Caller(), "test_tasks.Caller"),
-        (CallerWithName(), "mailer.caller"),
-        (functools.partial(plain), "test_tasks.plain"),
-        (functools.partial(named, 1), "mailer.named"),
-        (functools.partial(functools.partial(named), 1), "mailer.named"),
-        (functools.partial(Caller(), 1), "test_tasks.Caller"),
-        (task("partial")(functools.partial(named)), "partial"),
-        (functools.lru_cache(plain), "test_tasks.plain"),
-        (functools.wraps(named)(lambda: None), "mailer.named"),
-        (print, "builtins.print"),
-        (operator.attrgetter("id"), "operator.attrgetter"),
-    ]
-
-    for callable_, name in names:
-        assert task_name(callable_) == name
+@pytest.mark.parametrize("name", ["mailer.welcome", 7])
+def test_task_object_is_run_by_its_name(name: object) -> None:
+    """Of an object with a name and ``run``, the method is called; names are text."""
+    welcome = Welcome()
+    welcome.name = name
+    run = make_callable(welcome)
+    assert task_name(run) == str(name)
+    assert run() == "sent"
 
 
-def test_names_of_methods_written_in_c() -> None:
-    """A method of a built-in type has no module, and is a task all the same."""
-    numbers: list[int] = []
-    names: list[tuple[t.Any, str]] = [
-        (numbers.append, "list.append"),
-        ("a".upper, "str.upper"),
-        (str.upper, "str.upper"),
-        (dict.fromkeys, "dict.fromkeys"),
-        (functools.partial(numbers.append, 1), "list.append"),
-    ]
-
-    for method, name in names:
-        assert task_name(method) == name
+NO_TASKS: list[object] = [
+    None,
+    "mailer.welcome",
+    type("NoRun", (), {"name": "x"})(),
+    type("NoName", (), {"run": plain})(),
+    type("RunIsNoMethod", (), {"name": "x", "run": True})(),
+]
 
 
-def test_callable_is_what_it_is() -> None:
-    """Whatever can be called is the task, and called as it is."""
-    for good in [plain, Caller(), Welcome, functools.partial(plain), print]:
-        assert make_callable(good) is good
-
-
-def test_task_object_is_run_by_its_name() -> None:
-    """Of an object with a name and ``run``, the method is called."""
-    welcome = make_callable(Welcome())
-    assert task_name(welcome) == "mailer.welcome"
-    assert welcome() == "sent"
-
-
-def test_name_of_a_task_object_is_text() -> None:
-    """Whatever the name of a task object is, logs and signals get text."""
-
-    class Numbered:
-        name = 7
-
-        def run(self) -> None: ...
-
-    assert task_name(make_callable(Numbered())) == "7"
-
-
-class NoRun:
-    """It has a name, and nothing that runs."""
-
-    name = "x"
-
-
-class NoName:
-    """It runs, and has no name."""
-
-    def run(self) -> None: ...
-
-
-class RunIsNoMethod:
-    """Its ``run`` can't be called."""
-
-    name = "x"
-    run = True
-
-
-@pytest.mark.parametrize(
-    "bad", [None, 3, "mailer.welcome", NoRun(), NoName(), RunIsNoMethod()]
-)
+@pytest.mark.parametrize("bad", NO_TASKS)
 def test_what_is_no_task_is_refused(bad: object) -> None:
     """The error shows what was given, and the likely mistake."""
     with pytest.raises(TypeError) as caught:

@@ -2,27 +2,12 @@ from __future__ import annotations
 
 import sys
 import types
-import typing as t
 
 import pytest
-from conftest import wait_until
-from mailbox_server import Mailbox
-from smtp_servers import make_envelope
+from scopes import make_scope
+from scopes import nothing
 
-from flask_apitask.mail.envelope import Server
-from flask_apitask.mail.pool import ConnectionPool
-from flask_apitask.uwsgi import threads_go_on
-
-if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
-
-@pytest.fixture(autouse=True)
-def other_process() -> cabc.Iterator[None]:
-    """Have the test look for itself, and leave nothing of what it found."""
-    threads_go_on.cache_clear()
-    yield
-    threads_go_on.cache_clear()
+from flask_apitask.executor.pool import threads_enabled
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> None:
@@ -32,53 +17,31 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> None:
     monkeypatch.setitem(sys.modules, "uwsgi", server)
 
 
-def test_other_servers(caplog: pytest.LogCaptureFixture) -> None:
-    """Where there is no uWSGI, threads go on."""
+def test_threads_run() -> None:
+    """Threads run where there is no uWSGI."""
     assert "uwsgi" not in sys.modules
-    assert threads_go_on()
-    assert not caplog.records
+    assert threads_enabled()
 
 
 @pytest.mark.parametrize("attributes", [{"has_threads": 1}, {}])
-def test_threads(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    attributes: dict[str, object],
+def test_threads_run_in_uwsgi(
+    monkeypatch: pytest.MonkeyPatch, attributes: dict[str, object]
 ) -> None:
-    """Threads go on, unless uWSGI says that they do not."""
+    """And in uWSGI, unless it says that they do not."""
     stand_in(monkeypatch, **attributes)
-    assert threads_go_on()
-    assert not caplog.records
+    assert threads_enabled()
 
 
-def test_no_threads(
+def test_tasks_run_inline_without_threads(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One WARNING says what is the matter and what to do, however often it is asked."""
+    """One WARNING says what is the matter and what to do."""
     stand_in(monkeypatch, has_threads=0)
-    assert not threads_go_on()
-    assert not threads_go_on()
+
+    with make_scope() as scope:
+        for _ in range(3):
+            assert scope.submit(nothing).done()
+
     (record,) = caplog.records
-    assert (record.name, record.levelname) == ("flask_apitask.uwsgi", "WARNING")
+    assert (record.name, record.levelname) == ("flask_apitask", "WARNING")
     assert "enable-threads = true" in record.getMessage()
-
-
-@pytest.mark.parametrize("has_threads", [0, 1])
-def test_connections(monkeypatch: pytest.MonkeyPatch, has_threads: int) -> None:
-    """None is kept where no thread could close it in time."""
-    stand_in(monkeypatch, has_threads=has_threads)
-
-    with Mailbox() as mailbox:
-        pool = ConnectionPool(Server("127.0.0.1", mailbox.port), keepalive=60)
-
-        with pool.connection() as connection:
-            connection.send(make_envelope("order"))
-
-        assert len(mailbox.messages) == 1
-
-        if has_threads:
-            assert len(mailbox.transports) == 1
-        else:
-            wait_until(lambda: not mailbox.transports)
-
-        pool.close()

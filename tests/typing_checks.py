@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections.abc as cabc
 import typing as t
-from concurrent.futures import Future
 
 from typing_extensions import assert_type
 
@@ -19,8 +18,11 @@ from flask_apitask import run
 from flask_apitask import scoped
 from flask_apitask import task
 from flask_apitask import TaskScope
+from flask_apitask.executor.future import TaskFuture
 
 if t.TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from flask import Flask
 
 
@@ -45,11 +47,18 @@ class Count:
 
 
 def results_keep_their_types() -> None:
-    assert_type(run(double, 1), Future[int])
+    assert_type(run(double, 1), TaskFuture[int])
+    future: Future[int] = run(double, 1)
+    assert_type(future.result(), int)
     assert_type(run(double, 1, times=2).result(), int)
-    assert_type(run(half, 3), Future[float])
-    assert_type(run(fetch, "a"), Future[bytes])
-    assert_type(run(Count()), Future[int])
+    assert_type(run(half, 3), TaskFuture[float])
+    assert_type(run(fetch, "a"), TaskFuture[bytes])
+    assert_type(run(Count()), TaskFuture[int])
+
+
+async def results_can_be_awaited() -> None:
+    assert_type(await run(half, 3), float)
+    assert_type(await run(fetch, "a"), bytes)
 
 
 def arguments_are_checked() -> None:
@@ -89,5 +98,5 @@ def scopes_are_executors(app: Flask) -> None:
 
     with open_scope(max_workers=1) as scope:
         assert_type(scope, TaskScope)
-        assert_type(scope.submit(double, 1), Future[int])
+        assert_type(scope.submit(double, 1), TaskFuture[int])
         assert_type(scope.map(double, [1, 2]), cabc.Iterator[int])

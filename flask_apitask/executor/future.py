@@ -40,7 +40,7 @@ class TaskFuture(concurrent.futures.Future[T]):
 
     # Its place among the tasks of its scope, from 1.
     index = 0
-    # The identifier of the thread that runs the task.
+    # The identifier of the thread that runs the task, or its done callbacks.
     thread = 0
 
     def __init__(
@@ -77,7 +77,7 @@ class TaskFuture(concurrent.futures.Future[T]):
     def add_done_callback(self, fn: Callback) -> None:
         """Have a function called with this future once the task is done.
 
-        Whichever thread calls it, it finds what a task finds: an app context of its
+        It runs where a task may run, and finds what a task finds: an app context of its
         own, and the task's request and context variables. What it raises is logged.
         """
         runner, context = self._runner, self._context
@@ -109,11 +109,14 @@ class TaskFuture(concurrent.futures.Future[T]):
         except BaseException as error:
             self._work = self._scope = None
             self.set_exception(error)
+            self.thread = 0
             # The traceback refers to this frame: no cycle from it to the exception.
             del self
         else:
             self._work = self._scope = None
             self.set_result(result)
+            # Another thread may have this identifier later on.
+            self.thread = 0
 
     @property
     def task_name(self) -> str:

@@ -26,13 +26,13 @@ class Worker:
     :param extra: It was started beyond the pool's size, for a scope that is waited for.
     """
 
-    __slots__ = ("arrived", "awake", "extra", "retired", "scope", "thread")
+    __slots__ = ("awake", "extra", "retired", "scope", "thread")
 
-    def __init__(self, extra: bool) -> None:
-        # The worker sleeps by acquiring this lock once more, and is woken by a release.
+    def __init__(self, extra: bool = False) -> None:
+        # The worker sleeps by acquiring this lock once more, and is woken by a release:
+        # for the first time when its start has succeeded.
         self.awake: threading.Lock = threading.Lock()
         self.awake.acquire()
-        self.arrived: bool = False
         self.extra: bool = extra
         self.retired: bool = False
         self.scope: TaskScope | None = None
@@ -51,9 +51,9 @@ class ThreadPool:
     Guarantees:
 
     1.  A scope that asked for a thread gets one, or learns at once that there is none.
-    2.  At most ``size`` threads are busy or idle, not counting those that were started
-        for a scope that is waited for (:meth:`expedite`), and as many as were abandoned
-        with a stuck task, up to ``size`` of them (:meth:`abandon`).
+    2.  At most ``size`` threads are busy or idle. Not counted are those started for a
+        scope that is waited for, at most one for each thread that waits, and those
+        abandoned with a stuck task, up to ``size`` of them (:meth:`abandon`).
     3.  A thread keeps nothing of whoever started it, nor of a scope it has served.
 
     What could break it, and what prevents it:
@@ -65,7 +65,8 @@ class ThreadPool:
         release. So the pool is made anew in the child, before anything else runs.
     3.  *Interrupted start.* A Ctrl-C hits :meth:`threading.Thread.start`, and nobody
         can say whether the thread will come. So it is given up on the spot; should it
-        come after all, it finds that and ends.
+        come after all, it finds that and ends. Until its start has succeeded, it does
+        nothing.
 
     :param size: The most threads, apart from the exceptions above.
     """
@@ -75,6 +76,8 @@ class ThreadPool:
         self._numbers = itertools.count()
         # How often this process and those before it have forked.
         self.generation = 0
+        # Whether the last tasks took less time than it takes to wake a few threads.
+        self.tasks_are_small = True
         self.reset()
         _pools.add(self)
 
@@ -88,37 +91,40 @@ class ThreadPool:
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._abandoned: set[Worker] = set()
+        # Why no thread was to be had the last time, and what was said of that.
+        self._refusal = ""
         self._warned: set[str] = set()
         self._closed = False
 
-    def request(self, scope: TaskScope, *, extra: bool = False) -> bool:
+    def request(self, scope: TaskScope) -> bool:
         """Have a thread serve a scope as soon as one is free.
 
-        :param extra: Start another thread rather than wait for a free one.
+        If none is, and the scope is waited for, another one is started.
+
         :return: ``False`` if the system gives no thread, so none will come.
         """
         with self._lock:
-            worker = self._find_worker(extra)
+            worker = self._find_worker()
+
+            if worker is None and not self._closed:
+                self._waiting.append(scope)
+
+                # Only now: a thread that begins to wait looks in the other order.
+                if not self._is_urgent(scope):
+                    return True
+
+                self._waiting.pop()
+                worker = Worker(extra=True)
 
             if worker is not None:
                 worker.scope = scope
                 self._busy.add(worker)
-            elif not self._closed:
-                self._waiting.append(scope)
-                return True
 
         if worker is None:
-            self._warn("the process is about to exit.")
+            self._refusal = "the process is about to exit."
             return False
 
         return self._wake(worker)
-
-    def expedite(self, scope: TaskScope) -> bool:
-        """Let a scope queue no longer for a free thread, but start another one.
-
-        :return: ``False`` if the system gives none.
-        """
-        return not self.withdraw(scope, 1) or self.request(scope, extra=True)
 
     def withdraw(self, scope: TaskScope, most: int | None = None) -> bool:
         """Drop a scope's requests that still queue, and return whether it had one.
@@ -150,12 +156,11 @@ class ThreadPool:
             )
             self._settled.notify_all()
             abandoned = len(self._abandoned)
-            replacements = self._replace()
 
-        for worker, waiting in replacements:
-            if not self._wake(worker):
-                with self._lock:
-                    self._waiting.appendleft(waiting)
+        # Each looks for a scope when it comes. Until then, a thread that begins to wait
+        # finds the scope in the queue.
+        while (worker := self._replace()) is not None and self._wake(worker):
+            pass
 
         return abandoned
 
@@ -173,11 +178,17 @@ class ThreadPool:
             self._idle.clear()
             self._settled.wait_for(lambda: self._busy <= self._abandoned)
 
-    def arrive(self, worker: Worker) -> bool:
-        """Return whether the pool still expects a thread that was just started."""
-        with self._lock:
-            worker.arrived = not worker.retired
-            return worker.arrived
+    def warn(self) -> None:
+        """Say, once for each cause, that tasks run where no thread was to be had."""
+        if self._refusal not in self._warned:
+            self._warned.add(self._refusal)
+            log(
+                _logger,
+                logging.WARNING,
+                "No thread can be had for tasks, so they run one after the other where"
+                " they are started or waited for: %s",
+                self._refusal,
+            )
 
     def work(self, worker: Worker) -> bool:
         """Serve scopes until none waits.
@@ -186,8 +197,11 @@ class ThreadPool:
         """
         scope = worker.scope
 
+        if scope is None:
+            scope = self._next_scope(worker)
+
         while scope is not None:
-            scope.serve("thread", extra=worker.extra)
+            scope.serve("thread")
             # Not kept by this frame while the thread sleeps.
             scope = self._next_scope(worker)
 
@@ -196,10 +210,20 @@ class ThreadPool:
     def _next_scope(self, worker: Worker) -> TaskScope | None:
         """Return the scope that a worker serves next, or put the worker to rest."""
         with self._lock:
+            self._abandoned.discard(worker)
+
+            scope = worker.scope
+
+            # It has queued while this worker still counted as serving it.
+            if scope is not None and worker.extra and scope in self._waiting:
+                self._waiting.remove(scope)
+                return scope
+
             worker.scope = None
             worker.extra = False
-            self._abandoned.discard(worker)
-            surplus = self._count() > self._size
+            # It is not busy if it was given up, if the pool closes, or in a child that
+            # a task has forked.
+            surplus = worker not in self._busy or self._count() > self._size
 
             if self._waiting and not surplus:
                 worker.scope = self._waiting.popleft()
@@ -215,55 +239,57 @@ class ThreadPool:
 
             return None
 
-    def _find_worker(self, extra: bool) -> Worker | None:
+    def _find_worker(self) -> Worker | None:
         """Return an idle worker, or a new one if there may be one. Needs the lock."""
         if self._idle:
             return self._idle.pop()
 
         full = self._count() >= self._size
+        return None if full or self._closed else Worker()
 
-        if self._closed or (full and not extra):
-            return None
+    def _is_urgent(self, scope: TaskScope) -> bool:
+        """Return whether another thread may be started for a scope. Needs the lock."""
+        extra = sum(worker.extra for worker in self._busy if worker.scope is scope)
+        return scope.waiters > extra
 
-        return Worker(extra=full)
+    def _replace(self) -> Worker | None:
+        """Return one more worker if a scope waits and there may be one."""
+        with self._lock:
+            worker = self._find_worker() if self._waiting else None
 
-    def _replace(self) -> list[tuple[Worker, TaskScope]]:
-        """Give scopes that wait the places of abandoned threads. Needs the lock."""
-        replacements = []
+            if worker is not None:
+                self._busy.add(worker)
 
-        while self._waiting and (worker := self._find_worker(extra=False)):
-            worker.scope = scope = self._waiting.popleft()
-            self._busy.add(worker)
-            replacements.append((worker, scope))
-
-        return replacements
+            return worker
 
     def _count(self) -> int:
         """Count the threads that the size limits. Needs the lock."""
-        abandoned = min(len(self._abandoned), self._size)
-        return len(self._busy) + len(self._idle) - abandoned
+        count = len(self._busy) + len(self._idle)
+        return (
+            count - min(len(self._abandoned), self._size) if self._abandoned else count
+        )
 
     def _wake(self, worker: Worker) -> bool:
         """Wake a thread, or start it if it is new, and return whether it comes."""
-        if worker.thread is not None:
-            worker.awake.release()
-            return True
-
         try:
-            self._start(worker)
+            if worker.thread is None:
+                self._start(worker)
         except BaseException as error:
             with self._lock:
-                if not worker.arrived:
-                    worker.retired = True
-                    worker.scope = None
-                    self._busy.discard(worker)
+                worker.scope = None
+                self._busy.discard(worker)
+                self._settled.notify_all()
+
+            # Should it come after all, it ends.
+            worker.awake.release()
 
             if not isinstance(error, RuntimeError):
                 raise
 
-            self._warn(error)
+            self._refusal = str(error)
             return False
 
+        worker.awake.release()
         return True
 
     def _start(self, worker: Worker) -> None:
@@ -286,18 +312,6 @@ class ThreadPool:
         # In an empty context: else it may keep the request that starts it, for good.
         contextvars.Context().run(thread.start)
 
-    def _warn(self, cause: object) -> None:
-        """Say, once for each cause, that tasks have no thread."""
-        if str(cause) not in self._warned:
-            self._warned.add(str(cause))
-            log(
-                _logger,
-                logging.WARNING,
-                "No thread can be had for tasks, so they run one after the other where"
-                " they are started or waited for: %s",
-                cause,
-            )
-
     def __repr__(self) -> str:
         return (
             f"<{type(self).__name__} size={self._size} busy={len(self._busy)}"
@@ -313,13 +327,14 @@ class ThreadPool:
 
 def _work(reference: weakref.ref[ThreadPool], worker: Worker) -> None:
     """Work and sleep in turns. A thread that sleeps does not keep the pool alive."""
-    pool = reference()
-    goes_on = pool is not None and pool.arrive(worker)
-
-    while goes_on and pool is not None and pool.work(worker):
-        del pool
+    while True:
         worker.awake.acquire()
         pool = reference()
+
+        if pool is None or not pool.work(worker):
+            break
+
+        del pool
 
 
 def threads_enabled() -> bool:

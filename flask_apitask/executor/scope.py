@@ -29,6 +29,8 @@ T = t.TypeVar("T")
 # of them. Small tasks are done by then, and waking a thread takes longer than they do.
 # A thread is woken within some 20 us; of a task of 5 ms, this is less than 1 %.
 _HEAD_START: t.Final = 30e-6
+# Seconds up to which a task counts as small: some wake-ups of a thread.
+_SMALL: t.Final = 200e-6
 
 
 class _Barrier:
@@ -100,7 +102,7 @@ class TaskScope(concurrent.futures.Executor):
     3.  *A thread that can't come.* One thread is about to queue the scope at a full
         pool; another begins to wait, and finds nothing queued yet that could be
         expedited. So each looks after it has acted: the one that waits counts itself
-        before it looks for the request, and the one that has made a request looks then
+        before it looks for the request, and the pool queues a request before it looks
         whether somebody waits.
     4.  *Fork.* The child has a copy of the scope, with a lock that nobody may ever
         release, and tasks that run in the parent. So it is closed there, and nobody
@@ -136,9 +138,8 @@ class TaskScope(concurrent.futures.Executor):
         self._requested = 0
         # How many waiting threads have yet to call more threads, if need be.
         self._holding_back = 0
-        # How many threads wait, and how many serve that are beyond the pool's size.
-        self._waiting = 0
-        self._extra = 0
+        # How many threads wait. Read by the pool, without the lock.
+        self.waiters = 0
         self._closed = False
 
     @property
@@ -170,10 +171,13 @@ class TaskScope(concurrent.futures.Executor):
             self._submitted = future.index = self._submitted + 1
             self._unfinished += 1
             self._queue.append(future)
-            lacking = self._claim_threads(1)
+            # Of small tasks, the thread that comes may have done all by the time that
+            # another one is awake. It calls the next thread if it has not.
+            waits = self._requested and self._pool.tasks_are_small
+            lacking = 0 if waits else self._claim_threads(self._max_workers)
 
         try:
-            if lacking and not self._request_threads(1):
+            if lacking and not self._request_threads(lacking):
                 self.serve("inline")
 
             return future
@@ -202,7 +206,7 @@ class TaskScope(concurrent.futures.Executor):
             return
 
         with self._lock:
-            self._waiting += 1
+            self.waiters += 1
 
         try:
             self._expedite()
@@ -248,17 +252,14 @@ class TaskScope(concurrent.futures.Executor):
         if report is not None:
             self._runner.report(report)
 
-    def serve(self, how: How, *, extra: bool = False) -> None:
+    def serve(self, how: How) -> None:
         """Run what is queued, and have another thread come if there is more of it.
 
         Called by the threads of the pool. They come one by one, for as long as there is
         work left for them, as waking a thread may take longer than a task does.
-
-        :param extra: The thread is beyond the pool's size.
         """
         with self._lock:
             self._requested -= how == "thread"
-            self._extra += extra
             future = self._take()
             lacking = 0 if self._holding_back else self._claim_threads(1)
 
@@ -266,13 +267,18 @@ class TaskScope(concurrent.futures.Executor):
             # Whether one comes or not, this one serves the queue.
             self._request_threads(1)
 
+        if how == "inline" and future is not None:
+            self._pool.warn()
+
+        started, count = time.monotonic(), 0
+
         while future is not None:
             future.run(how)
             future = self._finish(future)
+            count += 1
 
-        if extra and not self._forked:
-            with self._lock:
-                self._extra -= 1
+        if count:
+            self._pool.tasks_are_small = (time.monotonic() - started) / count < _SMALL
 
     @property
     def _forked(self) -> bool:
@@ -291,15 +297,15 @@ class TaskScope(concurrent.futures.Executor):
 
             barrier = _Barrier(self._submitted, self._unfinished)
             self._barriers.append(barrier)
-            self._waiting += 1
-            holds_back = len(self._queue) > 1
+            self.waiters += 1
+            holds_back = len(self._queue) > 1 and self._pool.tasks_are_small
             self._holding_back += holds_back
 
         try:
-            self._expedite()
-
             if holds_back:
                 self._give_head_start(barrier)
+            else:
+                self._expedite()
 
             if barrier.remaining:
                 barrier.sleep(timeout)
@@ -309,23 +315,20 @@ class TaskScope(concurrent.futures.Executor):
             self._stop_waiting(barrier)
 
     def _give_head_start(self, barrier: _Barrier) -> None:
-        """Call all threads that there is work for, but not at once."""
+        """Have all threads come that there is work for, but not at once."""
         try:
+            self._expedite()
             barrier.sleep(_HEAD_START)
         finally:
             with self._lock:
                 self._holding_back -= 1
                 lacking = self._claim_threads(self._max_workers)
 
-        self._request_threads(lacking)
+            self._request_threads(lacking)
 
     def _stop_waiting(self, barrier: _Barrier | None = None) -> None:
-        # A task that ran inline may have forked.
-        if self._forked:
-            return
-
         with self._lock:
-            self._waiting -= 1
+            self.waiters -= 1
 
             if barrier is not None:
                 self._barriers.remove(barrier)
@@ -333,19 +336,18 @@ class TaskScope(concurrent.futures.Executor):
     def _expedite(self) -> None:
         """Let no request for a thread queue at the pool while this thread waits."""
         with self._lock:
-            pending = self._requested
             lacking = self._claim_threads(1)
 
-        if lacking:
-            comes = self._request_threads(1)
-        else:
-            comes = not pending or self._pool.expedite(self)
-
-        if not comes:
-            self.serve("inline")
+        # One that queues is made anew: the pool sees now that it is waited for.
+        if lacking or self._pool.withdraw(self, 1):
+            if not self._request_threads(1):
+                self.serve("inline")
 
     def _claim_threads(self, most: int) -> int:
         """Return how many threads to request now, and note that. Needs the lock."""
+        if not self._queue:
+            return 0
+
         free = self._max_workers - len(self._running)
         lacking = max(0, min(most, len(self._queue), free) - self._requested)
         self._requested += lacking
@@ -354,27 +356,22 @@ class TaskScope(concurrent.futures.Executor):
     def _request_threads(self, count: int) -> bool:
         """Request threads that were claimed, and return whether all of them come."""
         try:
-            while count:
-                extra = self._waiting > self._extra
-                comes = self._pool.request(self, extra=extra)
-
-                if self._waiting > self._extra and not extra:
-                    comes = self._pool.expedite(self)
-
-                if not comes:
-                    return False
-
+            while count and self._pool.request(self):
                 count -= 1
-        finally:
-            if count:
-                with self._lock:
-                    self._requested -= count
+        except BaseException:
+            # A Ctrl-C. Other threads may rely on these requests.
+            self._request_threads(count)
+            raise
+
+        if count:
+            with self._lock:
+                self._requested -= count
 
         if self._closed and not self._queue:
             # The scope has ended meanwhile, before a request could be withdrawn.
             self._pool.withdraw(self)
 
-        return True
+        return not count
 
     def _take(self) -> TaskFuture[t.Any] | None:
         """Move the first queued task to the running ones. Needs the lock."""
@@ -389,7 +386,14 @@ class TaskScope(concurrent.futures.Executor):
     def _finish(self, future: TaskFuture[t.Any]) -> TaskFuture[t.Any] | None:
         """Give back the slot of a task that is done, and take the next one."""
         if self._forked:
-            # The task has forked. What else there is to do is for the parent.
+            # The task has forked. What else there is to do is for the parent, and not
+            # waited for in here, where the task may have run inline.
+            self._lock = threading.Lock()
+            self._queue.clear()
+
+            for barrier in self._barriers:
+                barrier.remaining = 0
+
             return None
 
         with self._lock:

@@ -60,14 +60,14 @@ def task(name: str) -> cabc.Callable[[F], F]:
     return decorator
 
 
-def make_callable(task: t.Any) -> cabc.Callable[..., t.Any]:
+def make_callable(task: t.Any) -> t.Any:
     """Return what calls a task: itself, or the ``run`` of a :class:`Task`, by its name.
 
     :raises TypeError: It is neither. The text says what was given, and the likely
         mistake.
     """
     if callable(task):
-        return t.cast("cabc.Callable[..., t.Any]", task)
+        return task
 
     if not (hasattr(task, "name") and callable(getattr(task, "run", None))):
         raise TypeError(

@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from .rerouting import reroute as reroute
+from .flask_mail import reroute as reroute
 
 __all__ = ["reroute"]

@@ -1,30 +1,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import smtplib
 import ssl
-import typing as t
-import weakref
 
 _FOLD = re.compile(r"\r?\n(?=[ \t])")
-_UNFIT = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
-
-# Those in use, by what they trust. To load a trust store takes some 30 ms and, for as
-# long as it is there, most of a megabyte: too much for every pool to have its own.
-_contexts: t.Final[weakref.WeakValueDictionary[bool | str, ssl.SSLContext]] = (
-    weakref.WeakValueDictionary()
-)
+_UNFIT = re.compile(r"[\0\r\n\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
 class Envelope:
     """A rendered message and whom it goes to. Its ``repr`` shows no address.
 
+    :param sender: An address, as all recipients; a display name is dropped.
     :param content: The message as of :rfc:`5322`, with any kind of line ends.
     :param message_id: The ``Message-ID`` header, by which errors name the message.
-    :raises ValueError: There is no recipient, or an address or an option has a control
-        character, which could be taken for a command, or can't be encoded.
+    :raises ValueError: There is no recipient, or an address or an option has a line
+        break, after which a command could follow, or can't be encoded.
     """
 
     sender: str = dataclasses.field(repr=False)
@@ -44,15 +38,16 @@ class Envelope:
         if any(map(_UNFIT.search, (*paths, *self.mail_options, *self.rcpt_options))):
             raise ValueError(
                 f"An address or an option of the message {self.message_id!r} has a line"
-                " break, another control character or a lone surrogate in it."
+                " break, a null character or a lone surrogate in it."
             )
 
-        object.__setattr__(self, "sender", paths[0])
-        object.__setattr__(self, "recipients", tuple(paths[1:]))
+        sender, *recipients = [smtplib.quoteaddr(path)[1:-1] for path in paths]
+        object.__setattr__(self, "sender", sender)
+        object.__setattr__(self, "recipients", tuple(recipients))
 
 
 @dataclasses.dataclass(frozen=True)
-class Server:
+class SMTPSettings:
     """Where mail is handed in, and how. Its ``repr`` shows no credential.
 
     :param port: 0 for the usual one: 25, or 465 with ``use_ssl``.
@@ -96,33 +91,29 @@ class Server:
     def tls_context(self) -> ssl.SSLContext | None:
         """Return the context for connections to this server, ``None`` without TLS.
 
-        It is shared with servers that are trusted for the same reason.
-
         :raises ValueError: The CA file can't be read.
         """
-        if not (self.use_tls or self.use_ssl):
-            return None
+        return load_trust(self.tls_verify) if self.use_tls or self.use_ssl else None
 
-        context = _contexts.get(self.tls_verify)
 
-        if context is None:
-            # Two threads may make one at the same time. Both will do.
-            context = _contexts[self.tls_verify] = self._make_context()
+# To load a trust store takes some 30 ms and most of a megabyte.
+@functools.lru_cache(maxsize=8)
+def load_trust(verify: bool | str) -> ssl.SSLContext:
+    """Return the context that trusts what ``tls_verify`` says, the same for all.
 
-        return context
+    :raises ValueError: The CA file can't be read.
+    """
+    cafile = verify if isinstance(verify, str) else None
 
-    def _make_context(self) -> ssl.SSLContext:
-        cafile = self.tls_verify if isinstance(self.tls_verify, str) else None
+    try:
+        context = ssl.create_default_context(cafile=cafile)
+    except OSError as error:
+        raise ValueError(
+            f"{cafile!r} can't be loaded as a file of CA certificates: {error}."
+        ) from error
 
-        try:
-            context = ssl.create_default_context(cafile=cafile)
-        except OSError as error:
-            raise ValueError(
-                f"{cafile!r} can't be loaded as a file of CA certificates: {error}."
-            ) from error
+    if verify is False:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
 
-        if self.tls_verify is False:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-
-        return context
+    return context

@@ -1,28 +1,65 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
+import collections
+import contextvars
 import logging
+import math
 import os
-import smtplib
+import queue
+import threading
+import time
 import typing as t
-import warnings
 import weakref
 
-from ..executor.pool import threads_enabled
-from .places import Places
-from .smtp import Connection
-from .wire import ConnectionLost
+from ..exceptions import DeliveryError
+from ..log import log
+from .smtp import ConnectionLost
+from .smtp import end_all
+from .smtp import SMTPSession
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+    import typing_extensions as te
+
     from .envelope import Envelope
-    from .envelope import Server
+    from .envelope import SMTPSettings
 
 logger = logging.getLogger(__name__)
 
+# What a server that has enough connections says at these stages, if it says anything.
+_OPENING = {"connect", "greeting", "TLS", "EHLO", "STARTTLS", "AUTH", "MAIL"}
+_ENOUGH = {421, 432, 450, 451, 452, 454}
+# Seconds after which one more connection is tried than the server has allowed.
+_TRY_MORE_AFTER = 30.0
+
+# Guards the state of all pools and of their closer. It is held for list operations and
+# to start a thread, never for I/O.
+_lock = threading.Lock()
 _pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
+
+
+# Guarantees
+#
+# -   At most ``size`` connections are open at once, those that are being closed too.
+# -   Whoever waits longest is served first, and nobody overtakes.
+# -   A connection is used by one thread at a time, and by the process that opened it.
+# -   An idle connection is closed within ``keepalive`` seconds, if its server answers
+#     QUIT at once. Nothing refers to its pool after that.
+#
+# Assumption: SimpleQueue.put() may be called anywhere, a destructor included, as it
+# documents.
+#
+# Races, and what prevents them
+#
+# 1.  The closer finds nothing idle and is about to end; a connection is given back and
+#     sees a closer. It would stay open. So the closer takes its name away under the
+#     lock under which it finds nothing, and the connection starts another one.
+# 2.  A thread that waits is interrupted as a place becomes free. The place would be
+#     lost. So nobody is handed one: it is free, and the first in line takes it.
+# 3.  A thread forks while another one holds the lock, which nobody in the child will
+#     release. So the child gets a lock of its own, before it does anything else.
 
 
 class ConnectionPool:
@@ -36,127 +73,223 @@ class ConnectionPool:
 
     :param size: Most connections that are open at once.
     :param keepalive: Seconds that an idle connection is kept. 0 closes it at the end of
-        the ``with`` block.
-    :raises ValueError: A number is too small, or the server's CA file can't be read.
+        the ``with`` block, unless another thread waits for one.
     """
 
     def __init__(
-        self, server: Server, *, size: int = 4, keepalive: float = 30.0
+        self, settings: SMTPSettings, *, size: int = 4, keepalive: float = 30.0
     ) -> None:
-        # A fork finds the places of its parent here, under another number.
-        self._places: dict[int, Places] = {}
-
-        if size < 1:
-            raise ValueError(f"A pool of {size!r} connections can't send anything.")
-
-        if keepalive < 0:
-            raise ValueError(f"A keepalive of {keepalive!r} s is below 0.")
-
-        self.server = server
+        self.settings = settings
         self.size = size
         self.keepalive = keepalive
-        self._context = server.tls_context()
-        self._local_hostname: str | None = None
+        self.owner: object = None
+        self._told = False
+        self.begin()
         _pools.add(self)
 
-    @contextlib.contextmanager
-    def connection(self) -> cabc.Iterator[Lease]:
-        """Take a connection for a batch of messages, and wait for one if need be.
+    def begin(self) -> None:
+        """Have no connections: in a new pool, and in the child of a fork."""
+        self._freed = threading.Condition(_lock)
+        self._waiting: collections.deque[object] = collections.deque()
+        # What the server allows, as far as is known, and when to try one more.
+        self._limit = self.size
+        self._try_more_at = 0.0
+        # When the server was last heard of.
+        self._heard_at = 0.0
+        # Each has a place, open or not: len(in_use) + len(idle) <= size.
+        self._in_use: set[SMTPSession] = set()
+        # With the time at which each is to be closed, soonest first.
+        self._idle: collections.deque[tuple[float, SMTPSession]] = collections.deque()
 
-        It is opened when the first message is sent, not before.
+    def connection(self) -> PooledConnection:
+        """Return a connection for a batch of messages, to be used in a ``with`` block.
 
-        :raises DeliveryError: None was free within the server's timeout, or the pool
-            is closed.
+        It is taken from the pool when the first message is sent, not before.
         """
-        places = self._own_places()
-        lease = Lease(self, places, places.take(self.server))
+        return PooledConnection(self)
 
-        try:
-            yield lease
-        finally:
-            lease.end()
+    def acquire(self) -> SMTPSession:
+        """Take the session used last, or one that is not open; wait for it if need be.
 
-    def close(self) -> None:
-        """Close what is idle, refuse what waits, and let batches come to their end.
+        While something is heard of the server, to wait is no error.
 
-        To close twice is fine. It happens by itself when the interpreter exits.
+        :raises DeliveryError: None was free for the timeout, and nothing was heard.
         """
-        self._own_places().close()
+        began = time.monotonic()
+        ticket = object()
 
-    def open_connection(self, places: Places) -> Connection:
-        """Open a connection in a place that was taken.
+        with _lock:
+            self._waiting.append(ticket)
 
-        :raises DeliveryError: It could not be opened, and there is none.
-        """
-        # Two threads may look it up at the same time. They find the same.
-        if self._local_hostname is None:
-            self._local_hostname = smtplib.SMTP().local_hostname
+            try:
+                while self._waiting[0] is not ticket or not self._has_room():
+                    self._listen(self._in_use)
+                    wait_until = max(began, self._heard_at) + self.settings.timeout
 
-        connection = Connection(
-            self.server, context=self._context, local_hostname=self._local_hostname
+                    if wait_until <= time.monotonic():
+                        raise self._none_free()
+
+                    self._freed.wait(wait_until - time.monotonic())
+
+                session = self._idle.pop()[1] if self._idle else None
+                session = session or SMTPSession(self.settings)
+                self._in_use.add(session)
+                return session
+            finally:
+                self._waiting.remove(ticket)
+                self._changed()
+
+    def _listen(self, sessions: cabc.Iterable[SMTPSession]) -> None:
+        heard_at = (session.heard_at for session in sessions)
+        self._heard_at = max([self._heard_at, *heard_at])
+
+    def _has_room(self) -> bool:
+        now = time.monotonic()
+
+        if not self._idle and self._limit < self.size and self._try_more_at <= now:
+            self._limit, self._try_more_at = self._limit + 1, now + _TRY_MORE_AFTER
+
+        return bool(self._idle) or len(self._in_use) < self._limit
+
+    def _none_free(self) -> DeliveryError:
+        return DeliveryError(
+            f"No connection to {self.settings} was free, and it was silent for"
+            f" {self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT): all"
+            f" {len(self._in_use)} are in use and {len(self._waiting) - 1} more wait."
+            " Allow more (APITASK_MAIL_CONNECTIONS), or send less at once."
         )
-        places.connections.add(connection)
 
+    def narrow(self, session: SMTPSession, error: DeliveryError) -> bool:
+        """Take an error for the limit of a server, and close one session too many.
+
+        :return: Whether it was that: others may do the work.
+        """
+        hung_up = isinstance(error, ConnectionLost) and not (
+            error.timed_out or error.smtp_code
+        )
+
+        with _lock:
+            others = len(self._in_use | {session for _, session in self._idle}) - 1
+            has_enough = hung_up or error.smtp_code in _ENOUGH
+
+            if error.stage not in _OPENING or not has_enough or not others:
+                return False
+
+            self._limit = min(self._limit, others)
+            self._try_more_at = time.monotonic() + _TRY_MORE_AFTER
+            told, self._told = self._told, True
+
+        if not told:
+            log(
+                logger,
+                logging.INFO,
+                "Fewer than %d connections are allowed by %s (%s at %s), so mail goes"
+                " over those that work. Set APITASK_MAIL_CONNECTIONS to the limit.",
+                self.size,
+                self.settings,
+                error.smtp_code or "a hang-up",
+                error.stage,
+            )
+
+        end_all([session])
+        self.forget([session])
+        return True
+
+    def release(self, session: SMTPSession) -> None:
+        """Give a session back, and keep its connection if somebody may want it."""
+        kept = False
+
+        # Whatever happens here, a Ctrl-C say, the place is not to be lost with it.
         try:
-            connection.open()
-        except BaseException:
-            places.connections.discard(connection)
-            raise
+            kept = session.usable() and self._keep(session)
 
-        return connection
+            if not kept:
+                end_all([session])
+        finally:
+            if not kept:
+                session.close()
+                self.forget([session])
 
-    def _own_places(self) -> Places:
-        pid = os.getpid()
-        places = self._places.get(pid)
+    def forget(self, sessions: cabc.Iterable[SMTPSession]) -> None:
+        """Free the places of sessions that were closed."""
+        with _lock:
+            self._listen(sessions)
+            self._in_use.difference_update(sessions)
+            self._changed()
 
-        if places is None:
-            places = self._places.setdefault(pid, Places(self.size, self.keepalive))
+    def close_idle(self) -> None:
+        """Close what is idle now. The exit of the interpreter does it by itself."""
+        with _lock:
+            idle = self.take_idle()
 
-            for other, inherited in list(self._places.items()):
-                if other != pid:
-                    inherited.drop()
-                    self._places.pop(other, None)
+        end_all(idle)
+        self.forget(idle)
+        _closer.alarm.put(None)
 
-        return places
+    def take_idle(self, until: float = math.inf) -> list[SMTPSession]:
+        """Take what is to be closed by a time. Needs the lock."""
+        taken = []
+
+        while self._idle and self._idle[0][0] <= until:
+            taken.append(self._idle.popleft()[1])
+
+        self._in_use.update(taken)
+        self._changed()
+        return taken
+
+    def _keep(self, session: SMTPSession) -> bool:
+        with _lock:
+            wanted = self.keepalive or self._waiting
+            # One that was taken before a fork and used after it has no place here.
+            if _closer.ended or not wanted or session not in self._in_use:
+                return False
+
+            self._listen([session])
+            self._in_use.remove(session)
+            # A thread that waits takes it at once.
+            closes_at = time.monotonic() + (self.keepalive or 1.0)
+            self._idle.append((closes_at, session))
+            self._changed()
+            return True
+
+    def _changed(self) -> None:
+        self._freed.notify_all()
+        _closer.watch(self, self._idle[0][0] if self._idle else None)
 
     def __repr__(self) -> str:
-        places = self._places.get(os.getpid(), "unused")
         return (
-            f"<ConnectionPool '{self.server.host}:{self.server.port}'"
-            f" size={self.size} {places}>"
+            f"<ConnectionPool '{self.settings.host}:{self.settings.port}'"
+            f" size={self.size} in_use={len(self._in_use)} idle={len(self._idle)}"
+            f" waiting={len(self._waiting)}>"
         )
 
-    def drop(self) -> None:
-        """Close all sockets at once, without a ``QUIT``; for destructors."""
-        # No lock: this may run between any two lines of any thread.
-        for places in list(self._places.values()):
-            places.drop()
-            places.alarm.put(None)
 
-    def __del__(self) -> None:
-        places = self._places.get(os.getpid())
-        is_open = places is not None and bool(places.idle) and not places.closed
-        unclosed = repr(self) if is_open else None
-        self.drop()
-
-        if unclosed:
-            text = f"{unclosed} was not closed."
-            warnings.warn(text, ResourceWarning, stacklevel=2, source=self)
-
-
-class Lease:
-    """The use of one connection of a pool, which replaces it as need be.
+class PooledConnection:
+    """The use of one connection of a pool, which is replaced as need be.
 
     It is for one thread at a time, and until the end of the ``with`` block.
     """
 
-    def __init__(
-        self, pool: ConnectionPool, places: Places, connection: Connection | None
-    ) -> None:
+    def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
-        self._places = places
-        self._connection = connection
+        self._session: SMTPSession | None = None
         self._ended = False
+        # Whether the server let the last message in, whatever became of it.
+        self.is_reachable = False
+
+    def __enter__(self) -> te.Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._ended = True
+        session, self._session = self._session, None
+
+        if session is not None:
+            self._pool.release(session)
 
     def send(self, envelope: Envelope) -> None:
         """Deliver a message. The next one can be sent however this one ended.
@@ -164,19 +297,6 @@ class Lease:
         It is sent a second time, on a new connection, only if the server can't have
         had all of it the first time: if a connection that was kept is found dead, or
         the server says 421.
-
-        With T the server's timeout, r recipients and c times 16 KiB of message, it
-        takes at most (21 + 2r + 2c) T + 1 s:
-
-        -   1 s for the ``QUIT`` of a connection that has served its time, then twice
-        -   7 T to open one: TCP connect, greeting, ``EHLO``, ``STARTTLS``, handshake,
-            ``EHLO``, ``AUTH``,
-        -   (r + c + 3) T to send: ``MAIL``, each ``RCPT``, ``DATA``, each 16 KiB, the
-            reply to it all, and once
-        -   T for ``RSET`` after a refusal.
-
-        To look up the host's name comes on top, by the resolver's own limits. A server
-        that falls silent costs T, whatever the sum for one that is always just in time.
 
         :raises DeliveryError: The message was not delivered to all recipients.
         :raises DeliveryUnknown: It may or may not have been delivered.
@@ -187,62 +307,185 @@ class Lease:
                 " block that it comes from. Send inside of the block."
             )
 
-        kept = self._connection is not None and self._connection.usable()
+        self.is_reachable = False
+        narrowed = retried = 0
 
-        try:
-            self._deliver(envelope, kept)
-        except ConnectionLost as error:
-            if not (kept or error.busy):
-                raise
+        while True:
+            if self._session is None:
+                self._session = self._pool.acquire()
 
-            logger.debug("%s It is tried again: %s", error, envelope.message_id)
-        else:
+            kept = self._session.usable()
+
+            try:
+                return self._deliver(self._session, envelope, kept)
+            except DeliveryError as error:
+                may_wait = not kept and narrowed < self._pool.size
+                lost = isinstance(error, ConnectionLost) and (kept or error.busy)
+
+                if may_wait and self._pool.narrow(self._session, error):
+                    self._session = None
+                    narrowed += 1
+                elif lost and not retried:
+                    retried = 1
+                else:
+                    raise
+
+                text = "%s It is tried again: %s"
+                log(logger, logging.DEBUG, text, error, envelope.message_id)
+
+    def _deliver(self, session: SMTPSession, envelope: Envelope, kept: bool) -> None:
+        if not kept:
+            self.is_reachable = False
+            # One that has served its time.
+            end_all([session])
+            session.open()
+
+        self.is_reachable = True
+        session.deliver(envelope)
+
+
+class ConnectionPools:
+    """The connections of one app, a pool for each of the settings that it sends with.
+
+    A pool lives as long as it is in use or has an idle connection. So an app may have
+    settings for each of its tenants, and nothing is left of those that send no more.
+    """
+
+    def __init__(self) -> None:
+        self._owner = object()
+        self._pools: weakref.WeakValueDictionary[SMTPSettings, ConnectionPool]
+        self._pools = weakref.WeakValueDictionary()
+
+    def get(
+        self, settings: SMTPSettings, *, size: int, keepalive: float
+    ) -> ConnectionPool:
+        """Return the one pool for these settings.
+
+        :raises ValueError: The server's CA file can't be read.
+        """
+        settings.tls_context()
+
+        with _lock:
+            pool = self._pools.get(settings)
+
+            if pool is None:
+                pool = ConnectionPool(settings, size=size, keepalive=keepalive)
+                pool.owner = self._owner
+                self._pools[settings] = pool
+
+            return pool
+
+    def __del__(self) -> None:
+        # An app has no end but this. The pools can't be looked up any more: its cycles
+        # are collected, and weak references before all else.
+        _closer.alarm.put(self._owner)
+
+
+class _Closer:
+    """The thread of the process that closes idle connections when their time is up."""
+
+    def __init__(self) -> None:
+        # Wakes the thread before its time, with an owner that is gone or with None.
+        self.alarm: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+        # When each pool that has something idle is due. They live by this alone.
+        self._due: dict[ConnectionPool, float] = {}
+        self._wakes_at = math.inf
+        self.ended = False
+
+    def watch(self, pool: ConnectionPool, due: float | None) -> None:
+        """Look after a pool, unless it has nothing idle. Needs the lock."""
+        if due is None:
+            self._due.pop(pool, None)
             return
 
-        self._deliver(envelope, kept=False)
+        self._due[pool] = due
 
-    @property
-    def is_connected(self) -> bool:
-        """Whether the last message had a connection, whatever became of it."""
-        return self._connection is not None
+        if self.thread is None:
+            self._start()
+        elif due < self._wakes_at:
+            self.alarm.put(None)
+
+    def _start(self) -> None:
+        # One that is no daemon would keep the interpreter for the length of keepalive.
+        self.thread = threading.Thread(
+            target=self._run, name="apitask-mail-closer", daemon=True
+        )
+
+        try:
+            # In an empty context, to keep nothing of the request that starts it.
+            contextvars.Context().run(self.thread.start)
+        except RuntimeError:
+            # No thread can be had. The next connection that comes back tries again.
+            self.thread = None
+
+    def _run(self) -> None:
+        gone: object = None
+
+        while (pause := self._close_due(gone)) is not None:
+            try:
+                gone = self.alarm.get(timeout=pause)
+            except queue.Empty:
+                gone = None
+
+    def _close_due(self, gone: object = None) -> float | None:
+        """Close what is due, and return for how many seconds nothing will be.
+
+        :param gone: An owner that is; all of its connections are due.
+        """
+        taken: dict[ConnectionPool, list[SMTPSession]] = {}
+
+        with _lock:
+            now = time.monotonic()
+
+            for pool in list(self._due):
+                whole = self.ended or (gone is not None and pool.owner is gone)
+                taken[pool] = pool.take_idle(math.inf if whole else now)
+
+            due = [session for sessions in taken.values() for session in sessions]
+
+            if not (due or self._due):
+                self.thread = None
+                return None
+
+            self._wakes_at = min(self._due.values(), default=math.inf)
+
+        end_all(due)
+
+        for pool, sessions in taken.items():
+            pool.forget(sessions)
+
+        return 0 if due else self._wakes_at - now
 
     def end(self) -> None:
-        """Give the connection back. The pool's ``with`` block does it."""
-        self._ended = True
-        connection, self._connection = self._connection, None
-        own = self._places.pid == os.getpid()
-        kept = None
+        """Close all that is idle, and have nothing kept any more: the process exits."""
+        with _lock:
+            self.ended = True
+            thread = self.thread
 
-        # Whatever happens here, a Ctrl-C say, the place is not to be lost with it.
-        try:
-            # Without a keepalive it is kept for those only who wait for one, and so it
-            # is where no thread could close it in time.
-            keeps = self._pool.keepalive and threads_enabled()
-            wanted = own and (keeps or self._places.waiting)
+        if thread is not None:
+            self.alarm.put(None)
+            thread.join()
 
-            if wanted and connection is not None and connection.usable():
-                kept = connection
-            elif connection is not None:
-                self._places.discard(connection)
-        finally:
-            if own:
-                self._places.give_back(kept)
-
-    def _deliver(self, envelope: Envelope, kept: bool) -> None:
-        if not kept:
-            self._discard()
-            self._connection = self._pool.open_connection(self._places)
-
-        t.cast("Connection", self._connection).deliver(envelope)
-
-    def _discard(self) -> None:
-        connection, self._connection = self._connection, None
-
-        if connection is not None:
-            self._places.discard(connection)
+        self._close_due()
 
 
-@atexit.register
-def _close_pools() -> None:
+_closer = _Closer()
+atexit.register(lambda: _closer.end())
+
+
+def _after_fork() -> None:
+    global _closer, _lock
+    _lock = threading.Lock()
+    _closer = _Closer()
+
     for pool in list(_pools):
-        pool.close()
+        for session in [*pool._in_use, *(session for _, session in pool._idle)]:
+            # Of the parent, which does not feel it.
+            session.close()
+
+        pool.begin()
+
+
+# There is no fork everywhere.
+getattr(os, "register_at_fork", dict)(after_in_child=_after_fork)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import smtplib
+import typing as t
+
+import flask_mail
+
+from ..api import run
+from ..exceptions import DeliveryError
+from ..executor.task import task
+from .rendering import snapshot
+from .replies import mask
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    import typing_extensions as te
+
+# A method, and its arguments.
+Call: t.TypeAlias = "tuple[str, tuple[t.Any, ...], dict[str, t.Any]]"
+
+
+def find_change(mail: object, name: str, suppress: bool) -> str | None:
+    """Name what somebody has put in place of something of Flask-Mail's, if it is so.
+
+    A function has the globals of its module, whatever it is called. That can be told at
+    any time, so it does not matter who came first, and a patch may be undone.
+
+    :param name: ``"send"`` or ``"connect"``, of a ``Mail``.
+    :param suppress: Nothing is to be sent, so it does not matter how.
+    """
+    if not _is_of(flask_mail, object.__getattribute__(mail, name)):
+        return f"{type(mail).__name__}.{name}"
+
+    if name == "send":
+        # It calls connect().
+        return None
+
+    ignored = frozenset({"configure_host"} if suppress else ())
+    change = _find_in_class(flask_mail, "Connection", ignored)
+
+    if change is None and not suppress:
+        if vars(flask_mail)["smtplib"] is not smtplib:
+            return "flask_mail.smtplib"
+
+        change = _find_in_class(smtplib, "SMTP") or _find_in_class(smtplib, "SMTP_SSL")
+
+    return change
+
+
+def _find_in_class(
+    module: t.Any, name: str, ignored: frozenset[str] = frozenset()
+) -> str | None:
+    cls = getattr(module, name)
+    full_name = f"{module.__name__}.{name}"
+
+    if not inspect.isclass(cls) or f"{cls.__module__}.{cls.__qualname__}" != full_name:
+        return f"{full_name} (it is {cls!r})"
+
+    for method, function in vars(cls).items():
+        if callable(function) and not (method in ignored or _is_of(module, function)):
+            return f"{full_name}.{method}"
+
+    return None
+
+
+def _is_of(module: t.Any, function: object) -> bool:
+    return getattr(function, "__globals__", None) is vars(module)
+
+
+class RecordedConnection:
+    """What ``mail.connect()`` returns where somebody else's code sends.
+
+    What is done with it in a ``with`` block is done later by one task, with what the
+    other ``connect()`` returns there: all of it is theirs, and none of it ours.
+    """
+
+    def __init__(self, connect: cabc.Callable[[], t.Any]) -> None:
+        self._connect = connect
+        self._calls: list[Call] | None = None
+
+    def __enter__(self) -> te.Self:
+        self._calls = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._calls:
+            run(_replay, self._connect, self._calls)
+
+    def __getattr__(self, name: str) -> t.Any:
+        if self._calls is None:
+            # Not in a block, whose end would send: it is as without us.
+            return getattr(self._connect(), name)
+
+        return functools.partial(self._record, name)
+
+    def _record(self, name: str, /, *args: t.Any, **kwargs: t.Any) -> None:
+        t.cast("list[Call]", self._calls).append((name, _freeze(args), kwargs))
+
+
+@task("flask_mail.send")
+def _replay(connect: cabc.Callable[[], t.Any], calls: list[Call]) -> None:
+    with _without_addresses(), connect() as connection:
+        for name, args, kwargs in calls:
+            getattr(connection, name)(*args, **kwargs)
+
+
+def send_changed(
+    send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any
+) -> None:
+    """Have a task call somebody else's ``send``."""
+    run(_call, send, _freeze(args), kwargs)
+
+
+@task("flask_mail.send")
+def _call(
+    send: cabc.Callable[..., t.Any], args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
+) -> None:
+    with _without_addresses():
+        send(*args, **kwargs)
+
+
+def _freeze(args: tuple[t.Any, ...]) -> tuple[t.Any, ...]:
+    """Take messages as they are now."""
+    return tuple(
+        snapshot(arg) if isinstance(arg, flask_mail.Message) else arg for arg in args
+    )
+
+
+@contextlib.contextmanager
+def _without_addresses() -> cabc.Iterator[None]:
+    """Turn errors of :mod:`smtplib`, which show addresses, into what can be logged."""
+    try:
+        yield
+    except DeliveryError:
+        raise
+    except smtplib.SMTPException as error:
+        recipients = getattr(error, "recipients", {})
+        code = getattr(error, "smtp_code", None)
+        raise DeliveryError(
+            f"The message was not delivered: {type(error).__name__}:"
+            f" {mask(str(error), recipients)}.",
+            reply=None if code is None else (code, getattr(error, "smtp_error", b"")),
+            recipients=recipients,
+        ) from None

@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import logging
+import time
+import typing as t
+
+import flask_mail
+from flask import current_app
+
+from ..api import current_scope
+from ..api import run
+from ..context import find_app_context
+from ..exceptions import DeliveryError
+from ..executor.pool import threads_enabled
+from ..executor.task import task
+from ..log import log
+from ..runner import notify
+from .changes import find_change
+from .changes import RecordedConnection
+from .changes import send_changed
+from .envelope import Envelope
+from .envelope import SMTPSettings
+from .pool import ConnectionPools
+from .rendering import check
+from .rendering import render
+from .rendering import snapshot
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    import typing_extensions as te
+    from flask import Flask
+
+    from ..config import Config
+    from .pool import ConnectionPool
+    from .pool import PooledConnection
+    from .rendering import Address
+
+# Bytes of rendered messages with which a block begins to deliver while it is open.
+_BATCH = 4 * 1024 * 1024
+
+T = t.TypeVar("T")
+# What to deliver, and the message as it was then, if anybody wants to be told of it.
+Outgoing: t.TypeAlias = "tuple[Envelope, flask_mail.Message | None]"
+
+
+def reroute(app: Flask, config: Config) -> None:
+    """Send the mail of an app in the background of its requests.
+
+    All that Flask-Mail sends goes through ``send`` and ``connect`` of a ``Mail``, which
+    are looked up by our function from now on. It changes nothing for other apps.
+
+    :raises ValueError: There are two kinds of TLS at once.
+    """
+    check_tls(app.config)
+
+    if config.mail_tls_verify is False:
+        app.logger.warning(
+            "APITASK_MAIL_TLS_VERIFY is False: whoever answers for the mail server gets"
+            " its credentials and the mail. Name a file of CA certificates instead."
+        )
+
+    app.extensions["apitask_mail"] = ReroutedMail(config)
+    flask_mail._MailMixin.__getattribute__ = _look_up  # type: ignore[method-assign, assignment]
+
+
+class ReroutedMail:
+    """The way that the mail of one app takes: its configuration and its connections."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._pools = ConnectionPools()
+        self._told: set[str] = set()
+
+    def pool(self, mail: flask_mail._Mail) -> ConnectionPool:
+        """Return the pool for what ``app.extensions["mail"]`` says by now."""
+        config = self._config
+        settings = SMTPSettings(
+            host=mail.server,
+            port=int(mail.port or 0),
+            use_tls=is_true(mail.use_tls),
+            use_ssl=is_true(mail.use_ssl),
+            # Environment variables bring numbers where they look like some.
+            username=None if mail.username is None else str(mail.username),
+            password=None if mail.password is None else str(mail.password),
+            timeout=config.mail_timeout,
+            tls_verify=config.mail_tls_verify,
+            max_messages=int(mail.max_emails or 0) or None,
+            debug=int(mail.debug),
+        )
+        # None is kept where no thread could close it in time.
+        keepalive = config.mail_keepalive if threads_enabled() else 0
+        return self._pools.get(
+            settings, size=config.mail_connections, keepalive=keepalive
+        )
+
+    def tell(self, app: Flask, change: str) -> None:
+        """Warn, once, of something that sends in our place."""
+        if change not in self._told:
+            self._told.add(change)
+            log(
+                app.logger,
+                logging.WARNING,
+                "Flask-Mail is changed: %s. That sends the mail of this app, then, in"
+                " the background as before, but with no kept connections and no"
+                " pipelining; the APITASK_MAIL_* keys of connections have no effect.",
+                change,
+            )
+
+
+def is_true(value: object) -> bool:
+    """Read a flag of Flask-Mail, also where an environment variable made it text."""
+    if isinstance(value, str):
+        return value.strip().lower() not in {"", "0", "false", "no", "none", "off"}
+
+    return bool(value)
+
+
+def check_tls(config: cabc.Mapping[str, t.Any]) -> None:
+    """Refuse the keys of an app that ask for two kinds of TLS at once."""
+    use_tls, use_ssl = config.get("MAIL_USE_TLS"), config.get("MAIL_USE_SSL")
+
+    if is_true(use_tls) and is_true(use_ssl):
+        raise ValueError(
+            f"MAIL_USE_TLS is {use_tls!r} and MAIL_USE_SSL is {use_ssl!r}, but only one"
+            " can be: STARTTLS, mostly on port 587, or TLS from the start, mostly on"
+            " port 465."
+        )
+
+
+def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
+    """Look up an attribute of a ``Mail``, in place of its ``__getattribute__``."""
+    value = object.__getattribute__(self, name)
+
+    if name == "init_app":
+        return functools.partial(_init_app, value)
+
+    context = find_app_context() if name in {"connect", "send"} else None
+
+    if context is None:
+        return value
+
+    app: Flask = context.app
+    rerouted: ReroutedMail | None = app.extensions.get("apitask_mail")
+    mail: flask_mail._Mail | None = app.extensions.get("mail")
+
+    # It may belong to another app than the current one.
+    if rerouted is None or mail is None or (vars(self).get("app") or app) != app:
+        return value
+
+    change = find_change(self, name, is_true(mail.suppress))
+
+    if change is None:
+        connect = functools.partial(BackgroundConnection, rerouted, mail)
+        # Flask-Mail's own send() looks up connect() in turn.
+        return connect if name == "connect" else value
+
+    rerouted.tell(app, change)
+
+    if current_scope() is None:
+        return value
+
+    return functools.partial(
+        RecordedConnection if name == "connect" else send_changed, value
+    )
+
+
+def _init_app(init_app: cabc.Callable[[Flask], T], app: Flask) -> T:
+    if "apitask_mail" in app.extensions:
+        check_tls(app.config)
+
+    return init_app(app)
+
+
+class BackgroundConnection:
+    """What ``mail.connect()`` returns, in place of a :class:`flask_mail.Connection`.
+
+    In a scope, what is sent is rendered at once, and delivered by one task when the
+    block is left; some megabytes are delivered before that, by one task after another.
+    Without a scope a message is delivered at once.
+    """
+
+    host = None
+
+    def __init__(self, rerouted: ReroutedMail, mail: flask_mail._Mail) -> None:
+        self.mail = mail
+        self.num_emails = 0
+        self._rerouted = rerouted
+        self._left = False
+        self._batch: collections.deque[Outgoing] = collections.deque()
+        self._size = 0
+        self._delivery: concurrent.futures.Future[None] | None = None
+        # Where the batch goes to; or, without a scope, each message.
+        self._pool: ConnectionPool | None = None
+        self._connection: PooledConnection | None = None
+
+    def __enter__(self) -> te.Self:
+        # What is suppressed takes no time, and the outbox of a test is in order so.
+        if self.mail.suppress:
+            return self
+
+        pool = self._rerouted.pool(self.mail)
+
+        if current_scope() is None:
+            self._connection = pool.connection()
+        else:
+            self._pool = pool
+
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+
+        if self._connection is not None:
+            self._connection.close()
+
+        if self._pool is not None and self._batch:
+            self._begin_delivery(self._pool)
+
+    def send(
+        self, message: flask_mail.Message, envelope_from: Address | None = None
+    ) -> None:
+        """Check and render a message, and pass it on.
+
+        :raises AssertionError: There is no recipient or no sender, as in Flask-Mail.
+        :raises flask_mail.BadHeaderError: There is a line break in a header. Flask-Mail
+            lets one through in ``cc``, ``bcc``, ``extra_headers`` and attachments.
+        :raises RuntimeError: The ``with`` block that this belongs to has been left.
+        :raises DeliveryError: Only without a scope: the message was not delivered.
+        """
+        if self._left:
+            raise RuntimeError(
+                "This connection ended with the 'with mail.connect()' block that it"
+                " comes from. Send inside of the block."
+            )
+
+        check(message, envelope_from)
+        self.num_emails += 1
+
+        if message.date is None:
+            message.date = time.time()
+
+        # Those who listen now are those who are told, as in Flask-Mail.
+        listened = bool(flask_mail.email_dispatched.receivers)
+        copied = snapshot(message) if listened else None
+
+        if self._connection is None and self._pool is None:
+            _announce([copied])
+            return
+
+        envelope = render(message, envelope_from)
+        self._batch.append((envelope, copied))
+        self._size += len(envelope.content)
+
+        if self._connection is not None:
+            delivered, failures = _send(self._connection, self._batch)
+            _announce(delivered)
+
+            if failures:
+                raise failures[0]
+
+        elif self._pool is not None and self._size >= _BATCH:
+            self._begin_delivery(self._pool)
+
+    def _begin_delivery(self, pool: ConnectionPool) -> None:
+        """Have a task deliver the batch, once the one before is through."""
+        give_up = False
+
+        if self._delivery is not None:
+            # It is cancelled if the time of the request is up.
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                error = self._delivery.exception()
+                give_up = isinstance(error, DeliveryError) and error.unreachable
+
+        self._delivery = run(deliver, pool, self._batch, give_up)
+        self._batch, self._size = collections.deque(), 0
+
+    def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
+        """Send what the arguments of :class:`flask_mail.Message` say."""
+        self.send(flask_mail.Message(*args, **kwargs))
+
+
+@task("flask_mail.send")
+def deliver(
+    pool: ConnectionPool, batch: collections.deque[Outgoing], give_up: bool = False
+) -> None:
+    """Deliver messages in order.
+
+    One that is refused does not stop the others. A server that can't be reached does:
+    to wait for it once more for each of them would hold the request for minutes.
+
+    :param give_up: It could not be reached before, so nothing is tried.
+    :raises DeliveryError: Some were not delivered; the text says which, and why.
+    """
+    with pool.connection() as connection:
+        delivered, failures = _send(connection, batch, give_up)
+
+    # A receiver may send mail, and must not wait for the connection used for this.
+    _announce(delivered)
+
+    if failures:
+        # From here, as what is below is of no use to those who read the log.
+        error = _sum_up(failures, len(delivered) + len(failures))
+        error.unreachable = not connection.is_reachable
+        raise error
+
+
+# The exit of the process waits for it: the timeouts of its connection bound it.
+deliver.exit_grace = None  # type: ignore[attr-defined]
+
+
+def _send(
+    connection: PooledConnection,
+    batch: collections.deque[Outgoing],
+    give_up: bool = False,
+) -> tuple[list[flask_mail.Message | None], list[DeliveryError]]:
+    """Send a batch, and return what was delivered and what went wrong."""
+    delivered: list[flask_mail.Message | None] = []
+    failures: list[DeliveryError] = []
+
+    while batch:
+        envelope, message = batch.popleft()
+
+        try:
+            if (failures or give_up) and not connection.is_reachable:
+                raise DeliveryError("It was not tried.")
+
+            connection.send(envelope)
+            delivered.append(message)
+        except DeliveryError as error:
+            error.message_id = envelope.message_id
+            failures.append(error.with_traceback(None))
+
+    return delivered, failures
+
+
+def _sum_up(failures: list[DeliveryError], count: int) -> DeliveryError:
+    if len(failures) == 1:
+        return failures[0]
+
+    causes = "\n".join(f"- {error}" for error in failures)
+    return DeliveryError(
+        f"{len(failures)} of {count} messages were not delivered:\n{causes}",
+        recipients={
+            recipient: reply
+            for error in failures
+            for recipient, reply in error.recipients.items()
+        },
+        failures=tuple(failures),
+    )
+
+
+def _announce(messages: list[flask_mail.Message | None]) -> None:
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+
+    for message in messages:
+        if message is not None:
+            # It is delivered: a receiver that fails must not make it a failure.
+            notify(flask_mail.email_dispatched, app, {"message": message})

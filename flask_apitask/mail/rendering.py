@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import copy
+import email
+import email.errors
+import re
+import typing as t
+
+import flask_mail
+
+from .envelope import Envelope
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+Address: t.TypeAlias = "str | tuple[str, str]"
+
+_LINE_BREAK = re.compile(r"[\r\n]")
+# Before Python 3.13, email ends a line of a header wherever str.splitlines() does.
+_SEPARATOR = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+
+
+def check(message: flask_mail.Message, envelope_from: Address | None = None) -> None:
+    """Refuse what Flask-Mail does, and line breaks where it lets them through."""
+    if not message.send_to:
+        raise AssertionError("No recipients have been added")
+
+    if not message.sender:
+        raise AssertionError(
+            "The message does not specify a sender and a default sender has not been"
+            " configured"
+        )
+
+    # A subject may be folded, as Flask-Mail checks.
+    texts = _header_texts(message, envelope_from)
+    broken = any(map(_LINE_BREAK.search, texts))
+
+    if broken or message.has_bad_headers():
+        raise _bad_header()
+
+
+def render(
+    message: flask_mail.Message, envelope_from: Address | None = None
+) -> Envelope:
+    """Render a message as Flask-Mail does.
+
+    :raises flask_mail.BadHeaderError: A separator in a text has made a header of it.
+    """
+    try:
+        content = message.as_bytes()
+
+        if any(map(_SEPARATOR.search, _header_texts(message, envelope_from))):
+            harmless = _clean(message)
+
+            if _outline(content) != _outline(harmless.as_bytes()):
+                raise _bad_header()
+    except email.errors.MessageError as error:
+        # Newer versions of Python find it out by themselves.
+        raise _bad_header() from error
+
+    return Envelope(
+        flask_mail.sanitize_address(envelope_from or message.sender),
+        tuple(flask_mail.sanitize_addresses(message.send_to)),
+        content,
+        message.msgId,
+        tuple(message.mail_options),
+        tuple(message.rcpt_options),
+    )
+
+
+def _header_texts(
+    message: flask_mail.Message, envelope_from: Address | None
+) -> cabc.Iterator[str]:
+    """Yield what goes into headers, but for the folds that a subject may have."""
+    headers = message.extra_headers or {}
+    yield str(message.subject or "").replace("\r\n", "")
+    fields: list[t.Any] = [envelope_from or "", message.sender, message.reply_to or ""]
+    fields += [*message.recipients, *message.cc, *message.bcc, *headers.items()]
+
+    for attachment in message.attachments:
+        fields += [attachment.filename or "", attachment.content_type]
+        fields += [attachment.disposition, *attachment.headers.items()]
+
+    for field in fields:
+        yield "".join(map(str, field))
+
+
+def _bad_header() -> flask_mail.BadHeaderError:
+    return flask_mail.BadHeaderError(
+        "There is a line break in an address, the subject, an extra header, an"
+        " attachment's name or headers, or the envelope's sender."
+    )
+
+
+def _clean(value: t.Any) -> t.Any:
+    """Copy a message, or a part of it, without separators in what goes into headers."""
+    if isinstance(value, flask_mail.Message | flask_mail.Attachment):
+        clean = copy.copy(value)
+        vars(clean).update(
+            (name, _clean(part))
+            for name, part in vars(value).items()
+            if name not in {"body", "alts", "data"}
+        )
+        return clean
+
+    if isinstance(value, dict):
+        return {_clean(name): _clean(part) for name, part in value.items()}
+
+    if isinstance(value, list | tuple):
+        return type(value)(map(_clean, value))
+
+    # Anything else may be a lazy text.
+    is_number = value is None or isinstance(value, int | float)
+    return value if is_number else _SEPARATOR.sub("_", str(value))
+
+
+def _outline(content: bytes) -> list[tuple[list[str], int]]:
+    """Return the headers of each part of a message, by name, and what is odd there."""
+    parts = email.message_from_bytes(content).walk()
+    return [(sorted(map(str.lower, part)), len(part.defects)) for part in parts]
+
+
+def snapshot(message: flask_mail.Message) -> flask_mail.Message:
+    """Copy a message, so that receivers of the signal get it as it was when sent."""
+    snapshot = copy.copy(message)
+
+    for name, value in vars(message).items():
+        if isinstance(value, list | dict):
+            setattr(snapshot, name, value.copy())
+
+    return snapshot

@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import sys
+import threading
+import typing as t
+from unittest import mock
+
+import pytest
+from conftest import PATIENCE
+from late_threads import make_late
+
+from flask_apitask import open_scope
+from flask_apitask import run
+from flask_apitask import scoped
+from flask_apitask import task_finished
+from flask_apitask import task_started
+from flask_apitask.executor.runner import TimeoutReport
+from flask_apitask.runner import TaskRunner
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from conftest import AppFactory
+    from flask import Flask
+
+
+class OutOfTheTree(BaseException):
+    """An exception that no "except Exception" catches, like gevent's Timeout."""
+
+
+def fail(error: BaseException | type[BaseException]) -> None:
+    """Raise an error."""
+    raise error
+
+
+class Failing:
+    """A task that is an object, of which nobody knows the code."""
+
+    def __call__(self) -> None:
+        raise ValueError
+
+    def method(self) -> None:
+        raise ValueError
+
+
+@pytest.fixture
+def logger(make_app: AppFactory) -> cabc.Iterator[logging.Logger]:
+    """Return the logger of the apps, which all have one name, for a test to break."""
+    logger = make_app().logger
+    before = logger.handlers[:], logger.filters[:], logger.level, logger.disabled
+    yield logger
+    logger.handlers[:], logger.filters[:] = before[:2]
+    logger.setLevel(before[2])
+    logger.disabled = before[3]
+
+
+@pytest.mark.parametrize("when", ["in view", "at the end", "after the response"])
+@pytest.mark.parametrize(
+    "error_type",
+    [
+        ValueError,
+        SystemExit,
+        KeyboardInterrupt,
+        GeneratorExit,
+        asyncio.CancelledError,
+        OutOfTheTree,
+    ],
+)
+def test_failing_task(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    error_type: type[BaseException],
+    when: str,
+) -> None:
+    """A task that raises anything at all is contained, and logged (behaviour 11)."""
+    app = make_app(APITASK_WAIT="close" if when == "after the response" else "teardown")
+    error = error_type()
+    done: list[str] = []
+    futures = []
+
+    @app.get("/reset/<token>")
+    def index(token: str) -> str:
+        futures.append(run(fail, error))
+        run(done.append, "second")
+        run(done.append, "third")
+        return "ok"
+
+    if when != "in view":
+        make_late(app)
+
+    response = app.test_client().get("/reset/secret", buffered=True)
+    assert (response.status_code, response.text) == (200, "ok")
+    assert sorted(done) == ["second", "third"]
+    assert futures[0].exception(0) is error
+    (record,) = t.cast("list[t.Any]", caplog.records)
+    assert (record.levelname, record.name) == ("ERROR", app.logger.name)
+    assert record.exc_info[1] is error
+    assert record.apitask_task == f"{__name__}.fail"
+    assert record.apitask_endpoint == "index"
+    assert 0 <= record.apitask_duration < PATIENCE
+    assert (record.module, record.funcName) == ("test_log", "fail")
+    # By the rule, as the path may hold a secret.
+    text = f"Task '{__name__}.fail' of GET /reset/<token> failed after 0."
+    assert record.getMessage().startswith(text)
+
+
+@pytest.mark.parametrize("in_request", [False, True])
+def test_failing_task_without_a_view(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, in_request: bool
+) -> None:
+    """In a command, or in a request without a route, it is logged so (behaviour 11)."""
+    app = make_app()
+    where = app.test_request_context("/missing") if in_request else app.app_context()
+
+    with where, open_scope():
+        run(divmod, 1, 0)
+
+    (record,) = t.cast("list[t.Any]", caplog.records)
+    assert record.apitask_endpoint is None
+    of_request = " of GET (no route)" if in_request else ""
+    assert record.getMessage().startswith(f"Task 'builtins.divmod'{of_request} failed")
+
+
+def test_view_gets_the_exception_if_it_asks(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """future.result() raises in the view what the task did; it is logged once."""
+    app = make_app()
+
+    @app.get("/")
+    def index() -> str:
+        with pytest.raises(ZeroDivisionError):
+            run(divmod, 1, 0).result(PATIENCE)
+
+        return "ok"
+
+    assert app.test_client().get("/").status_code == 200
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        (functools.partial(functools.partial(fail), ValueError), "fail"),
+        (Failing().method, "method"),
+        (Failing(), "index"),
+        (functools.partial(divmod, 1, 0), "index"),
+        (mock.Mock(side_effect=ValueError), "index"),
+        (mock.MagicMock(spec=fail, side_effect=ValueError), "index"),
+        (functools.wraps(fail)(lambda: fail(ValueError)), "fail"),
+        # Code of this package: it is not what the record is about.
+        (scoped(Failing()), "index"),
+    ],
+)
+def test_place_of_the_record(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, work: t.Any, name: str
+) -> None:
+    """A record names the code of the task as its place, or that of the view."""
+    app = make_app()
+
+    @app.get("/")
+    def index() -> str:
+        run(work)
+        return "ok"
+
+    assert app.test_client().get("/").status_code == 200
+    (record,) = caplog.records
+    assert (record.module, record.funcName) == ("test_log", name)
+    assert isinstance(record.lineno, int)
+
+
+@pytest.mark.parametrize("signal", [task_started, task_finished])
+def test_receiver_that_fails(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, signal: t.Any
+) -> None:
+    """A receiver that raises is logged, and its task runs (behaviour 11)."""
+    app = make_app()
+
+    def broken(sender: Flask, **fields: t.Any) -> None:
+        raise LookupError("receiver")
+
+    with signal.connected_to(broken), app.test_request_context():
+        assert run(str, "task").result(PATIENCE) == "task"
+
+    (record,) = caplog.records
+    assert record.getMessage() == f"A receiver of the signal '{signal.name}' failed."
+    assert record.exc_info
+
+
+def test_done_callback_that_fails(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A done callback that raises is logged, after a task and after a plain call."""
+    app = make_app()
+
+    def broken(future: object) -> None:
+        raise LookupError("callback")
+
+    with app.test_request_context():
+        run(str).add_done_callback(broken)
+
+    with app.app_context():
+        run(str).add_done_callback(broken)
+
+    # Without an app there is no logger of one.
+    run(str).add_done_callback(broken)
+    names = [record.name for record in caplog.records]
+    assert names == [app.logger.name, app.logger.name, "flask_apitask"]
+    text = "The done callback 'test_log.test_done_callback_that_fails.<locals>.broken'"
+    assert caplog.messages[0] == f"{text} of GET (no route) failed."
+    assert caplog.messages[1] == f"{text} failed."
+    assert all(record.exc_info for record in caplog.records)
+
+
+# What an app may have done to its log.
+
+
+class BrokenHandler(logging.Handler):
+    """A handler that raises, as one that writes to a network may."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise OSError("no log today")
+
+
+def fail_in_request(app: Flask) -> BaseException | None:
+    """Have a task fail, and return what its future has of it."""
+    with app.test_request_context():
+        return run(divmod, 1, 0).exception(PATIENCE)
+
+
+@pytest.mark.parametrize("how", ["handler", "filter", "factory", "disabled"])
+def test_log_that_can_not_be_written(
+    make_app: AppFactory,
+    capsys: pytest.CaptureFixture[str],
+    logger: logging.Logger,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    """The text goes to stderr instead, and the task has its own error (19c)."""
+
+    def broken(*args: object, **kwargs: object) -> t.NoReturn:
+        raise OSError("no log today")
+
+    if how == "handler":
+        logger.addHandler(BrokenHandler())
+    elif how == "filter":
+        logger.addFilter(broken)
+    elif how == "disabled":
+        logger.disabled = True
+    else:
+        monkeypatch.setattr(logging, "_logRecordFactory", broken)
+        logger.propagate = True
+
+    with mock.patch.object(logger, "parent", None):
+        assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
+
+    written = capsys.readouterr().err
+    assert "Task 'builtins.divmod' of GET (no route) failed after 0." in written
+    assert "ZeroDivisionError" in written
+    cause = f"The logger '{logger.name}' is disabled." if how == "disabled" else ""
+    assert (cause or "It could not be logged:\n") in written
+    assert ("no log today" in written) is (how != "disabled")
+
+
+def test_nothing_can_be_written(
+    make_app: AppFactory, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a stderr either, the task has its own error all the same (19c)."""
+    logger.disabled = True
+    monkeypatch.setattr(sys, "stderr", None)
+    assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
+
+
+def test_level_that_hides_it(
+    make_app: AppFactory, capsys: pytest.CaptureFixture[str], logger: logging.Logger
+) -> None:
+    """An app that wants no such records has none, and nothing on stderr."""
+    logger.setLevel(logging.CRITICAL + 1)
+
+    for disabled in (False, True):
+        logger.disabled = disabled
+        assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
+        assert capsys.readouterr().err == ""
+
+
+def test_logger_that_is_an_adapter(
+    make_app: AppFactory,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An adapter in the logger's place has the record, and stderr has nothing more."""
+    app = make_app()
+    logger = logging.getLogger("test_log.adapted")
+    logger.addHandler(logging.NullHandler())
+    app.logger = t.cast("t.Any", logging.LoggerAdapter(logger, {"site": "shop"}))
+    assert isinstance(fail_in_request(app), ZeroDivisionError)
+    assert [record.name for record in caplog.records] == [logger.name]
+    assert capsys.readouterr().err == ""
+
+
+def test_record_factory_that_sets_the_same_names(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that an app's own factory sets do not collide with ours (behaviour 11)."""
+    factory = logging.getLogRecordFactory()
+
+    def own(*args: t.Any, **kwargs: t.Any) -> logging.LogRecord:
+        record = factory(*args, **kwargs)
+        vars(record).update(task="own", endpoint="own", duration="own", action="own")
+        return record
+
+    monkeypatch.setattr(logging, "_logRecordFactory", own)
+    assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
+    (record,) = t.cast("list[t.Any]", caplog.records)
+    assert (record.task, record.apitask_task) == ("own", "builtins.divmod")
+
+
+def test_report_of_a_request_at_its_deadline(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An ERROR for each task that never ran, and a WARNING for what goes on (18)."""
+    app = make_app(APITASK_TIMEOUT=0.05, APITASK_MAX_WORKERS=1)
+    begun, release = threading.Event(), threading.Event()
+    futures: list[t.Any] = []
+
+    def work() -> None:
+        begun.set()
+        release.wait(PATIENCE)
+
+    @app.get("/<name>")
+    def index(name: str) -> str:
+        futures.append(run(work))
+        futures.append(run(str))
+        assert begun.wait(PATIENCE)
+        return "ok"
+
+    assert app.test_client().get("/name").status_code == 200
+    release.set()
+    futures[0].result(PATIENCE)
+    cancelled, running = t.cast("list[t.Any]", caplog.records)
+    assert cancelled.levelname == "ERROR"
+    assert cancelled.getMessage() == (
+        "Task 'builtins.str' of GET /<name> was cancelled: not begun within 0.05 s."
+    )
+    assert running.levelname == "WARNING"
+    name = "test_log.test_report_of_a_request_at_its_deadline.<locals>.work"
+    assert running.apitask_tasks == [name]
+    assert (running.apitask_abandoned_threads, running.apitask_endpoint) == (1, "index")
+    assert running.getMessage().startswith(
+        "Went on of GET /<name> without 1 task(s) not done after 0.05 s. Tasks like"
+        f" that hold 1 thread(s) of the app now. These are in:\n\n{name!r}:\n"
+    )
+    assert "release.wait(PATIENCE)" in running.getMessage()
+
+
+def test_report_of_tasks_that_never_ran(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where nothing goes on, there is no WARNING (18)."""
+    app = make_app()
+
+    with app.app_context():
+        TaskRunner(app, None).report(TimeoutReport(0.5, ["a", "b"], [], 0))
+
+    assert caplog.messages == [
+        f"Task '{name}' was cancelled: not begun within 0.5 s." for name in "ab"
+    ]

@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import functools
+import logging
+import smtplib
+import threading
+import types
+import typing as t
+from unittest import mock
+
+import flask_mail
+import pytest
+from conftest import PATIENCE
+from flask import current_app
+from flask import Flask
+from flask_mail import Mail
+from flask_mail import Message
+from mailbox_server import Mailbox
+
+from flask_apitask import ApiTask
+from flask_apitask import task_finished
+from flask_apitask.exceptions import DeliveryError
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    Patch = pytest.MonkeyPatch
+
+
+# The subjects that somebody else's code was given.
+sent: list[str] = []
+# Set once the view has gone on; before that nothing is sent.
+gone_on = threading.Event()
+
+
+@pytest.fixture(autouse=True)
+def nothing_sent() -> None:
+    """Begin anew."""
+    sent.clear()
+    gone_on.set()
+
+
+@pytest.fixture
+def inbox() -> cabc.Iterator[Mailbox]:
+    """Return the mail server that is reached by what is not changed."""
+    with Mailbox() as mailbox:
+        yield mailbox
+
+
+def note(subject: str) -> None:
+    """Send, in the way of this file: by keeping the subject."""
+    assert gone_on.wait(PATIENCE)
+    assert current_app.extensions["mail"]
+    sent.append(subject)
+
+
+def note_message(self: object, message: Message) -> None:
+    """Be a method that sends."""
+    note(message.subject)
+
+
+class Host:
+    """An SMTP client that keeps what it is given."""
+
+    def sendmail(self, sender: str, to: object, content: bytes, *_: t.Any) -> None:
+        note(content.partition(b"Subject: ")[2].partition(b"\r\n")[0].decode())
+
+    def quit(self) -> None: ...
+
+    def set_debuglevel(self, level: int) -> None: ...
+
+
+class Mine(flask_mail.Connection):
+    """A connection of somebody's own."""
+
+    def configure_host(self) -> t.Any:
+        return Host()
+
+    def send_twice(self, message: Message) -> None:
+        self.send(message)
+        self.send(message)
+
+
+class Foreign:
+    """A connection that has nothing to do with Flask-Mail's."""
+
+    def __init__(self, mail: object = None) -> None: ...
+
+    def __enter__(self) -> Foreign:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def send(self, message: Message, envelope_from: str | None = None) -> None:
+        note(message.subject)
+
+
+class ConnectsMine(Mail):
+    """A Mail that connects by itself."""
+
+    def connect(self) -> t.Any:
+        return Mine(current_app.extensions["mail"])
+
+
+class ConnectsForeign(Mail):
+    """A Mail that connects to something else."""
+
+    def connect(self) -> t.Any:
+        return Foreign()
+
+
+class Sends(Mail):
+    """A Mail that sends by itself."""
+
+    def send(self, message: Message) -> None:
+        note(message.subject)
+
+
+def make_host(*_: t.Any) -> t.Any:
+    """Do what the constructor of an SMTP client does."""
+    return Host()
+
+
+def sendmail(self: smtplib.SMTP, *args: t.Any) -> None:
+    """Be a method of an SMTP client."""
+    Host().sendmail(*args)
+
+
+@functools.wraps(flask_mail.Connection.configure_host)
+def configure_host(self: flask_mail.Connection) -> t.Any:
+    """Look like the original."""
+    return Host()
+
+
+def use_module(patch: Patch) -> None:
+    """Replace the module that Flask-Mail sends with."""
+    patch.setattr(flask_mail, "smtplib", types.SimpleNamespace(SMTP=make_host))
+
+
+CHANGES: dict[str, tuple[cabc.Callable[[Patch], object], type[Mail], str]] = {
+    "configure_host": (
+        lambda patch: patch.setattr(
+            flask_mail.Connection, "configure_host", configure_host
+        ),
+        Mail,
+        "flask_mail.Connection.configure_host",
+    ),
+    "a subclass": (
+        lambda patch: patch.setattr(flask_mail, "Connection", Mine),
+        Mail,
+        "flask_mail.Connection (it is",
+    ),
+    "another class": (
+        lambda patch: patch.setattr(flask_mail, "Connection", Foreign),
+        Mail,
+        "flask_mail.Connection (it is",
+    ),
+    "Connection.send": (
+        lambda patch: patch.setattr(flask_mail.Connection, "send", note_message),
+        Mail,
+        "flask_mail.Connection.send",
+    ),
+    "connect() of a subclass": (
+        lambda patch: None,
+        ConnectsMine,
+        "ConnectsMine.connect",
+    ),
+    "connect() to another": (
+        lambda patch: None,
+        ConnectsForeign,
+        "ConnectsForeign.connect",
+    ),
+    "connect() patched": (
+        lambda patch: patch.setattr(Mail, "connect", lambda self: Foreign()),
+        Mail,
+        "Mail.connect",
+    ),
+    "send() of a subclass": (lambda patch: None, Sends, "Sends.send"),
+    "send() patched": (
+        lambda patch: patch.setattr(Mail, "send", note_message),
+        Mail,
+        "Mail.send",
+    ),
+    "send() of the base": (
+        lambda patch: patch.setattr(flask_mail._MailMixin, "send", note_message),
+        Mail,
+        "Mail.send",
+    ),
+    "SMTP": (
+        lambda patch: patch.setattr(smtplib, "SMTP", make_host),
+        Mail,
+        "smtplib.SMTP",
+    ),
+    "SMTP mocked": (
+        lambda patch: patch.setattr(
+            smtplib, "SMTP", mock.Mock(return_value=mock.Mock(wraps=Host()))
+        ),
+        Mail,
+        "smtplib.SMTP",
+    ),
+    "a method of SMTP": (
+        lambda patch: patch.setattr(smtplib.SMTP, "sendmail", sendmail),
+        Mail,
+        "smtplib.SMTP.sendmail",
+    ),
+    "a module": (use_module, Mail, "flask_mail.smtplib"),
+}
+
+
+class Changed(t.NamedTuple):
+    """An app whose Flask-Mail somebody has changed."""
+
+    app: Flask
+    mail: Mail
+
+
+def make_app(
+    inbox: Mailbox, patch: Patch, way: str, order: str = "change first", **config: t.Any
+) -> Changed:
+    """Make an app, and make the change before it or after it."""
+    change, kind, _ = CHANGES[way]
+    app = Flask(__name__)
+    app.config.update(
+        MAIL_PORT=inbox.port,
+        MAIL_DEFAULT_SENDER="shop@example.org",
+        APITASK_MAIL_BACKGROUND=True,
+        APITASK_MAIL_KEEPALIVE=0,
+    )
+    app.config.update(config)
+
+    if order == "change first":
+        change(patch)
+
+    if order == "Mail last":
+        ApiTask(app)
+
+    mail = kind(app)
+
+    if order != "Mail last":
+        ApiTask(app)
+
+    if order != "change first":
+        change(patch)
+
+    @app.get("/")
+    def view() -> str:
+        gone_on.clear()
+        mail.send(Message("hello", ["ada@example.org"], body="text"))
+        gone_on.set()
+        return ""
+
+    return Changed(app, mail)
+
+
+@pytest.mark.parametrize("order", ["change first", "change last", "Mail last"])
+@pytest.mark.parametrize("way", CHANGES)
+def test_the_change_is_what_sends(
+    inbox: Mailbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
+    order: str,
+) -> None:
+    """In a task, whatever was changed and when; and one WARNING names it."""
+    app, _ = make_app(inbox, monkeypatch, way, order)
+    finished: list[str] = []
+
+    def notice(sender: Flask, name: str, **_: t.Any) -> None:
+        finished.append(name)
+
+    with task_finished.connected_to(notice, app):
+        for _ in range(2):
+            app.test_client().get("/")
+
+    assert sent == ["hello", "hello"]
+    assert finished == ["flask_mail.send", "flask_mail.send"]
+    assert not inbox.messages
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert CHANGES[way][2] in record.getMessage()
+    assert "no kept connections and no pipelining" in record.getMessage()
+
+
+@pytest.mark.parametrize("way", [way for way in CHANGES if "subclass" not in way])
+def test_a_patch_that_is_undone(inbox: Mailbox, way: str) -> None:
+    """What was changed for a while is as it was before, after that."""
+    with pytest.MonkeyPatch.context() as patch:
+        app, _ = make_app(inbox, patch, way, "change last", APITASK_MAIL_KEEPALIVE=5)
+
+        if CHANGES[way][1] is not Mail:
+            return
+
+        app.test_client().get("/")
+        assert len(sent) == 1
+
+    for _ in range(2):
+        app.test_client().get("/")
+
+    assert len(sent) == 1
+    assert inbox.subjects == ["hello", "hello"]
+    assert len({id(session) for session in inbox.sessions}) == 1
+
+
+def test_without_a_scope_the_change_sends_at_once(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a command it is as if we were not there."""
+    app, mail = make_app(inbox, monkeypatch, "a subclass")
+
+    with app.app_context():
+        mail.send(Message("one", ["ada@example.org"], body="text"))
+        assert type(mail.connect()) is Mine
+
+    assert sent == ["one"]
+
+
+def test_a_block_is_one_task_in_order(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block over somebody's connection may use all that this one has."""
+    app, mail = make_app(inbox, monkeypatch, "connect() of a subclass")
+
+    with app.test_request_context():
+        message = Message("one", ["ada@example.org"], body="text")
+
+        with mail.connect() as connection:
+            connection.send(message)
+            message.subject = "two"
+            t.cast("Mine", connection).send_twice(message)
+            connection.send_message("three", ["ada@example.org"], body="text")
+            assert not sent
+
+        with mail.connect():
+            pass
+
+    assert sent == ["one", "two", "two", "three"]
+    assert not inbox.messages
+
+
+def test_what_is_not_used_in_a_block_is_theirs(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a block there is no end at which anything could be sent."""
+    app, mail = make_app(inbox, monkeypatch, "connect() to another")
+
+    with app.test_request_context():
+        mail.connect().send(Message("one", ["ada@example.org"], body="text"))
+        assert sent == ["one"]
+
+
+def test_another_subclass_goes_on_to_us(inbox: Mailbox) -> None:
+    """A send() that changes the message and calls the original is done in the task."""
+
+    class Tags(Mail):
+        def send(self, message: Message) -> None:
+            message.subject = f"[shop] {message.subject}"
+            super().send(message)
+
+    app = Flask(__name__)
+    app.config.update(
+        MAIL_PORT=inbox.port,
+        MAIL_DEFAULT_SENDER="shop@example.org",
+        APITASK_MAIL_BACKGROUND=True,
+        APITASK_MAIL_KEEPALIVE=0,
+    )
+    mail = Tags(app)
+    ApiTask(app)
+
+    with app.test_request_context():
+        message = Message("hello", ["ada@example.org"], body="text")
+        mail.send(message)
+        message.subject = "changed"
+
+    assert inbox.subjects == ["[shop] hello"]
+
+
+def test_suppressed_mail_does_not_care_how_it_would_be_sent(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With TESTING on, a mocked smtplib costs nothing, so nothing is said of it."""
+    app, mail = make_app(inbox, monkeypatch, "SMTP", TESTING=True)
+    monkeypatch.setattr(flask_mail.Connection, "configure_host", configure_host)
+
+    with mail.record_messages() as outbox:
+        app.test_client().get("/")
+
+    assert [message.subject for message in outbox] == ["hello"]
+    assert not sent
+    assert not caplog.records
+
+
+REFUSED = {"ada@example.org": (550, b"5.1.1 <ada@example.org> no such user")}
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "code"),
+    [
+        (smtplib.SMTPRecipientsRefused(REFUSED), "SMTPRecipientsRefused: ", None),
+        (
+            smtplib.SMTPSenderRefused(552, b"too big", "ada@example.org"),
+            "SMTPSenderRefused: (552, b'too big', '<address>')",
+            552,
+        ),
+        (smtplib.SMTPException("for ada@example.org"), "for <address>", None),
+        (DeliveryError("It was not tried."), "It was not tried.", None),
+    ],
+)
+@pytest.mark.parametrize("way", ["SMTP", "send() of a subclass"])
+def test_no_address_is_logged(
+    inbox: Mailbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    way: str,
+    error: Exception,
+    text: str,
+    code: int | None,
+) -> None:
+    """An error of smtplib is data, and its text is masked for the log."""
+    app, _ = make_app(inbox, monkeypatch, way)
+    failed: list[t.Any] = []
+
+    def fail(*_: t.Any) -> None:
+        # A new one, as the traceback refers to the app.
+        raise type(error)(*error.args)
+
+    def notice(sender: Flask, exception: Exception, **_: t.Any) -> None:
+        failed.append(exception)
+
+    monkeypatch.setattr(Host, "sendmail", fail)
+    monkeypatch.setattr(f"{__name__}.note", fail)
+
+    with task_finished.connected_to(notice, app):
+        app.test_client().get("/")
+
+    (caught,) = failed
+    assert text in caplog.text
+    assert "ada@" not in caplog.text
+    assert caught.smtp_code == code
+    assert caught.recipients == getattr(error, "recipients", {})
