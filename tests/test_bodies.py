@@ -84,12 +84,14 @@ class Wire(io.RawIOBase):
 
 
 def make_fields(*values: str) -> bytes:
+    """Make the body of a form with fields."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="colour"\r\n\r\n'
     fields = "".join(f"{head}{value}\r\n" for value in values)
     return f"{fields}--{BOUNDARY}--\r\n".encode()
 
 
 def make_multipart(content: bytes) -> bytes:
+    """Make the body of a form with an upload and a field."""
     head = (
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file";'
         ' filename="a.bin"\r\n\r\n'
@@ -98,14 +100,17 @@ def make_multipart(content: bytes) -> bytes:
 
 
 def read_json() -> object:
+    """Ask for JSON."""
     return request.get_json()
 
 
 def read_form() -> object:
+    """Ask for fields."""
     return request.form.to_dict()
 
 
 def read_files() -> object:
+    """Ask for uploads."""
     return [(name, file.filename) for name, file in request.files.items()]
 
 
@@ -478,16 +483,19 @@ LINES = b"first\nsecond\nthird\n"
 
 
 def read_lines(upload: FileStorage) -> list[bytes]:
+    """Read line by line."""
     return list(upload)
 
 
 def save(upload: FileStorage) -> bytes:
+    """Save it somewhere else."""
     copy = io.BytesIO()
     upload.save(copy)
     return copy.getvalue()
 
 
 def seek(upload: FileStorage) -> list[object]:
+    """Read its last line only."""
     moves = [upload.seek(-6, io.SEEK_END), upload.tell(), upload.read(None)]
     return [*moves, upload.stream.readable(), upload.stream.seekable()]
 
