@@ -84,14 +84,14 @@ class Wire(io.RawIOBase):
 
 
 def make_fields(*values: str) -> bytes:
-    """Make the body of a form with fields."""
+    """Make a form of fields, as a browser sends it."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="colour"\r\n\r\n'
     fields = "".join(f"{head}{value}\r\n" for value in values)
     return f"{fields}--{BOUNDARY}--\r\n".encode()
 
 
 def make_multipart(content: bytes) -> bytes:
-    """Make the body of a form with an upload and a field."""
+    """Make a form with a file in it."""
     head = (
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file";'
         ' filename="a.bin"\r\n\r\n'
@@ -100,17 +100,17 @@ def make_multipart(content: bytes) -> bytes:
 
 
 def read_json() -> object:
-    """Ask for JSON."""
+    """Read the body as JSON."""
     return request.get_json()
 
 
 def read_form() -> object:
-    """Ask for fields."""
+    """Read the fields of the form."""
     return request.form.to_dict()
 
 
 def read_files() -> object:
-    """Ask for uploads."""
+    """Read the files of the form."""
     return [(name, file.filename) for name, file in request.files.items()]
 
 
@@ -483,19 +483,19 @@ LINES = b"first\nsecond\nthird\n"
 
 
 def read_lines(upload: FileStorage) -> list[bytes]:
-    """Read line by line."""
+    """Read an upload line by line."""
     return list(upload)
 
 
 def save(upload: FileStorage) -> bytes:
-    """Save it somewhere else."""
+    """Save an upload."""
     copy = io.BytesIO()
     upload.save(copy)
     return copy.getvalue()
 
 
 def seek(upload: FileStorage) -> list[object]:
-    """Read its last line only."""
+    """Move about in an upload, and read its end."""
     moves = [upload.seek(-6, io.SEEK_END), upload.tell(), upload.read(None)]
     return [*moves, upload.stream.readable(), upload.stream.seekable()]
 
