@@ -36,11 +36,21 @@ class GCopier:
         self._names = names
         self._has_babel = has_babel
 
-    def take(self, context: contextvars.Context) -> None:
-        """Keep what is on the caller's ``g`` now, in the task's context variables."""
-        if find_app_context() is None:
-            return
+    def copy_context(self) -> contextvars.Context:
+        """Copy the caller's context variables, with what is on its ``g`` now."""
+        context = contextvars.copy_context()
 
+        if find_app_context() is not None:
+            context.run(_copied.set, self._find())
+
+        return context
+
+    def put(self) -> None:
+        """Put on the task's ``g`` what was found on its caller's."""
+        for name, value in _copied.get({}).items():
+            setattr(g, name, value)
+
+    def _find(self) -> dict[str, t.Any]:
         copied = {
             name: value
             for name in self._names
@@ -50,12 +60,7 @@ class GCopier:
         if self._has_babel:
             copied[_BABEL] = _copy_babel()
 
-        context.run(_copied.set, copied)
-
-    def put(self) -> None:
-        """Put on the task's ``g`` what was taken from its caller's."""
-        for name, value in _copied.get({}).items():
-            setattr(g, name, value)
+        return copied
 
 
 def _copy_babel() -> SimpleNamespace:

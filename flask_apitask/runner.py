@@ -59,16 +59,11 @@ class TaskRunner(Runner):
         self._frame = Frame(app, None, request)
         self._copier = find_copier(app, copy_g)
 
+        if self._copier is not None:
+            self.copy_context = self._copier.copy_context
+
         if request is not None:
             share_body(request)
-
-    def copy_context(self) -> contextvars.Context:
-        context = contextvars.copy_context()
-
-        if self._copier is not None:
-            self._copier.take(context)
-
-        return context
 
     def run(
         self,
@@ -81,7 +76,8 @@ class TaskRunner(Runner):
         app = self._app
         started = time.monotonic()
         current_frame.set(self._frame)
-        task_locals.set({})
+        own: dict[object, t.Any] = {}
+        task_locals.set(own)
 
         try:
             with task_context(app):
@@ -91,7 +87,8 @@ class TaskRunner(Runner):
                 try:
                     return call_observed(app, how, submitted, task, args, kwargs)
                 finally:
-                    self._check_session(task)
+                    if own:
+                        self._check_session(own, task)
         except BaseException as error:
             duration = time.monotonic() - started
             outcome = f"failed after {duration:.3f} s"
@@ -119,7 +116,8 @@ class TaskRunner(Runner):
         future: concurrent.futures.Future[t.Any],
     ) -> None:
         current_frame.set(self._frame)
-        task_locals.set({})
+        own: dict[object, t.Any] = {}
+        task_locals.set(own)
 
         try:
             with task_context(self._app):
@@ -129,12 +127,15 @@ class TaskRunner(Runner):
                 try:
                     callback(future)
                 finally:
-                    self._check_session(callback)
+                    if own:
+                        self._check_session(own, callback)
         except BaseException as error:
             _log_callback(self._app, callback, error)
 
-    def _check_session(self, task: cabc.Callable[..., t.Any]) -> None:
-        if changes := find_changes():
+    def _check_session(
+        self, own: dict[object, t.Any], task: cabc.Callable[..., t.Any]
+    ) -> None:
+        if changes := find_changes(own):
             log_once(
                 self._app,
                 "session",
@@ -316,7 +317,6 @@ def _call_off_loop(run: cabc.Callable[..., t.Any], coroutine: object) -> t.Any:
     """
     import asyncio
     import concurrent.futures
-    import contextvars
 
     try:
         asyncio.get_running_loop()

@@ -79,7 +79,6 @@ def _with_own_sessions(context_class: t.Any) -> t.Any:
     return type(context_class.__name__, (OwnSessions, context_class), {})
 
 
-def find_changes() -> list[str]:
-    """Name what the task that ends has changed in its session."""
-    own: OwnSession | None = (task_locals.get() or {}).get(_SESSION)
-    return [] if own is None else own.changed()
+def find_changes(own: dict[object, t.Any]) -> list[str]:
+    """Name what a task has changed in its session, if it is among what the task has."""
+    return own[_SESSION].changed() if _SESSION in own else []
