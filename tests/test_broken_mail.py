@@ -162,7 +162,8 @@ def test_an_outage(kind: str, trouble: Mood, tmp_path: pathlib.Path) -> None:
         }
     )
     assert load.acknowledged == load.requests
-    assert books.failed
+    # A server that trickles its replies in time takes all mail, as nobody gives up.
+    assert books.failed or trouble is Mood.TRICKLES
     assert slowest < bound
     assert outage.lives
     assert "WORKER TIMEOUT" not in outage.log

@@ -330,8 +330,8 @@ def test_a_block_is_one_task_in_order(
             connection.send_message("three", ["ada@example.org"], body="text")
             assert not sent
 
-        with mail.connect():
-            pass
+        with mail.connect() as connection:
+            assert not hasattr(connection, "__len__")
 
     assert sent == ["one", "two", "two", "three"]
     assert not inbox.messages

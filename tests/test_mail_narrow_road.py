@@ -198,3 +198,15 @@ def test_a_refusal_that_is_no_limit() -> None:
     assert caught.value.smtp_code == 554
     assert caught.value.stage == "AUTH"
     assert pool._limit == 2
+
+
+def test_a_server_that_is_down_is_no_limit() -> None:
+    """Where nobody is let in, all connections are tried again after it."""
+    with ScriptedServer(allowed=0) as server:
+        pool = ConnectionPool(server.settings(), size=4)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as executor:
+            futures = [executor.submit(send, pool) for _ in range(8)]
+            assert all(future.exception(PATIENCE) for future in futures)
+
+        assert pool._limit == 4

@@ -291,7 +291,7 @@ def test_an_interrupted_wait(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> N
     wait = threading.Condition.wait
 
     def interrupt(self: threading.Condition, timeout: float | None = None) -> bool:
-        if self is not pool._freed:
+        if self not in pool._waiting:
             return wait(self, timeout)
 
         self.release()

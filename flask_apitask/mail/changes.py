@@ -91,6 +91,9 @@ class RecordedConnection:
             run(_replay, self._connect, self._calls)
 
     def __getattr__(self, name: str) -> t.Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
         if self._calls is None:
             # Not in a block, whose end would send: it is as without us.
             return getattr(self._connect(), name)

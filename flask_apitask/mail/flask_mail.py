@@ -152,7 +152,7 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
     if rerouted is None or mail is None or (vars(self).get("app") or app) != app:
         return value
 
-    change = find_change(self, name, is_true(mail.suppress))
+    change = find_change(self, name, bool(mail.suppress))
 
     if change is None:
         connect = functools.partial(BackgroundConnection, rerouted, mail)

@@ -89,8 +89,8 @@ class ConnectionPool:
 
     def begin(self) -> None:
         """Have no connections: in a new pool, and in the child of a fork."""
-        self._freed = threading.Condition(_lock)
-        self._waiting: collections.deque[object] = collections.deque()
+        # What each thread in line sleeps on; the first one is woken.
+        self._waiting: collections.deque[threading.Condition] = collections.deque()
         # What the server allows, as far as is known, and when to try one more.
         self._limit = self.size
         self._try_more_at = 0.0
@@ -116,27 +116,27 @@ class ConnectionPool:
         :raises DeliveryError: None was free for the timeout, and nothing was heard.
         """
         began = time.monotonic()
-        ticket = object()
+        turn = threading.Condition(_lock)
 
         with _lock:
-            self._waiting.append(ticket)
+            self._waiting.append(turn)
 
             try:
-                while self._waiting[0] is not ticket or not self._has_room():
+                while self._waiting[0] is not turn or not self._has_room():
                     self._listen(self._in_use)
                     wait_until = max(began, self._heard_at) + self.settings.timeout
 
                     if wait_until <= time.monotonic():
                         raise self._none_free()
 
-                    self._freed.wait(wait_until - time.monotonic())
+                    turn.wait(wait_until - time.monotonic())
 
                 session = self._idle.pop()[1] if self._idle else None
                 session = session or SMTPSession(self.settings)
                 self._in_use.add(session)
                 return session
             finally:
-                self._waiting.remove(ticket)
+                self._waiting.remove(turn)
                 self._changed()
 
     def _listen(self, sessions: cabc.Iterable[SMTPSession]) -> None:
@@ -172,7 +172,12 @@ class ConnectionPool:
             others = len(self._in_use | {session for _, session in self._idle}) - 1
             has_enough = hung_up or error.smtp_code in _ENOUGH
 
-            if error.stage not in _OPENING or not has_enough or not others:
+            if error.stage not in _OPENING or not has_enough:
+                return False
+
+            if not others:
+                # It lets nobody in, so that is no limit.
+                self._limit = self.size
                 return False
 
             self._limit = min(self._limit, others)
@@ -253,7 +258,9 @@ class ConnectionPool:
             return True
 
     def _changed(self) -> None:
-        self._freed.notify_all()
+        if self._waiting:
+            self._waiting[0].notify()
+
         _closer.watch(self, self._idle[0][0] if self._idle else None)
 
     def __repr__(self) -> str:
