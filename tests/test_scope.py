@@ -511,6 +511,8 @@ def test_exceptions_are_contained(
         following = scope.submit(len, "abc")
         scope.wait()
         assert failing.exception(0) is error
+        # It counts as done.
+        assert failing.describe({}) is None
         assert following.result(0) == 3
 
 
