@@ -16,6 +16,7 @@ from flask import Flask
 from flask_mail import Mail
 from flask_mail import Message
 from mailbox_server import Mailbox
+from smtp_servers import run_script
 
 from flask_apitask import ApiTask
 from flask_apitask import task_finished
@@ -437,3 +438,37 @@ def test_no_address_is_logged(
     assert "ada@" not in caplog.text
     assert caught.smtp_code == code
     assert caught.recipients == getattr(error, "recipients", {})
+
+
+def test_a_mock_that_is_there_at_the_first_import(inbox: Mailbox) -> None:
+    """What is mocked when this package is loaded is not mocked for ever."""
+    run_script(
+        """
+import smtplib, sys
+from unittest import mock
+from flask import Flask
+from flask_mail import Mail, Message
+
+app = Flask(__name__)
+app.config.update(
+    MAIL_PORT=int(sys.argv[1]), MAIL_DEFAULT_SENDER="shop@example.org",
+    APITASK_MAIL_BACKGROUND=True,
+)
+mail = Mail(app)
+
+def send():
+    with app.test_request_context():
+        mail.send(Message("hello", ["ada@example.org"], "text"))
+
+with mock.patch("smtplib.SMTP") as mocked, mock.patch("flask_mail.Connection") as made:
+    from flask_apitask import ApiTask
+    app.logger.disabled = True
+    ApiTask(app)
+    send()
+    assert made.called
+
+send()
+""",
+        f"{inbox.port}",
+    )
+    assert inbox.subjects == ["hello"]

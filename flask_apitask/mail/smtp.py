@@ -22,6 +22,11 @@ if t.TYPE_CHECKING:
     from .envelope import Envelope
     from .envelope import SMTPSettings
 
+    SMTP = smtplib.SMTP
+else:
+    # smtplib.SMTP may be a mock when this is imported, and must not be one for ever.
+    SMTP = smtplib.LMTP.__base__
+
 # Bytes written under one timeout. It is the most that a TLS record holds: SSLSocket's
 # sendall() starts the timeout anew for every record, and so this bounds both kinds.
 _CHUNK = 16_384
@@ -67,7 +72,7 @@ class ConnectionLost(DeliveryError):
         return self.smtp_code == 421
 
 
-class SMTPSession(smtplib.SMTP):
+class SMTPSession(SMTP):
     """A dialogue with a mail server: :meth:`open` it, :meth:`deliver`, quit.
 
     One that was closed can be opened again. It is for one thread at a time. A message
@@ -558,7 +563,7 @@ def dot_stuff(content: bytes) -> bytes:
 @functools.cache
 def _local_hostname() -> str:
     # smtplib asks DNS for it with each connection.
-    return str(smtplib.SMTP().local_hostname)
+    return str(SMTP().local_hostname)
 
 
 def _refused_recipients(envelope: Envelope, replies: list[Reply]) -> dict[str, Reply]:
