@@ -423,15 +423,6 @@ def test_close_idle(server: ScriptedServer, pools: Pools) -> None:
     assert "in_use=0 idle=1" in f"{pool!r}"
 
 
-def test_a_lease_ends_with_its_block(pools: Pools) -> None:
-    """A connection that was given back can't be sent with."""
-    with pools().connection() as connection:
-        pass
-
-    with pytest.raises(RuntimeError, match="was given back to its pool"):
-        connection.send(make_envelope())
-
-
 def test_a_dead_connection_is_replaced(server: ScriptedServer, pools: Pools) -> None:
     """A connection that the server has closed costs no message and no error."""
     pool = pools()

@@ -252,8 +252,10 @@ class BackgroundConnection:
             _announce([copied])
             return
 
-        envelope = render(message, envelope_from)
-        self._batch.append((envelope, copied))
+        self._pass_on(render(message, envelope_from), copied)
+
+    def _pass_on(self, envelope: Envelope, message: flask_mail.Message | None) -> None:
+        self._batch.append((envelope, message))
         self._size += len(envelope.content)
 
         if self._connection is not None:

@@ -164,16 +164,14 @@ class ConnectionPool:
 
         :return: Whether it was that: others may do the work.
         """
-        hung_up = isinstance(error, ConnectionLost) and not (
-            error.timed_out or error.smtp_code
-        )
+        hung_up = isinstance(error, ConnectionLost) and not error.timed_out
+        has_enough = error.smtp_code in ({None} | _ENOUGH if hung_up else _ENOUGH)
+
+        if error.stage not in _OPENING or not has_enough:
+            return False
 
         with _lock:
             others = len(self._in_use | {session for _, session in self._idle}) - 1
-            has_enough = hung_up or error.smtp_code in _ENOUGH
-
-            if error.stage not in _OPENING or not has_enough:
-                return False
 
             if not others:
                 # It lets nobody in, so that is no limit.
@@ -280,7 +278,6 @@ class PooledConnection:
     def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
         self._session: SMTPSession | None = None
-        self._ended = False
         # Whether the server let the last message in, whatever became of it.
         self.is_reachable = False
 
@@ -292,7 +289,6 @@ class PooledConnection:
 
     def close(self) -> None:
         """Give the connection back."""
-        self._ended = True
         session, self._session = self._session, None
 
         if session is not None:
@@ -308,14 +304,8 @@ class PooledConnection:
         :raises DeliveryError: The message was not delivered to all recipients.
         :raises DeliveryUnknown: It may or may not have been delivered.
         """
-        if self._ended:
-            raise RuntimeError(
-                "This connection was given back to its pool at the end of the 'with'"
-                " block that it comes from. Send inside of the block."
-            )
-
         self.is_reachable = False
-        narrowed = retried = 0
+        narrowed, retried = 0, False
 
         while True:
             if self._session is None:
@@ -326,15 +316,17 @@ class PooledConnection:
             try:
                 return self._deliver(self._session, envelope, kept)
             except DeliveryError as error:
-                may_wait = not kept and narrowed < self._pool.size
                 lost = isinstance(error, ConnectionLost) and (kept or error.busy)
 
-                if may_wait and self._pool.narrow(self._session, error):
+                if not kept and self._pool.narrow(self._session, error):
                     self._session = None
                     narrowed += 1
-                elif lost and not retried:
-                    retried = 1
+                    again = narrowed <= self._pool.size
                 else:
+                    again = lost and not retried
+                    retried = True
+
+                if not again:
                     raise
 
                 text = "%s It is tried again: %s"
