@@ -31,10 +31,10 @@ intersphinx_mapping = {
 # A misspelled name of our own is an error; one of another project can't be looked up.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(asyncio|concurrent|flask|logging|math|smtplib|time)\..*"),
+    ("py:.*", r"(asyncio|concurrent|flask|logging|math|smtplib|threading|time)\..*"),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.
-    ("py:class", r"cabc\..*|Flask|P|P\.args|P\.kwargs|F|T|.*\bT_co"),
+    ("py:class", r"cabc\..*|Flask|P|P\.args|P\.kwargs|F|(flask_apitask\..*\.)?T|TaskFuture|Callback|.*\bT_co"),
 ]
 
 html_theme = "furo"
