@@ -4,9 +4,11 @@ import atexit
 import contextvars
 import itertools
 import logging
+import math
 import os
 import sys
 import threading
+import time
 import typing as t
 import weakref
 from collections import deque
@@ -14,6 +16,7 @@ from collections import deque
 from ..log import log
 
 if t.TYPE_CHECKING:
+    from .overdue import OverdueTask
     from .scope import TaskScope
 
 _logger = logging.getLogger("flask_apitask")
@@ -26,7 +29,7 @@ class Worker:
     :param extra: It was started beyond the pool's size, for a scope that is waited for.
     """
 
-    __slots__ = ("awake", "extra", "retired", "scope", "thread")
+    __slots__ = ("awake", "extra", "ident", "scope")
 
     def __init__(self, extra: bool = False) -> None:
         # The worker sleeps by acquiring this lock once more, and is woken by a release:
@@ -34,9 +37,9 @@ class Worker:
         self.awake: threading.Lock = threading.Lock()
         self.awake.acquire()
         self.extra: bool = extra
-        self.retired: bool = False
         self.scope: TaskScope | None = None
-        self.thread: threading.Thread | None = None
+        # The identifier of its thread, which sets it.
+        self.ident: int = 0
 
 
 class ThreadPool:
@@ -90,7 +93,7 @@ class ThreadPool:
         self._waiting: deque[TaskScope] = deque()
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
-        self._abandoned: set[Worker] = set()
+        self._abandoned: dict[Worker, OverdueTask] = {}
         # Why no thread was to be had the last time, and what was said of that.
         self._refusal = ""
         self._warned: set[str] = set()
@@ -104,9 +107,13 @@ class ThreadPool:
         :return: ``False`` if the system gives no thread, so none will come.
         """
         with self._lock:
+            if self._closed:
+                self._refusal = "the process is about to exit."
+                return False
+
             worker = self._find_worker()
 
-            if worker is None and not self._closed:
+            if worker is None:
                 self._waiting.append(scope)
 
                 # Only now: a thread that begins to wait looks in the other order.
@@ -115,59 +122,60 @@ class ThreadPool:
 
                 self._waiting.pop()
                 worker = Worker(extra=True)
-
-            if worker is not None:
-                worker.scope = scope
                 self._busy.add(worker)
 
-        if worker is None:
-            self._refusal = "the process is about to exit."
-            return False
+            worker.scope = scope
 
         return self._wake(worker)
 
-    def withdraw(self, scope: TaskScope, most: int | None = None) -> bool:
-        """Drop a scope's requests that still queue, and return whether it had one.
-
-        :param most: How many of them, ``None`` for all.
-        """
+    def withdraw(self, scope: TaskScope) -> int:
+        """Drop a scope's requests that still queue, and return how many there were."""
         # Mostly nothing queues, and this is looked at for each request.
         if not self._waiting:
-            return False
+            return 0
 
         with self._lock:
             count = self._waiting.count(scope)
 
-            for _ in range(count if most is None else min(most, count)):
+            for _ in range(count):
                 self._waiting.remove(scope)
 
-        return bool(count)
+        return count
 
-    def abandon(self, scope: TaskScope) -> int:
-        """Let other threads take the place of those that serve a scope.
+    def abandon(self, scope: TaskScope, overdue: list[OverdueTask]) -> int:
+        """Let other threads take the place of those that a scope's tasks hold.
 
         Each counts again as soon as its task is done.
 
         :return: How many threads are abandoned now, by any scope.
         """
+        tasks = {task.thread: task for task in overdue}
+
         with self._lock:
-            self._abandoned.update(
-                worker for worker in self._busy if worker.scope is scope
-            )
+            for worker in self._busy:
+                # It may have gone on to another scope meanwhile.
+                if worker.scope is scope and worker.ident in tasks:
+                    self._abandoned[worker] = tasks[worker.ident]
+
             self._settled.notify_all()
             abandoned = len(self._abandoned)
 
-        # Each looks for a scope when it comes. Until then, a thread that begins to wait
-        # finds the scope in the queue.
-        while (worker := self._replace()) is not None and self._wake(worker):
-            pass
+        while True:
+            with self._lock:
+                # It looks for a scope when it comes. Until then, a thread that begins
+                # to wait finds that in the queue.
+                other = self._find_worker() if self._waiting else None
 
-        return abandoned
+            if other is None or not self._wake(other):
+                return abandoned
 
-    def close(self) -> None:
+    def close(self, started: float) -> None:
         """Refuse further requests and wait for the busy threads, as the process exits.
 
-        Not for one that was abandoned with its task, or is meanwhile.
+        A thread that was abandoned with its task, or is meanwhile, is waited for as
+        long as the task is given. A WARNING names the tasks that are left behind.
+
+        :param started: When the exit began, in seconds of :func:`time.monotonic`.
         """
         with self._lock:
             self._closed = True
@@ -176,7 +184,20 @@ class ThreadPool:
                 worker.awake.release()
 
             self._idle.clear()
-            self._settled.wait_for(lambda: self._busy <= self._abandoned)
+
+            while (grace := started + self._exit_grace() - time.monotonic()) > 0:
+                self._settled.wait(None if grace > threading.TIMEOUT_MAX else grace)
+
+            left = [task.name for task in self._abandoned.values()]
+
+        if left:
+            log(
+                _logger,
+                logging.WARNING,
+                "The process exits, and %d task(s) past their deadline with it: %s",
+                len(left),
+                ", ".join(map(repr, left)),
+            )
 
     def warn(self) -> None:
         """Say, once for each cause, that tasks run where no thread was to be had."""
@@ -195,84 +216,79 @@ class ThreadPool:
 
         :return: Whether the thread is to sleep now and come back when it is woken.
         """
-        scope = worker.scope
+        scope, stays = worker.scope, True
 
         if scope is None:
-            scope = self._next_scope(worker)
+            scope, stays = self._next_scope(worker)
 
         while scope is not None:
             scope.serve("thread")
-            # Not kept by this frame while the thread sleeps.
-            scope = self._next_scope(worker)
+            scope, stays = self._next_scope(worker)
 
-        return not worker.retired
+        return stays
 
-    def _next_scope(self, worker: Worker) -> TaskScope | None:
-        """Return the scope that a worker serves next, or put the worker to rest."""
+    def _next_scope(self, worker: Worker) -> tuple[TaskScope | None, bool]:
+        """Return the scope that a worker serves next, and whether the worker stays."""
         with self._lock:
-            self._abandoned.discard(worker)
-
+            self._abandoned.pop(worker, None)
             scope = worker.scope
 
             # It has queued while this worker still counted as serving it.
             if scope is not None and worker.extra and scope in self._waiting:
                 self._waiting.remove(scope)
-                return scope
+                return scope, True
 
             worker.scope = None
             worker.extra = False
-            # It is not busy if it was given up, if the pool closes, or in a child that
-            # a task has forked.
+            # It is not busy if it was given up, or in a child that a task has forked.
             surplus = worker not in self._busy or self._count() > self._size
 
             if self._waiting and not surplus:
                 worker.scope = self._waiting.popleft()
-                return worker.scope
+                return worker.scope, True
 
             self._busy.discard(worker)
 
             if surplus or self._closed:
-                worker.retired = True
                 self._settled.notify_all()
-            else:
-                self._idle.append(worker)
+                return None, False
 
-            return None
+            self._idle.append(worker)
+            return None, True
+
+    def _exit_grace(self) -> float:
+        """Return for how many seconds the exit may wait. Needs the lock."""
+        if not self._busy <= self._abandoned.keys():
+            return math.inf
+
+        return max((task.exit_grace for task in self._abandoned.values()), default=0)
 
     def _find_worker(self) -> Worker | None:
-        """Return an idle worker, or a new one if there may be one. Needs the lock."""
+        """Return a worker, now busy, that is idle or new. Needs the lock."""
         if self._idle:
-            return self._idle.pop()
+            worker = self._idle.pop()
+        elif self._closed or self._count() >= self._size:
+            return None
+        else:
+            worker = Worker()
 
-        full = self._count() >= self._size
-        return None if full or self._closed else Worker()
+        self._busy.add(worker)
+        return worker
 
     def _is_urgent(self, scope: TaskScope) -> bool:
         """Return whether another thread may be started for a scope. Needs the lock."""
         extra = sum(worker.extra for worker in self._busy if worker.scope is scope)
         return scope.waiters > extra
 
-    def _replace(self) -> Worker | None:
-        """Return one more worker if a scope waits and there may be one."""
-        with self._lock:
-            worker = self._find_worker() if self._waiting else None
-
-            if worker is not None:
-                self._busy.add(worker)
-
-            return worker
-
     def _count(self) -> int:
         """Count the threads that the size limits. Needs the lock."""
-        count = len(self._busy) + len(self._idle)
-        return (
-            count - min(len(self._abandoned), self._size) if self._abandoned else count
-        )
+        abandoned = min(len(self._abandoned), self._size)
+        return len(self._busy) + len(self._idle) - abandoned
 
     def _wake(self, worker: Worker) -> bool:
         """Wake a thread, or start it if it is new, and return whether it comes."""
         try:
-            if worker.thread is None:
+            if not worker.ident:
                 self._start(worker)
         except BaseException as error:
             with self._lock:
@@ -303,7 +319,7 @@ class ThreadPool:
                 " 'enable-threads = true' to its configuration."
             )
 
-        worker.thread = thread = threading.Thread(
+        thread = threading.Thread(
             target=_work,
             args=(weakref.ref(self), worker),
             name=f"apitask_{next(self._numbers)}",
@@ -327,6 +343,8 @@ class ThreadPool:
 
 def _work(reference: weakref.ref[ThreadPool], worker: Worker) -> None:
     """Work and sleep in turns. A thread that sleeps does not keep the pool alive."""
+    worker.ident = threading.get_ident()
+
     while True:
         worker.awake.acquire()
         pool = reference()
@@ -349,8 +367,10 @@ def threads_enabled() -> bool:
 
 
 def _close_all() -> None:
+    started = time.monotonic()
+
     for pool in list(_pools):
-        pool.close()
+        pool.close(started)
 
 
 def _reset_all() -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import sys
 import threading
 import time
 import typing as t
@@ -11,6 +10,7 @@ from collections import deque
 
 from ..exceptions import ScopeClosed
 from .future import TaskFuture
+from .overdue import find_overdue
 from .runner import Runner
 from .runner import TimeoutReport
 from .task import make_callable
@@ -42,29 +42,23 @@ class _Barrier:
     :param remaining: How many of them are not done.
     """
 
-    __slots__ = ("_asleep", "last", "remaining")
+    __slots__ = ("last", "lock", "remaining")
 
     def __init__(self, last: int, remaining: int) -> None:
         self.last = last
         self.remaining = remaining
-        self._asleep = threading.Lock()
-        self._asleep.acquire()
+        # Held until none remains.
+        self.lock = threading.Lock()
+        self.lock.acquire()
 
     def sleep(self, timeout: float | None) -> None:
-        """Sleep until none remains. Not again after that.
+        """Sleep until none remains.
 
         :param timeout: Seconds to sleep at most, ``None`` for as long as it takes.
         """
-        limit = -1 if timeout is None else min(max(0, timeout), threading.TIMEOUT_MAX)
-        self._asleep.acquire(timeout=limit)
-
-    def count(self, future: TaskFuture[t.Any]) -> None:
-        """Count a task as done, and wake the thread if it was the last."""
-        if future.index <= self.last:
-            self.remaining -= 1
-
-            if not self.remaining:
-                self._asleep.release()
+        if self.remaining:
+            limit = -1 if timeout is None else max(0, timeout)
+            self.lock.acquire(timeout=min(limit, threading.TIMEOUT_MAX))
 
 
 class TaskScope(concurrent.futures.Executor):
@@ -136,8 +130,8 @@ class TaskScope(concurrent.futures.Executor):
         self._unfinished = 0
         # How many threads were requested and have not come yet.
         self._requested = 0
-        # How many waiting threads have yet to call more threads, if need be.
-        self._holding_back = 0
+        # What the thread sleeps on that is going to call more threads in a moment.
+        self._head_start: _Barrier | None = None
         # How many threads wait. Read by the pool, without the lock.
         self.waiters = 0
         self._closed = False
@@ -156,9 +150,12 @@ class TaskScope(concurrent.futures.Executor):
         :raises TypeError: ``fn`` can't be called.
         :raises ScopeClosed: The scope has ended. :func:`.run` makes a plain call then.
         """
-        task = make_callable(fn)
+        task: t.Any = fn
 
-        if self._forked:
+        if not callable(task):
+            task = make_callable(task)
+
+        if self._generation != self._pool.generation:
             raise _refusal(task)
 
         work = task, args, kwargs, time.monotonic()
@@ -177,8 +174,8 @@ class TaskScope(concurrent.futures.Executor):
             lacking = 0 if waits else self._claim_threads(self._max_workers)
 
         try:
-            if lacking and not self._request_threads(lacking):
-                self.serve("inline")
+            if lacking:
+                self._request_threads(lacking)
 
             return future
         finally:
@@ -207,12 +204,14 @@ class TaskScope(concurrent.futures.Executor):
 
         with self._lock:
             self.waiters += 1
+            lacking = self._claim_threads(1)
 
         try:
-            self._expedite()
+            self._expedite(lacking)
             yield
         finally:
-            self._stop_waiting()
+            with self._lock:
+                self.waiters -= 1
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Refuse further tasks, and wait for those submitted, without a deadline.
@@ -235,22 +234,17 @@ class TaskScope(concurrent.futures.Executor):
         if wait:
             self._join(None)
 
+        self._drop_requests()
+
     def end(self) -> None:
         """Refuse further tasks, and wait for those submitted until the deadline.
 
         The runner reports what is left behind then.
         """
-        report = None
-
         if self._join(self._timeout, close=True) and self._timeout is not None:
-            report = self._give_up(self._timeout)
+            self._give_up(self._timeout)
 
-        if self._requested:
-            # While it is queued for threads it is kept, and so is the request.
-            self._pool.withdraw(self)
-
-        if report is not None:
-            self._runner.report(report)
+        self._drop_requests()
 
     def serve(self, how: How) -> None:
         """Run what is queued, and have another thread come if there is more of it.
@@ -260,25 +254,36 @@ class TaskScope(concurrent.futures.Executor):
         """
         with self._lock:
             self._requested -= how == "thread"
-            future = self._take()
-            lacking = 0 if self._holding_back else self._claim_threads(1)
+            future = self._next()
+            calls = how == "thread" and self._head_start is None
+            lacking = self._claim_threads(1) if calls else 0
+
+        if future is None:
+            return
 
         if lacking:
-            # Whether one comes or not, this one serves the queue.
-            self._request_threads(1)
+            self._request_threads(1, serves=True)
 
-        if how == "inline" and future is not None:
+        if how == "inline":
             self._pool.warn()
 
         started, count = time.monotonic(), 0
 
         while future is not None:
             future.run(how)
-            future = self._finish(future)
             count += 1
 
-        if count:
-            self._pool.tasks_are_small = (time.monotonic() - started) / count < _SMALL
+            if self._generation != self._pool.generation:
+                self._leave_to_parent()
+                return
+
+            with self._lock:
+                following = self._next(future)
+
+            # Not under the lock, as it may be the last reference to a result.
+            future = following
+
+        self._pool.tasks_are_small = (time.monotonic() - started) / count < _SMALL
 
     @property
     def _forked(self) -> bool:
@@ -298,50 +303,47 @@ class TaskScope(concurrent.futures.Executor):
             barrier = _Barrier(self._submitted, self._unfinished)
             self._barriers.append(barrier)
             self.waiters += 1
-            holds_back = len(self._queue) > 1 and self._pool.tasks_are_small
-            self._holding_back += holds_back
-
-        try:
-            if holds_back:
-                self._give_head_start(barrier)
-            else:
-                self._expedite()
-
-            if barrier.remaining:
-                barrier.sleep(timeout)
-
-            return barrier.remaining
-        finally:
-            self._stop_waiting(barrier)
-
-    def _give_head_start(self, barrier: _Barrier) -> None:
-        """Have all threads come that there is work for, but not at once."""
-        try:
-            self._expedite()
-            barrier.sleep(_HEAD_START)
-        finally:
-            with self._lock:
-                self._holding_back -= 1
-                lacking = self._claim_threads(self._max_workers)
-
-            self._request_threads(lacking)
-
-    def _stop_waiting(self, barrier: _Barrier | None = None) -> None:
-        with self._lock:
-            self.waiters -= 1
-
-            if barrier is not None:
-                self._barriers.remove(barrier)
-
-    def _expedite(self) -> None:
-        """Let no request for a thread queue at the pool while this thread waits."""
-        with self._lock:
             lacking = self._claim_threads(1)
 
-        # One that queues is made anew: the pool sees now that it is waited for.
-        if lacking or self._pool.withdraw(self, 1):
-            if not self._request_threads(1):
-                self.serve("inline")
+            if len(self._queue) > 1 and self._pool.tasks_are_small:
+                self._head_start = self._head_start or barrier
+
+        try:
+            self._expedite(lacking)
+
+            if self._head_start is barrier:
+                barrier.sleep(_HEAD_START)
+                self._end_head_start()
+
+            barrier.sleep(timeout)
+            return barrier.remaining
+        finally:
+            with self._lock:
+                self.waiters -= 1
+                self._barriers.remove(barrier)
+
+                # After a Ctrl-C.
+                if self._head_start is barrier:
+                    self._head_start = None
+
+    def _end_head_start(self) -> None:
+        """Have all threads come that there is work left for."""
+        with self._lock:
+            self._head_start = None
+            lacking = self._claim_threads(self._max_workers)
+
+        self._request_threads(lacking)
+
+    def _expedite(self, lacking: int) -> None:
+        """Let no request for a thread queue at the pool while this thread waits.
+
+        :param lacking: How many threads were claimed.
+        """
+        # What queues is requested anew: the pool sees now that it is waited for.
+        lacking = lacking or self._pool.withdraw(self)
+
+        if lacking:
+            self._request_threads(lacking)
 
     def _claim_threads(self, most: int) -> int:
         """Return how many threads to request now, and note that. Needs the lock."""
@@ -349,32 +351,59 @@ class TaskScope(concurrent.futures.Executor):
             return 0
 
         free = self._max_workers - len(self._running)
-        lacking = max(0, min(most, len(self._queue), free) - self._requested)
+        lacking = min(most, len(self._queue), free) - self._requested
+
+        if lacking <= 0:
+            return 0
+
         self._requested += lacking
         return lacking
 
-    def _request_threads(self, count: int) -> bool:
-        """Request threads that were claimed, and return whether all of them come."""
+    def _request_threads(self, count: int, *, serves: bool = False) -> None:
+        """Request threads that were claimed, and do without if there are none at all.
+
+        :param serves: This thread serves the queue anyway.
+        """
         try:
             while count and self._pool.request(self):
                 count -= 1
         except BaseException:
             # A Ctrl-C. Other threads may rely on these requests.
-            self._request_threads(count)
+            self._request_threads(count, serves=serves)
             raise
 
         if count:
+            this = threading.get_ident()
+
             with self._lock:
                 self._requested -= count
+                others = any(future.thread != this for future in self._running)
+                alone = not (serves or others or self._requested)
 
-        if self._closed and not self._queue:
-            # The scope has ended meanwhile, before a request could be withdrawn.
+            if alone:
+                self.serve("inline")
+
+        # The scope may have ended before a request could be withdrawn.
+        self._drop_requests()
+
+    def _drop_requests(self) -> None:
+        """Let the pool not keep a scope, and so a request, that needs no thread."""
+        if self._closed and self._requested and not self._queue:
             self._pool.withdraw(self)
 
-        return not count
+    def _next(self, done: TaskFuture[t.Any] | None = None) -> TaskFuture[t.Any] | None:
+        """Give back the slot of a task, and take the next one. Needs the lock."""
+        if done is not None:
+            self._running.remove(done)
+            self._unfinished -= 1
 
-    def _take(self) -> TaskFuture[t.Any] | None:
-        """Move the first queued task to the running ones. Needs the lock."""
+            for barrier in self._barriers:
+                if done.index <= barrier.last:
+                    barrier.remaining -= 1
+
+                    if not barrier.remaining:
+                        barrier.lock.release()
+
         if not self._queue or len(self._running) >= self._max_workers:
             return None
 
@@ -383,27 +412,16 @@ class TaskScope(concurrent.futures.Executor):
         self._running.add(future)
         return future
 
-    def _finish(self, future: TaskFuture[t.Any]) -> TaskFuture[t.Any] | None:
-        """Give back the slot of a task that is done, and take the next one."""
-        if self._forked:
-            # The task has forked. What else there is to do is for the parent, and not
-            # waited for in here, where the task may have run inline.
-            self._lock = threading.Lock()
-            self._queue.clear()
+    def _leave_to_parent(self) -> None:
+        """Forget all tasks: one has forked, and this is the child.
 
-            for barrier in self._barriers:
-                barrier.remaining = 0
+        Nor are they waited for in here, where the task may have run inline.
+        """
+        self._lock = threading.Lock()
+        self._queue.clear()
 
-            return None
-
-        with self._lock:
-            self._running.remove(future)
-            self._unfinished -= 1
-
-            for barrier in self._barriers:
-                barrier.count(future)
-
-            return self._take()
+        for barrier in self._barriers:
+            barrier.remaining = 0
 
     def _cancel_queued(self) -> list[str]:
         """Cancel what no thread has begun, and return the names."""
@@ -413,33 +431,30 @@ class TaskScope(concurrent.futures.Executor):
             # So that they count as unfinished until they are done.
             self._running.update(queued)
 
-        names = [future.task_name for future in queued if not future.cancelled()]
+        names = [task_name(future.task) for future in queued if not future.cancelled()]
 
         for future in queued:
             future.cancel()
             future.run("inline")
-            self._finish(future)
+
+            with self._lock:
+                self._next(future)
 
         return names
 
-    def _give_up(self, timeout: float) -> TimeoutReport | None:
-        """Cancel what is queued, and let other threads replace those that run."""
+    def _give_up(self, timeout: float) -> None:
+        """Cancel what is queued, have what runs replaced, and report both."""
         cancelled = self._cancel_queued()
 
         with self._lock:
             running = list(self._running)
 
-        frames = sys._current_frames()
+        overdue = find_overdue(running, timeout)
+        abandoned = self._pool.abandon(self, overdue)
 
-        try:
-            stuck = [found for future in running if (found := future.describe(frames))]
-        finally:
-            # This frame is one of them: no cycle through it.
-            del frames
-
-        abandoned = self._pool.abandon(self)
-        left = cancelled or stuck
-        return TimeoutReport(timeout, cancelled, stuck, abandoned) if left else None
+        if cancelled or overdue:
+            stacks = [(task.name, task.stack) for task in overdue]
+            self._runner.report(TimeoutReport(timeout, cancelled, stacks, abandoned))
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
