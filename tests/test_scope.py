@@ -36,8 +36,8 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from flask_apitask.executor.future import Work
-    from flask_apitask.executor.pool import Worker
     from flask_apitask.executor.runner import How
+    from flask_apitask.executor.worker import Worker
 
 WORK: Work = (bool, (), {}, 0.0)
 
@@ -217,13 +217,13 @@ def test_wait_begins_while_a_thread_is_requested() -> None:
     looked = threading.Event()
 
     class Pool(ThreadPool):
-        def withdraw(self, scope: TaskScope) -> int:
+        def withdraw(self, scope: t.Any) -> int:
             found = super().withdraw(scope)
             looked.set()
             return found
 
-    class Slow(collections.deque[TaskScope]):
-        def append(self, scope: TaskScope) -> None:
+    class Slow(collections.deque[t.Any]):
+        def append(self, scope: t.Any) -> None:
             waiting.append(start(scope.wait))
             assert looked.wait(PATIENCE)
             super().append(scope)
@@ -242,7 +242,7 @@ def test_wait_begins_while_an_extra_thread_leaves() -> None:
     waiting: list[threading.Thread] = []
 
     class Pool(ThreadPool):
-        def request(self, scope: TaskScope) -> bool:
+        def request(self, scope: t.Any) -> bool:
             comes = super().request(scope)
             requests.append(scope)
             return comes
@@ -543,7 +543,7 @@ def test_one_of_several_threads_comes() -> None:
     coming = threading.Event()
 
     class Pool(ThreadPool):
-        def request(self, scope: TaskScope) -> bool:
+        def request(self, scope: t.Any) -> bool:
             requests.append(scope)
             return len(requests) == 1
 
@@ -795,7 +795,7 @@ def test_scope_that_is_shut_down_while_it_is_served_waits_for_no_thread() -> Non
     gate = Gate()
 
     class Ending(ThreadPool):
-        def request(self, scope: TaskScope) -> bool:
+        def request(self, scope: t.Any) -> bool:
             while late:
                 late.pop().shutdown(wait=False, cancel_futures=True)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import atexit
-import contextvars
 import itertools
 import logging
 import math
@@ -14,44 +13,24 @@ import weakref
 from collections import deque
 
 from ..log import log
+from .worker import Worker
 
 if t.TYPE_CHECKING:
     from .overdue import OverdueTask
-    from .scope import TaskScope
+    from .queue import TaskQueue
 
 _logger = logging.getLogger("flask_apitask")
 _pools: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
 
 
-class Worker:
-    """A thread of a pool, and what it does at the moment.
-
-    :param extra: It was started beyond the pool's size, for a scope that is waited for.
-    """
-
-    __slots__ = ("awake", "extra", "ident", "scope")
-
-    def __init__(self, extra: bool = False) -> None:
-        # The worker sleeps by acquiring this lock once more, and is woken by a release:
-        # for the first time when its start has succeeded.
-        self.awake: threading.Lock = threading.Lock()
-        self.awake.acquire()
-        self.extra: bool = extra
-        self.scope: TaskScope | None = None
-        # The identifier of its thread, which sets it.
-        self.ident: int = 0
-
-
 class ThreadPool:
     """Threads that serve any number of scopes, started on demand, and kept.
 
-    A scope asks for a thread and gets one that is idle, or a new one. If there are
-    ``size`` already, the scope queues until one is free.
+    A scope gets a thread that is idle, or a new one. If there are ``size`` already, it
+    queues until one is free.
 
     The threads are daemons, as a process could not end otherwise while a task is stuck.
     The interpreter's exit waits for those that are busy all the same (:meth:`close`).
-
-    Guarantees:
 
     1.  A scope that asked for a thread gets one, or learns at once that there is none.
     2.  At most ``size`` threads are busy or idle. Not counted are those started for a
@@ -62,14 +41,12 @@ class ThreadPool:
     What could break it, and what prevents it:
 
     1.  *Lost scope.* A thread finds the queue empty and goes idle; a scope, which has
-        seen no idle thread, queues. So each of them looks and decides in one step,
-        under the lock.
+        seen no idle thread, queues. So each looks and decides in one step.
     2.  *Fork.* The child has none of the threads, and a lock that nobody there may ever
         release. So the pool is made anew in the child, before anything else runs.
     3.  *Interrupted start.* A Ctrl-C hits :meth:`threading.Thread.start`, and nobody
-        can say whether the thread will come. So it is given up on the spot; should it
-        come after all, it finds that and ends. Until its start has succeeded, it does
-        nothing.
+        can say whether the thread will come. So it is given up; should it come, it
+        finds that and ends. Until its start has succeeded, it does nothing.
 
     :param size: The most threads, apart from the exceptions above.
     """
@@ -90,7 +67,7 @@ class ThreadPool:
         self._lock = threading.Lock()
         # Notified when a worker is done or abandoned while the pool closes.
         self._settled = threading.Condition(self._lock)
-        self._waiting: deque[TaskScope] = deque()
+        self._waiting: deque[TaskQueue] = deque()
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._abandoned: dict[Worker, OverdueTask] = {}
@@ -99,7 +76,7 @@ class ThreadPool:
         self._warned: set[str] = set()
         self._closed = False
 
-    def request(self, scope: TaskScope) -> bool:
+    def request(self, scope: TaskQueue) -> bool:
         """Have a thread serve a scope as soon as one is free.
 
         If none is, and the scope is waited for, another one is started.
@@ -117,7 +94,10 @@ class ThreadPool:
                 self._waiting.append(scope)
 
                 # Only now: a thread that begins to wait looks in the other order.
-                if not self._is_urgent(scope):
+                waiters = scope.waiters
+                serving = [worker for worker in self._busy if worker.scope is scope]
+
+                if waiters <= sum(worker.extra for worker in serving):
                     return True
 
                 self._waiting.pop()
@@ -128,7 +108,7 @@ class ThreadPool:
 
         return self._wake(worker)
 
-    def withdraw(self, scope: TaskScope) -> int:
+    def withdraw(self, scope: TaskQueue) -> int:
         """Drop a scope's requests that still queue, and return how many there were."""
         # Mostly nothing queues, and this is looked at for each request.
         if not self._waiting:
@@ -142,7 +122,7 @@ class ThreadPool:
 
         return count
 
-    def abandon(self, scope: TaskScope, overdue: list[OverdueTask]) -> int:
+    def abandon(self, scope: TaskQueue, overdue: list[OverdueTask]) -> int:
         """Let other threads take the place of those that a scope's tasks hold.
 
         Each counts again as soon as its task is done.
@@ -172,8 +152,8 @@ class ThreadPool:
     def close(self, started: float) -> None:
         """Refuse further requests and wait for the busy threads, as the process exits.
 
-        A thread that was abandoned with its task, or is meanwhile, is waited for as
-        long as the task is given. A WARNING names the tasks that are left behind.
+        For one that was abandoned with its task, or is meanwhile, as long as the task
+        is given. A WARNING names what is left behind.
 
         :param started: When the exit began, in seconds of :func:`time.monotonic`.
         """
@@ -198,6 +178,14 @@ class ThreadPool:
                 len(left),
                 ", ".join(map(repr, left)),
             )
+
+    def _exit_grace(self) -> float:
+        """Return for how many seconds the exit may wait. Needs the lock."""
+        if self._busy <= self._abandoned.keys():
+            graces = [task.exit_grace for task in self._abandoned.values()]
+            return max(graces, default=0)
+
+        return math.inf
 
     def warn(self) -> None:
         """Say, once for each cause, that tasks run where no thread was to be had."""
@@ -227,7 +215,7 @@ class ThreadPool:
 
         return stays
 
-    def _next_scope(self, worker: Worker) -> tuple[TaskScope | None, bool]:
+    def _next_scope(self, worker: Worker) -> tuple[TaskQueue | None, bool]:
         """Return the scope that a worker serves next, and whether the worker stays."""
         with self._lock:
             self._abandoned.pop(worker, None)
@@ -256,13 +244,6 @@ class ThreadPool:
             self._idle.append(worker)
             return None, True
 
-    def _exit_grace(self) -> float:
-        """Return for how many seconds the exit may wait. Needs the lock."""
-        if not self._busy <= self._abandoned.keys():
-            return math.inf
-
-        return max((task.exit_grace for task in self._abandoned.values()), default=0)
-
     def _find_worker(self) -> Worker | None:
         """Return a worker, now busy, that is idle or new. Needs the lock."""
         if self._idle:
@@ -274,11 +255,6 @@ class ThreadPool:
 
         self._busy.add(worker)
         return worker
-
-    def _is_urgent(self, scope: TaskScope) -> bool:
-        """Return whether another thread may be started for a scope. Needs the lock."""
-        extra = sum(worker.extra for worker in self._busy if worker.scope is scope)
-        return scope.waiters > extra
 
     def _count(self) -> int:
         """Count the threads that the size limits. Needs the lock."""
@@ -319,14 +295,7 @@ class ThreadPool:
                 " 'enable-threads = true' to its configuration."
             )
 
-        thread = threading.Thread(
-            target=_work,
-            args=(weakref.ref(self), worker),
-            name=f"apitask_{next(self._numbers)}",
-            daemon=True,
-        )
-        # In an empty context: else it may keep the request that starts it, for good.
-        contextvars.Context().run(thread.start)
+        worker.start(f"apitask_{next(self._numbers)}", weakref.ref(self))
 
     def __repr__(self) -> str:
         return (
@@ -339,20 +308,6 @@ class ThreadPool:
         # They find the pool gone, and end.
         for worker in self._idle:
             worker.awake.release()
-
-
-def _work(reference: weakref.ref[ThreadPool], worker: Worker) -> None:
-    """Work and sleep in turns. A thread that sleeps does not keep the pool alive."""
-    worker.ident = threading.get_ident()
-
-    while True:
-        worker.awake.acquire()
-        pool = reference()
-
-        if pool is None or not pool.work(worker):
-            break
-
-        del pool
 
 
 def threads_enabled() -> bool:
