@@ -44,7 +44,8 @@ class TaskFuture(concurrent.futures.Future[T]):
         scope: TaskScope | None = None,
         work: Work | None = None,
     ) -> None:
-        super().__init__()
+        # Not by super(), which takes a tenth of the time that this does.
+        concurrent.futures.Future.__init__(self)
         self._runner = runner
         self._scope = scope
         self._work: t.Any = work
