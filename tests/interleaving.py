@@ -11,7 +11,8 @@ from unittest import mock
 from conftest import PATIENCE
 
 from flask_apitask.executor import pool as pool_module
-from flask_apitask.executor import scope as scope_module
+from flask_apitask.executor import queue as queue_module
+from flask_apitask.executor import worker as worker_module
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -19,7 +20,7 @@ if t.TYPE_CHECKING:
 T = t.TypeVar("T")
 
 # Those that look up the primitives of threading each time they need one.
-_MODULES: t.Any = (scope_module, pool_module, concurrent.futures._base)
+_MODULES: t.Any = (queue_module, pool_module, worker_module, concurrent.futures._base)
 
 
 class _Abandoned(BaseException):

@@ -20,7 +20,7 @@ from flask_apitask.executor.scope import TaskScope
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from flask_apitask.executor.pool import Worker
+    from flask_apitask.executor.worker import Worker
 
 forks = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="no process forks on this system"

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import sys
 import textwrap
+import threading
 import typing as t
 
 import pytest
+from child_process import ChildProcess
+from conftest import PATIENCE
 from scopes import forks
 from scopes import run_script
+from smtp_servers import Fault
+from smtp_servers import ScriptedServer
+from smtp_servers import Stage
 
 # What each program begins with. Its log goes to its output, as it is no error.
 PROGRAM = """
@@ -384,6 +391,7 @@ HOLDS = {
 }
 
 GONE_ON = ["WARNING Went on of ", "ok"]
+LEFT = "WARNING The process"
 
 
 def run_stuck(script: str, hold: str = "lock", **options: t.Any) -> list[str]:
@@ -396,7 +404,7 @@ def run_stuck(script: str, hold: str = "lock", **options: t.Any) -> list[str]:
 @pytest.mark.parametrize("hold", HOLDS)
 def test_exit_with_a_stuck_task(hold: str) -> None:
     """A process whose task is stuck ends, without an error."""
-    assert run_stuck("        get_stuck()", hold) == GONE_ON
+    assert run_stuck("        get_stuck()", hold) == [*GONE_ON, LEFT]
 
 
 def test_exit_finishes_tasks_that_are_not_abandoned() -> None:
@@ -412,7 +420,7 @@ def test_exit_finishes_tasks_that_are_not_abandoned() -> None:
         threading._register_atexit(exiting.set)
         say("main")
         """)
-    assert said == [*GONE_ON, "main", "running", "queued"]
+    assert said == [*GONE_ON, "main", "running", "queued", LEFT]
 
 
 def test_exit_begins_before_the_deadline() -> None:
@@ -421,14 +429,15 @@ def test_exit_begins_before_the_deadline() -> None:
         threading.Thread(target=get_stuck).start()
         assert begun.wait(10)
         """)
-    assert said == GONE_ON
+    # The request and the exit go on at the same moment.
+    assert sorted(said) == sorted([*GONE_ON, LEFT])
 
 
 def test_exit_in_a_process_of_greenlets() -> None:
     """A process whose threads are gevent's ends as well, with its stuck task."""
     pytest.importorskip("gevent")
     patch = "import gevent.monkey\ngevent.monkey.patch_all()\n"
-    assert run_stuck("        get_stuck()", first=patch) == GONE_ON
+    assert run_stuck("        get_stuck()", first=patch) == [*GONE_ON, LEFT]
 
 
 @forks
@@ -449,4 +458,114 @@ def test_exit_of_a_forked_child(hold: str) -> None:
         hold,
         allow_fork=True,
     )
-    assert said == [*GONE_ON, *GONE_ON, "exit code 0"]
+    assert said == [*GONE_ON, *GONE_ON, LEFT, "exit code 0", LEFT]
+
+
+GRACE = """
+        app.config["APITASK_TIMEOUT"] = 0.01
+        del app.extensions["apitask"]
+        ApiTask(app)
+
+        @app.get("/late")
+        def late():
+            run(work)
+            assert begun.wait(5)
+            return "ok"
+
+        say(app.test_client().get("/late").text)
+        threading._register_atexit(exiting.set)
+"""
+
+
+@pytest.mark.parametrize("task", ["work", "functools.partial(work)", "Work()"])
+def test_exit_waits_for_a_task_as_long_as_it_says(task: str) -> None:
+    """A task past its deadline may come to its end, and is not left behind."""
+    said = run_program(
+        """
+        import functools
+
+        def work():
+            begun.set()
+            assert exiting.wait(10)
+            # The time of its scope has passed once more.
+            assert not threading.Event().wait(0.1)
+            say("done")
+
+        work.exit_grace = None
+
+        class Work:
+            name = "work"
+            run = staticmethod(work)
+        """
+        + GRACE.replace("run(work)", f"run({task})")
+    )
+    assert said == [*GONE_ON, "done"]
+
+
+@pytest.mark.parametrize("grace", ["0", "0.05", "False"])
+def test_exit_does_not_wait_longer_than_a_task_says(grace: str) -> None:
+    """One that has said how long it may take is left behind after that, and named."""
+    said = run_program(
+        f"""
+        logging.getLogger().handlers[0].setFormatter(None)
+
+        @task("endless")
+        def work():
+            begun.set()
+            threading.Event().wait()
+
+        work.exit_grace = {grace}
+        """
+        + GRACE
+    )
+    assert said[-1] == (
+        "The process exits, and 1 task(s) past their deadline with it: 'endless'"
+    )
+
+
+def test_mail_arrives_though_the_process_exits() -> None:
+    """A mail that a slow server is about to take past the deadline is delivered."""
+    reached, opened = threading.Event(), threading.Event()
+
+    class SlowServer(ScriptedServer):
+        def next_fault(self, stage: Stage) -> Fault | bytes | None:
+            if stage is Stage.DATA:
+                reached.set()
+                assert opened.wait(PATIENCE)
+
+            return super().next_fault(stage)
+
+    program = PROGRAM + textwrap.dedent("""
+        from flask_mail import Mail
+
+        del app.extensions["apitask"]
+        app.config.update(
+            APITASK_TIMEOUT=0.01,
+            APITASK_MAIL_BACKGROUND=True,
+            MAIL_PORT=int(sys.argv[1]),
+        )
+        mail = Mail(app)
+        ApiTask(app)
+
+        @app.get("/mail")
+        def send():
+            mail.send_message("late", sender="a@example.com", recipients=["b@x.org"])
+            return "answered"
+
+        say(app.test_client().get("/mail").text)
+        threading._register_atexit(lambda: say("exits"))
+        """)
+
+    with SlowServer() as server:
+        command = [sys.executable, "-c", program, str(server.port)]
+
+        with ChildProcess(command) as child:
+            child.expect("(answered)")
+            child.expect("(exits)")
+            assert reached.wait(PATIENCE)
+            assert server.taken == []
+            opened.set()
+            assert child.wait() == 0
+
+        assert [taken.recipients for taken in server.taken] == [("b@x.org",)]
+        assert child.output.count("WARNING") == 1

@@ -27,6 +27,7 @@ from scopes import RefusedPool
 from scopes import start
 
 from flask_apitask import ScopeClosed
+from flask_apitask.executor.future import TaskFuture
 from flask_apitask.executor.pool import ThreadPool
 from flask_apitask.executor.runner import Runner
 from flask_apitask.executor.scope import TaskScope
@@ -34,7 +35,11 @@ from flask_apitask.executor.scope import TaskScope
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+    from flask_apitask.executor.future import Work
     from flask_apitask.executor.runner import How
+    from flask_apitask.executor.worker import Worker
+
+WORK: Work = (bool, (), {}, 0.0)
 
 CONTAINED = [
     ValueError,
@@ -212,13 +217,13 @@ def test_wait_begins_while_a_thread_is_requested() -> None:
     looked = threading.Event()
 
     class Pool(ThreadPool):
-        def withdraw(self, *args: t.Any) -> bool:
-            found = super().withdraw(*args)
+        def withdraw(self, scope: t.Any) -> int:
+            found = super().withdraw(scope)
             looked.set()
             return found
 
-    class Slow(collections.deque[TaskScope]):
-        def append(self, scope: TaskScope) -> None:
+    class Slow(collections.deque[t.Any]):
+        def append(self, scope: t.Any) -> None:
             waiting.append(start(scope.wait))
             assert looked.wait(PATIENCE)
             super().append(scope)
@@ -237,7 +242,7 @@ def test_wait_begins_while_an_extra_thread_leaves() -> None:
     waiting: list[threading.Thread] = []
 
     class Pool(ThreadPool):
-        def request(self, scope: TaskScope) -> bool:
+        def request(self, scope: t.Any) -> bool:
             comes = super().request(scope)
             requests.append(scope)
             return comes
@@ -498,6 +503,64 @@ def test_queued_scope_is_refused_when_it_is_waited_for() -> None:
         assert thread.ident not in idents[2:]
 
 
+class ScarcePool(ThreadPool):
+    """A pool that the system gives one thread and no more."""
+
+    def _start(self, worker: Worker) -> None:
+        if next(self._numbers):
+            raise RuntimeError("can't start new thread")
+
+        super()._start(worker)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_one_thread_serves_where_there_is_no_second(
+    small: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As long as one thread comes or serves, no task runs where it is waited for."""
+    pool, gate = ScarcePool(4), Gate()
+    pool.tasks_are_small = small
+    idents: list[int] = []
+
+    def note() -> None:
+        idents.append(threading.get_ident())
+
+    with make_scope(4, pool) as scope:
+        futures = [scope.submit(gate)] + [scope.submit(note) for _ in range(3)]
+        waiting = [start(scope.wait), start(futures[-1].result)]
+        wait_until(lambda: scope.waiters == 2)
+        scope.submit(note)
+        assert idents == []
+        gate.opened.set()
+        join(*waiting)
+
+    assert idents == [gate.threads[0].ident] * 4
+    assert caplog.messages == []
+
+
+def test_one_of_several_threads_comes() -> None:
+    """Of several threads that are lacking, one is enough that a task is left to it."""
+    coming = threading.Event()
+
+    class Pool(ThreadPool):
+        def request(self, scope: t.Any) -> bool:
+            requests.append(scope)
+            return len(requests) == 1
+
+    requests: list[TaskScope] = []
+    scope = make_scope(4, Pool(4))
+    scope._pool.tasks_are_small = False
+    # As by a thread that has left them there.
+    scope._queue.extend(TaskFuture(Runner(), scope, WORK) for _ in range(2))
+    scope._unfinished += 2
+    future = scope.submit(coming.set)
+    assert len(requests) == 2
+    assert not future.done()
+    scope.serve("thread")
+    assert future.done()
+    scope.end()
+
+
 @pytest.mark.parametrize("make_pool", POOLS)
 @pytest.mark.parametrize("error_type", CONTAINED)
 def test_exceptions_are_contained(
@@ -512,7 +575,7 @@ def test_exceptions_are_contained(
         scope.wait()
         assert failing.exception(0) is error
         # It counts as done.
-        assert failing.describe({}) is None
+        assert failing.task is None
         assert following.result(0) == 3
 
 
@@ -698,6 +761,33 @@ def test_scope_that_has_ended_waits_for_no_thread() -> None:
         second.opened.set()
 
 
+@pytest.mark.parametrize("end", [TaskScope.shutdown, TaskScope.end])
+def test_scope_that_is_shut_down_waits_for_no_thread(
+    end: cabc.Callable[[TaskScope], None],
+) -> None:
+    """A full pool keeps no scope whose tasks are done or cancelled."""
+    pool = ThreadPool(1)
+    pool.tasks_are_small = False
+    gate = Gate()
+
+    with make_scope(pool=pool) as busy:
+        busy.submit(gate)
+        assert gate.begun.wait(PATIENCE)
+        scope, cancelled = make_scope(2, pool), make_scope(2, pool)
+
+        for _ in range(4):
+            scope.submit(nothing)
+            cancelled.submit(nothing)
+
+        # One of them is made anew for the thread that waits.
+        end(scope)
+        assert scope not in pool._waiting
+        assert cancelled in pool._waiting
+        cancelled.shutdown(wait=False, cancel_futures=True)
+        assert not pool._waiting
+        gate.opened.set()
+
+
 def test_scope_that_is_shut_down_while_it_is_served_waits_for_no_thread() -> None:
     """A thread that is requested when there is nothing left to do is not waited for."""
     late: list[TaskScope] = []
@@ -705,7 +795,7 @@ def test_scope_that_is_shut_down_while_it_is_served_waits_for_no_thread() -> Non
     gate = Gate()
 
     class Ending(ThreadPool):
-        def request(self, scope: TaskScope) -> bool:
+        def request(self, scope: t.Any) -> bool:
             while late:
                 late.pop().shutdown(wait=False, cancel_futures=True)
 

@@ -343,7 +343,7 @@ def exit_of_the_process(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any
 
     schedule.spawn(submits)
     schedule.spawn(waits)
-    schedule.spawn(lambda: persist(pool.close))
+    schedule.spawn(lambda: persist(lambda: pool.close(0.0)))
 
     def check() -> None:
         recorded.check()

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import typing as t
+from unittest import mock
 
 import pytest
 
 from flask_apitask import task
+from flask_apitask.executor.task import exit_grace
 from flask_apitask.executor.task import make_callable
 from flask_apitask.executor.task import task_name
 
@@ -148,3 +151,38 @@ def test_what_is_no_task_is_refused(bad: object) -> None:
         f"A task is a callable, or an object with 'name' and 'run()', not {bad!r}."
         " Pass the function and its arguments apart: run(fn, x), not run(fn(x))."
     )
+
+
+def test_exit_grace_is_found() -> None:
+    """A function says it for its partials and for the tasks that call it.
+
+    What says nothing has the time of its scope.
+    """
+
+    def endless() -> None: ...
+
+    def quick() -> None: ...
+
+    class Named:
+        name = "named"
+
+        def run(self) -> None: ...
+
+    class Patient(Named):
+        exit_grace = 3
+
+    class Delivering(Named):
+        run = staticmethod(endless)
+
+    endless.exit_grace = None  # type: ignore[attr-defined]
+    assert exit_grace(endless, 1.0) == math.inf
+    partial = functools.partial(functools.partial(endless), 1)
+    assert exit_grace(partial, 1.0) == math.inf
+    assert exit_grace(make_callable(Delivering()), 1.0) == math.inf
+    assert exit_grace(make_callable(Patient()), 1.0) == 3
+
+    for silent in (quick, functools.partial(quick), make_callable(Named())):
+        assert exit_grace(silent, 1.0) == 1.0
+
+    # It has every attribute.
+    assert exit_grace(mock.Mock(), 1.0) == 1.0

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import math
 import threading
+import time
 import typing as t
 import weakref
 
@@ -19,6 +21,7 @@ from scopes import Payload
 from scopes import start
 
 from flask_apitask.executor import pool as pool_module
+from flask_apitask.executor.overdue import OverdueTask
 from flask_apitask.executor.pool import ThreadPool
 
 if t.TYPE_CHECKING:
@@ -56,9 +59,17 @@ def request(pool: ThreadPool, fn: cabc.Callable[[], object] = bool) -> Calling:
     return t.cast("Calling", calling)
 
 
-def abandon(pool: ThreadPool, scope: Calling) -> int:
-    """Have the threads that serve a scope replaced."""
-    return pool.abandon(t.cast("t.Any", scope))
+def abandon(pool: ThreadPool, scope: Calling, grace: float = 0.0) -> int:
+    """Have the threads that have served a scope replaced, if they still do."""
+    overdue = [
+        OverdueTask("stuck", "", thread.ident or 0, grace) for thread in scope.threads
+    ]
+    return pool.abandon(t.cast("t.Any", scope), overdue)
+
+
+def close(pool: ThreadPool) -> None:
+    """Close a pool as an exit that begins now does."""
+    pool.close(time.monotonic())
 
 
 def expect(pool: ThreadPool, **counts: int) -> None:
@@ -204,7 +215,7 @@ def test_start_is_interrupted(monkeypatch: pytest.MonkeyPatch, comes: bool) -> N
     assert not scope.threads
     expect(pool)
     assert request(pool).wait() not in started
-    in_time(pool.close)
+    in_time(close, pool)
 
 
 def test_interrupted_submit_leaves_others_their_thread(
@@ -338,7 +349,7 @@ def test_close_waits_for_busy_threads() -> None:
     expect(pool, idle=1)
     busy, gate = fill(pool, 2)
     queued = request(pool)
-    ending = start(pool.close)
+    ending = start(close, pool)
     wait_until(lambda: pool._closed)
     # Nobody would wait for a thread that starts now.
     assert not pool.request(t.cast("t.Any", Calling()))
@@ -351,7 +362,7 @@ def test_close_waits_for_busy_threads() -> None:
     pool = ThreadPool(1)
     idle = request(pool).wait()
     expect(pool, idle=1)
-    in_time(pool.close)
+    in_time(close, pool)
     join(idle)
 
 
@@ -360,12 +371,55 @@ def test_close_leaves_abandoned_threads_behind(before: bool) -> None:
     """It does not wait for a task that was given up, or is meanwhile."""
     pool = ThreadPool(1)
     stuck, trap = fill(pool)
-    ending = None if before else start(pool.close)
+    ending = None if before else start(close, pool)
     wait_until(lambda: before or pool._closed)
     abandon(pool, stuck[0])
-    join(ending or start(pool.close))
+    join(ending or start(close, pool))
     trap.opened.set()
     join(*stuck[0].threads)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_close_waits_for_an_abandoned_task_in_its_grace(
+    before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What comes to its end in time is not left behind, and not spoken of."""
+    pool = ThreadPool(3)
+    short, short_trap = fill(pool)
+    stuck, trap = fill(pool)
+    endless, endless_trap = fill(pool)
+    abandon(pool, short[0], PATIENCE)
+    abandon(pool, endless[0], 0.0)
+
+    if before:
+        abandon(pool, stuck[0], math.inf)
+
+    ending = start(close, pool)
+    wait_until(lambda: pool._closed)
+
+    if not before:
+        abandon(pool, stuck[0], math.inf)
+
+    short_trap.opened.set()
+    join(*short[0].threads)
+    assert ending.is_alive()
+    assert caplog.messages == []
+    trap.opened.set()
+    join(ending, *stuck[0].threads)
+    assert caplog.messages == [
+        "The process exits, and 1 task(s) past their deadline with it: 'stuck'"
+    ]
+    endless_trap.opened.set()
+
+
+def test_grace_begins_with_the_exit(caplog: pytest.LogCaptureFixture) -> None:
+    """It is over at the same time for all pools, whichever is closed first."""
+    pool = ThreadPool(1)
+    stuck, trap = fill(pool)
+    abandon(pool, stuck[0], PATIENCE)
+    in_time(pool.close, time.monotonic() - PATIENCE)
+    assert len(caplog.messages) == 1
+    trap.opened.set()
 
 
 @pytest.mark.parametrize("refused", [True, False])
@@ -378,7 +432,7 @@ def test_close_waits_for_a_thread_that_is_being_started(
 
     def start_late(thread: threading.Thread) -> None:
         monkeypatch.undo()
-        ending.append(start(pool.close))
+        ending.append(start(close, pool))
         wait_until(lambda: pool._closed)
 
         if refused:

@@ -1,54 +1,36 @@
 from __future__ import annotations
 
 import atexit
-import contextvars
 import itertools
 import logging
+import math
 import os
 import sys
 import threading
+import time
 import typing as t
 import weakref
 from collections import deque
 
 from ..log import log
+from .worker import Worker
 
 if t.TYPE_CHECKING:
-    from .scope import TaskScope
+    from .overdue import OverdueTask
+    from .queue import TaskQueue
 
 _logger = logging.getLogger("flask_apitask")
 _pools: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
 
 
-class Worker:
-    """A thread of a pool, and what it does at the moment.
-
-    :param extra: It was started beyond the pool's size, for a scope that is waited for.
-    """
-
-    __slots__ = ("awake", "extra", "retired", "scope", "thread")
-
-    def __init__(self, extra: bool = False) -> None:
-        # The worker sleeps by acquiring this lock once more, and is woken by a release:
-        # for the first time when its start has succeeded.
-        self.awake: threading.Lock = threading.Lock()
-        self.awake.acquire()
-        self.extra: bool = extra
-        self.retired: bool = False
-        self.scope: TaskScope | None = None
-        self.thread: threading.Thread | None = None
-
-
 class ThreadPool:
     """Threads that serve any number of scopes, started on demand, and kept.
 
-    A scope asks for a thread and gets one that is idle, or a new one. If there are
-    ``size`` already, the scope queues until one is free.
+    A scope gets a thread that is idle, or a new one. If there are ``size`` already, it
+    queues until one is free.
 
     The threads are daemons, as a process could not end otherwise while a task is stuck.
     The interpreter's exit waits for those that are busy all the same (:meth:`close`).
-
-    Guarantees:
 
     1.  A scope that asked for a thread gets one, or learns at once that there is none.
     2.  At most ``size`` threads are busy or idle. Not counted are those started for a
@@ -59,14 +41,12 @@ class ThreadPool:
     What could break it, and what prevents it:
 
     1.  *Lost scope.* A thread finds the queue empty and goes idle; a scope, which has
-        seen no idle thread, queues. So each of them looks and decides in one step,
-        under the lock.
+        seen no idle thread, queues. So each looks and decides in one step.
     2.  *Fork.* The child has none of the threads, and a lock that nobody there may ever
         release. So the pool is made anew in the child, before anything else runs.
     3.  *Interrupted start.* A Ctrl-C hits :meth:`threading.Thread.start`, and nobody
-        can say whether the thread will come. So it is given up on the spot; should it
-        come after all, it finds that and ends. Until its start has succeeded, it does
-        nothing.
+        can say whether the thread will come. So it is given up; should it come, it
+        finds that and ends. Until its start has succeeded, it does nothing.
 
     :param size: The most threads, apart from the exceptions above.
     """
@@ -87,16 +67,16 @@ class ThreadPool:
         self._lock = threading.Lock()
         # Notified when a worker is done or abandoned while the pool closes.
         self._settled = threading.Condition(self._lock)
-        self._waiting: deque[TaskScope] = deque()
+        self._waiting: deque[TaskQueue] = deque()
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
-        self._abandoned: set[Worker] = set()
+        self._abandoned: dict[Worker, OverdueTask] = {}
         # Why no thread was to be had the last time, and what was said of that.
         self._refusal = ""
         self._warned: set[str] = set()
         self._closed = False
 
-    def request(self, scope: TaskScope) -> bool:
+    def request(self, scope: TaskQueue) -> bool:
         """Have a thread serve a scope as soon as one is free.
 
         If none is, and the scope is waited for, another one is started.
@@ -104,70 +84,78 @@ class ThreadPool:
         :return: ``False`` if the system gives no thread, so none will come.
         """
         with self._lock:
+            if self._closed:
+                self._refusal = "the process is about to exit."
+                return False
+
             worker = self._find_worker()
 
-            if worker is None and not self._closed:
+            if worker is None:
                 self._waiting.append(scope)
 
                 # Only now: a thread that begins to wait looks in the other order.
-                if not self._is_urgent(scope):
+                waiters = scope.waiters
+                serving = [worker for worker in self._busy if worker.scope is scope]
+
+                if waiters <= sum(worker.extra for worker in serving):
                     return True
 
                 self._waiting.pop()
                 worker = Worker(extra=True)
-
-            if worker is not None:
-                worker.scope = scope
                 self._busy.add(worker)
 
-        if worker is None:
-            self._refusal = "the process is about to exit."
-            return False
+            worker.scope = scope
 
         return self._wake(worker)
 
-    def withdraw(self, scope: TaskScope, most: int | None = None) -> bool:
-        """Drop a scope's requests that still queue, and return whether it had one.
-
-        :param most: How many of them, ``None`` for all.
-        """
+    def withdraw(self, scope: TaskQueue) -> int:
+        """Drop a scope's requests that still queue, and return how many there were."""
         # Mostly nothing queues, and this is looked at for each request.
         if not self._waiting:
-            return False
+            return 0
 
         with self._lock:
             count = self._waiting.count(scope)
 
-            for _ in range(count if most is None else min(most, count)):
+            for _ in range(count):
                 self._waiting.remove(scope)
 
-        return bool(count)
+        return count
 
-    def abandon(self, scope: TaskScope) -> int:
-        """Let other threads take the place of those that serve a scope.
+    def abandon(self, scope: TaskQueue, overdue: list[OverdueTask]) -> int:
+        """Let other threads take the place of those that a scope's tasks hold.
 
         Each counts again as soon as its task is done.
 
         :return: How many threads are abandoned now, by any scope.
         """
+        tasks = {task.thread: task for task in overdue}
+
         with self._lock:
-            self._abandoned.update(
-                worker for worker in self._busy if worker.scope is scope
-            )
+            for worker in self._busy:
+                # It may have gone on to another scope meanwhile.
+                if worker.scope is scope and worker.ident in tasks:
+                    self._abandoned[worker] = tasks[worker.ident]
+
             self._settled.notify_all()
             abandoned = len(self._abandoned)
 
-        # Each looks for a scope when it comes. Until then, a thread that begins to wait
-        # finds the scope in the queue.
-        while (worker := self._replace()) is not None and self._wake(worker):
-            pass
+        while True:
+            with self._lock:
+                # It looks for a scope when it comes. Until then, a thread that begins
+                # to wait finds that in the queue.
+                other = self._find_worker() if self._waiting else None
 
-        return abandoned
+            if other is None or not self._wake(other):
+                return abandoned
 
-    def close(self) -> None:
+    def close(self, started: float) -> None:
         """Refuse further requests and wait for the busy threads, as the process exits.
 
-        Not for one that was abandoned with its task, or is meanwhile.
+        For one that was abandoned with its task, or is meanwhile, as long as the task
+        is given. A WARNING names what is left behind.
+
+        :param started: When the exit began, in seconds of :func:`time.monotonic`.
         """
         with self._lock:
             self._closed = True
@@ -176,7 +164,28 @@ class ThreadPool:
                 worker.awake.release()
 
             self._idle.clear()
-            self._settled.wait_for(lambda: self._busy <= self._abandoned)
+
+            while (grace := started + self._exit_grace() - time.monotonic()) > 0:
+                self._settled.wait(None if grace > threading.TIMEOUT_MAX else grace)
+
+            left = [task.name for task in self._abandoned.values()]
+
+        if left:
+            log(
+                _logger,
+                logging.WARNING,
+                "The process exits, and %d task(s) past their deadline with it: %s",
+                len(left),
+                ", ".join(map(repr, left)),
+            )
+
+    def _exit_grace(self) -> float:
+        """Return for how many seconds the exit may wait. Needs the lock."""
+        if self._busy <= self._abandoned.keys():
+            graces = [task.exit_grace for task in self._abandoned.values()]
+            return max(graces, default=0)
+
+        return math.inf
 
     def warn(self) -> None:
         """Say, once for each cause, that tasks run where no thread was to be had."""
@@ -195,84 +204,67 @@ class ThreadPool:
 
         :return: Whether the thread is to sleep now and come back when it is woken.
         """
-        scope = worker.scope
+        scope, stays = worker.scope, True
 
         if scope is None:
-            scope = self._next_scope(worker)
+            scope, stays = self._next_scope(worker)
 
         while scope is not None:
             scope.serve("thread")
-            # Not kept by this frame while the thread sleeps.
-            scope = self._next_scope(worker)
+            scope, stays = self._next_scope(worker)
 
-        return not worker.retired
+        return stays
 
-    def _next_scope(self, worker: Worker) -> TaskScope | None:
-        """Return the scope that a worker serves next, or put the worker to rest."""
+    def _next_scope(self, worker: Worker) -> tuple[TaskQueue | None, bool]:
+        """Return the scope that a worker serves next, and whether the worker stays."""
         with self._lock:
-            self._abandoned.discard(worker)
-
+            self._abandoned.pop(worker, None)
             scope = worker.scope
 
             # It has queued while this worker still counted as serving it.
             if scope is not None and worker.extra and scope in self._waiting:
                 self._waiting.remove(scope)
-                return scope
+                return scope, True
 
             worker.scope = None
             worker.extra = False
-            # It is not busy if it was given up, if the pool closes, or in a child that
-            # a task has forked.
+            # It is not busy if it was given up, or in a child that a task has forked.
             surplus = worker not in self._busy or self._count() > self._size
 
             if self._waiting and not surplus:
                 worker.scope = self._waiting.popleft()
-                return worker.scope
+                return worker.scope, True
 
             self._busy.discard(worker)
 
             if surplus or self._closed:
-                worker.retired = True
                 self._settled.notify_all()
-            else:
-                self._idle.append(worker)
+                return None, False
 
-            return None
+            self._idle.append(worker)
+            return None, True
 
     def _find_worker(self) -> Worker | None:
-        """Return an idle worker, or a new one if there may be one. Needs the lock."""
+        """Return a worker, now busy, that is idle or new. Needs the lock."""
         if self._idle:
-            return self._idle.pop()
+            worker = self._idle.pop()
+        elif self._closed or self._count() >= self._size:
+            return None
+        else:
+            worker = Worker()
 
-        full = self._count() >= self._size
-        return None if full or self._closed else Worker()
-
-    def _is_urgent(self, scope: TaskScope) -> bool:
-        """Return whether another thread may be started for a scope. Needs the lock."""
-        extra = sum(worker.extra for worker in self._busy if worker.scope is scope)
-        return scope.waiters > extra
-
-    def _replace(self) -> Worker | None:
-        """Return one more worker if a scope waits and there may be one."""
-        with self._lock:
-            worker = self._find_worker() if self._waiting else None
-
-            if worker is not None:
-                self._busy.add(worker)
-
-            return worker
+        self._busy.add(worker)
+        return worker
 
     def _count(self) -> int:
         """Count the threads that the size limits. Needs the lock."""
-        count = len(self._busy) + len(self._idle)
-        return (
-            count - min(len(self._abandoned), self._size) if self._abandoned else count
-        )
+        abandoned = min(len(self._abandoned), self._size)
+        return len(self._busy) + len(self._idle) - abandoned
 
     def _wake(self, worker: Worker) -> bool:
         """Wake a thread, or start it if it is new, and return whether it comes."""
         try:
-            if worker.thread is None:
+            if not worker.ident:
                 self._start(worker)
         except BaseException as error:
             with self._lock:
@@ -303,14 +295,7 @@ class ThreadPool:
                 " 'enable-threads = true' to its configuration."
             )
 
-        worker.thread = thread = threading.Thread(
-            target=_work,
-            args=(weakref.ref(self), worker),
-            name=f"apitask_{next(self._numbers)}",
-            daemon=True,
-        )
-        # In an empty context: else it may keep the request that starts it, for good.
-        contextvars.Context().run(thread.start)
+        worker.start(f"apitask_{next(self._numbers)}", weakref.ref(self))
 
     def __repr__(self) -> str:
         return (
@@ -325,18 +310,6 @@ class ThreadPool:
             worker.awake.release()
 
 
-def _work(reference: weakref.ref[ThreadPool], worker: Worker) -> None:
-    """Work and sleep in turns. A thread that sleeps does not keep the pool alive."""
-    while True:
-        worker.awake.acquire()
-        pool = reference()
-
-        if pool is None or not pool.work(worker):
-            break
-
-        del pool
-
-
 def threads_enabled() -> bool:
     """Return whether threads of this process run while it serves no request.
 
@@ -349,8 +322,10 @@ def threads_enabled() -> bool:
 
 
 def _close_all() -> None:
+    started = time.monotonic()
+
     for pool in list(_pools):
-        pool.close()
+        pool.close(started)
 
 
 def _reset_all() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import typing as t
 
 if t.TYPE_CHECKING:
@@ -77,18 +78,43 @@ def make_callable(task: t.Any) -> t.Any:
 
     run = functools.partial(task.run)
     run.task_name = task.name  # type: ignore[attr-defined]
+
+    if hasattr(task, "exit_grace"):
+        run.exit_grace = task.exit_grace  # type: ignore[attr-defined]
+
     return run
 
 
 def task_name(task: t.Any) -> str:
     """Return the name a callable was given, or its module and qualified name."""
-    while not hasattr(task, "task_name"):
-        if not isinstance(task, functools.partial):
-            named = task if hasattr(task, "__qualname__") else type(task)
-            # A method of a type that is written in C may have no module.
-            module = getattr(named, "__module__", None)
-            return f"{module}.{named.__qualname__}" if module else named.__qualname__
+    task = _unwrap(task, "task_name")
 
+    if hasattr(task, "task_name"):
+        return str(task.task_name)
+
+    named = task if hasattr(task, "__qualname__") else type(task)
+    # A method of a type that is written in C may have no module.
+    module = getattr(named, "__module__", None)
+    return f"{module}.{named.__qualname__}" if module else named.__qualname__
+
+
+def exit_grace(task: t.Any, timeout: float) -> float:
+    """Return for how many seconds the exit waits for a task past its deadline.
+
+    :param timeout: For a task that has no attribute ``exit_grace``.
+    """
+    grace = getattr(_unwrap(task, "exit_grace"), "exit_grace", timeout)
+
+    if grace is None:
+        return math.inf
+
+    # A mock has every attribute.
+    return grace if isinstance(grace, (int, float)) else timeout
+
+
+def _unwrap(task: t.Any, attribute: str) -> t.Any:
+    """Return the partial, or else the callable below it, that has an attribute."""
+    while isinstance(task, functools.partial) and not hasattr(task, attribute):
         task = task.func
 
-    return str(task.task_name)
+    return task

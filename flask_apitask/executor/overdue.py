@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+import typing as t
+
+from .task import exit_grace
+from .task import task_name
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+    from types import FrameType
+
+    from .future import TaskFuture
+
+# What lies directly in these packages calls tasks, and is of no use in a stack. What
+# lies below, as the delivery of mail does, is a task itself.
+_CALLERS: t.Final = (__package__, __package__.rpartition(".")[0])
+
+_NO_STACK: t.Final = "  (no stack: it is on no thread of the system, or async)\n"
+
+
+class OverdueTask(t.NamedTuple):
+    """A task that still runs at its deadline.
+
+    :param stack: Where its thread is, as text.
+    :param thread: The identifier of that thread.
+    :param exit_grace: Seconds that the exit of the process may wait for it.
+    """
+
+    name: str
+    stack: str
+    thread: int
+    exit_grace: float
+
+
+def find_overdue(
+    futures: cabc.Iterable[TaskFuture[t.Any]], timeout: float
+) -> list[OverdueTask]:
+    """Look at tasks that run at their deadline. Those done meanwhile are left out."""
+    overdue: list[OverdueTask] = []
+    frames = sys._current_frames()
+
+    try:
+        for future in futures:
+            if (task := future.task) is not None:
+                thread = future.thread
+                stack = format_stack(frames.get(thread))
+                grace = exit_grace(task, timeout)
+                overdue.append(OverdueTask(task_name(task), stack, thread, grace))
+    finally:
+        # This frame is one of them: no cycle through it.
+        del frames
+
+    return overdue
+
+
+def format_stack(frame: FrameType | None) -> str:
+    """Format the stack of a thread from the first line of its task on.
+
+    There is none where the thread has not begun the task, or has left it. Nor does an
+    async task have one: its thread waits for an event loop.
+    """
+    stack = [] if frame is None else [frame for frame, _ in traceback.walk_stack(frame)]
+
+    while stack and _find_module(stack[-1]) == threading.__name__:
+        stack.pop()
+
+    while stack and _find_module(stack[-1]).rpartition(".")[0] in _CALLERS:
+        stack.pop()
+
+    if not stack or _find_module(stack[-1]).startswith("asgiref."):
+        return _NO_STACK
+
+    lines = ((frame, frame.f_lineno) for frame in reversed(stack))
+    return "".join(traceback.StackSummary.extract(lines).format())
+
+
+def _find_module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import typing as t
+
+import flask_mail
+import pytest
+from conftest import PATIENCE
+from conftest import wait_until
+from late_threads import in_time
+from scopes import Gate
+
+from flask_apitask import run
+from flask_apitask.mail.flask_mail import deliver
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from conftest import AppFactory
+    from flask import Flask
+
+# Seconds. It is short, as tests are stuck for as long.
+DEADLINE = 0.05
+
+
+@pytest.fixture
+def gate() -> cabc.Iterator[Gate]:
+    """Where tasks are stuck until the end of the test."""
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+def report(app: Flask, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
+    """Make a request that leaves a task behind, and return its first lines and all."""
+    assert in_time(app.test_client().get, "/").status_code == 200
+    (record,) = [r for r in caplog.records if "Went on of GET /" in r.getMessage()]
+    text = record.getMessage().partition("in:\n\n")[2]
+    assert "flask_apitask/runner.py" not in text
+    return "\n".join(text.splitlines()[:2]), text
+
+
+def test_stack_begins_with_the_task(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, gate: Gate
+) -> None:
+    """Nothing of what calls a task is in its stack."""
+    app = make_app(APITASK_TIMEOUT=DEADLINE)
+
+    def work() -> None:
+        gate()
+
+    @app.get("/")
+    def index() -> str:
+        run(work)
+        assert gate.begun.wait(PATIENCE)
+        return "ok"
+
+    first, text = report(app, caplog)
+    line = work.__code__.co_firstlineno + 1
+    assert f'  File "{__file__}", line {line}, in work' in first
+    assert text.count("  File") >= 2
+
+
+def test_stack_of_a_task_of_the_standard_library(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, gate: Gate
+) -> None:
+    """A function of ``threading`` is not taken for the start of the thread."""
+    app = make_app(APITASK_TIMEOUT=DEADLINE)
+
+    @app.get("/")
+    def index() -> str:
+        run(gate.opened.wait, PATIENCE)
+        return "ok"
+
+    first, _ = report(app, caplog)
+    assert f'File "{threading.__file__}"' in first
+    assert first.endswith(", in wait")
+
+
+def test_async_task_has_no_stack(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, gate: Gate
+) -> None:
+    """Its thread waits for the event loop that it runs on, and says so."""
+    app = make_app(APITASK_TIMEOUT=DEADLINE)
+
+    async def work() -> None:
+        await asyncio.get_running_loop().run_in_executor(None, gate)
+
+    @app.get("/")
+    def index() -> str:
+        run(work)
+        assert gate.begun.wait(PATIENCE)
+        return "ok"
+
+    first, text = report(app, caplog)
+    assert first.endswith("  (no stack: it is on no thread of the system, or async)")
+    assert "asgiref" not in text
+
+
+def test_stack_of_a_mail(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That of a mail begins where the delivery does."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        app = make_app(
+            APITASK_TIMEOUT=DEADLINE,
+            APITASK_MAIL_BACKGROUND=True,
+            APITASK_MAIL_TIMEOUT=PATIENCE,
+            MAIL_PORT=silent.getsockname()[1],
+            TESTING=False,
+        )
+        mail = flask_mail.Mail(app)
+
+        @app.get("/")
+        def index() -> str:
+            mail.send_message("hi", sender="a@x.org", recipients=["b@x.org"])
+            return "ok"
+
+        first, _ = report(app, caplog)
+        # It is let go.
+        silent.accept()[0].close()
+        wait_until(lambda: not app.extensions["apitask"].pool._busy)
+
+    assert first.startswith("'flask_mail.send':\n")
+    assert first.endswith(f", in {deliver.__name__}")
