@@ -11,6 +11,7 @@ from .block_scope import enter
 from .block_scope import leave
 from .block_scope import read_limits
 from .config import read_wait
+from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
 from .context import walk_frames
@@ -283,7 +284,7 @@ def _find_scope() -> TaskScope | None:
     request = request_context and request_context.request
 
     # The innermost frame counts that is part of this request, and of this app.
-    for frame in walk_frames():
+    for frame in walk_frames() if current_frame.get() else ():
         if request is None or frame.request is request:
             if frame.scope is None or frame.app is app:
                 return frame.scope
@@ -296,4 +297,5 @@ def _find_scope() -> TaskScope | None:
     if state is None or not state.config.enabled:
         return None
 
-    return request_scope.find_request_scope(request_context).open(app, request_context)
+    scope = request_scope.find_request_scope(request_context)
+    return scope.open(app_context, request_context)

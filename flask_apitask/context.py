@@ -106,7 +106,7 @@ def is_in_task(request: Request) -> bool:
 def mix_in(instance: t.Any, mixin: t.Any) -> None:
     """Have an object behave as a class says, beside its own class. Idempotent."""
     if not isinstance(instance, mixin):
-        base: cabc.Hashable = type(instance)
+        base: t.Any = type(instance)
         instance.__class__ = _mix(mixin, base)
 
 

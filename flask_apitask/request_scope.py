@@ -73,11 +73,12 @@ class RequestScope:
         """Whether there is something to wait for."""
         return self._scope is not None or bool(self._deferred)
 
-    def open(self, app: Flask, request_context: t.Any) -> TaskScope | None:
+    def open(self, app_context: t.Any, request_context: t.Any) -> TaskScope | None:
         """Return the scope, which the first caller makes; ``None`` after the end."""
         if self._scope is not None or self.ended:
             return self._scope
 
+        app: Flask = app_context.app
         config, pool = app.extensions["apitask"]
         mix_in(request_context, OwnSessions)
         runner = TaskRunner(app, request_context.request, config.copy_g)
@@ -88,7 +89,10 @@ class RequestScope:
                 self._scope = TaskScope(pool, *limits, runner)
 
                 if not MERGED:
-                    self._note_for_leftovers()
+                    # In tests, many requests may come in one app context.
+                    others = getattr(app_context, _LEFTOVERS, ())
+                    left = [other for other in others if not other.ended]
+                    setattr(app_context, _LEFTOVERS, [*left, self])
 
             scope = self._scope
 
@@ -132,14 +136,6 @@ class RequestScope:
     def _end_if_late(self) -> None:
         if self.ended:
             self.end()
-
-    def _note_for_leftovers(self) -> None:
-        """Keep this where :func:`end_leftovers` finds it."""
-        app_context = get_app_context()
-        # In tests, the requests of a whole app context may come here, one by one.
-        others = getattr(app_context, _LEFTOVERS, ())
-        left = [scope for scope in others if not scope.ended]
-        setattr(app_context, _LEFTOVERS, [*left, self])
 
     def _find_closing(self) -> Closing | None:
         """Return the closing of a response that is going to be closed."""
@@ -204,7 +200,9 @@ def end_leftovers(error: BaseException | None = None) -> None:
     # Each task has an app context, too, and pays for this.
     for scope in getattr(get_app_context(), _LEFTOVERS, ()):
         # An app context may end within a request, and that goes on.
-        if scope is not getattr(find_request_context(), _SCOPE, None):
+        if not scope.ended and scope is not getattr(
+            find_request_context(), _SCOPE, None
+        ):
             scope.end()
 
 
