@@ -6,34 +6,29 @@ import inspect
 import time
 import typing as t
 
-from flask import current_app
-
 from . import request_scope
-from .config import Config
-from .config import read_count
-from .config import read_timeout
+from .block_scope import enter
+from .block_scope import leave
+from .block_scope import read_limits
 from .config import read_wait
 from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
-from .context import Frame
-from .context import is_in_task
+from .context import walk_frames
 from .exceptions import ScopeClosed
 from .executor.future import TaskFuture
-from .executor.scope import TaskScope
+from .executor.runner import Runner
 from .executor.task import make_callable
 from .log import log_once
 from .runner import call_observed
 from .runner import PlainRunner
-from .runner import TaskRunner
-from .session import own_sessions
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from flask import Flask
-    from flask import Request
 
+    from .executor.scope import TaskScope
     from .executor.task import Task
     from .request_scope import AppState
 
@@ -93,22 +88,23 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     app_context = find_app_context()
     app = None if app_context is None else app_context.app
 
-    if app is not None and "apitask" not in app.extensions:
+    if app is not None:
         warn_without_apitask(app)
 
     submitted = time.monotonic()
     result = call_observed(app, "inline", submitted, task, args, kwargs)
-    future: TaskFuture[t.Any] = TaskFuture(PlainRunner(app))
+    runner = Runner() if app is None else PlainRunner(app)
+    future: TaskFuture[t.Any] = TaskFuture(runner)
     future.set_result(result)
     return future
 
 
 def warn_without_apitask(app: Flask, what: str = "run() was called") -> None:
-    """Log a WARNING, once, if a request of this app lacks its :class:`ApiTask`.
+    """Log a WARNING, once, in a request of an app that has no :class:`ApiTask`.
 
     :param what: What has been done on the spot therefore.
     """
-    request_context = find_request_context()
+    request_context = None if "apitask" in app.extensions else find_request_context()
 
     if request_context is not None and request_context.app is app:
         log_once(
@@ -169,12 +165,12 @@ def open_scope(
     :raises ValueError: A limit is not a positive number.
     :raises RuntimeError: There is no app context, or no :class:`ApiTask` on its app.
     """
-    frame, scope = _enter(max_workers, timeout)
+    frame, scope = enter(max_workers, timeout)
 
     try:
         yield scope
     finally:
-        _leave(frame)
+        leave(frame, scope)
         scope.end()
 
 
@@ -223,7 +219,7 @@ def scoped(
     :raises TypeError: ``view`` is not a function, or it is a generator function.
     :raises ValueError: A limit is not a positive number, or ``wait`` is another word.
     """
-    _read_limits(max_workers, timeout, Config())
+    read_limits(max_workers, timeout)
     at_close = read_wait("wait", wait, ("return", "close")) == "close"
 
     if view is None:
@@ -249,12 +245,12 @@ def scoped(
 
         @functools.wraps(view)
         async def async_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
-            frame, scope = _enter(max_workers, timeout)
+            frame, scope = enter(max_workers, timeout)
 
             try:
                 return await view(*args, **kwargs)
             finally:
-                if not _leave_view(frame, scope, at_close):
+                if leave(frame, scope, at_close):
                     # On another thread, as the tasks may need the view's event loop.
                     await asyncio.to_thread(scope.end)
 
@@ -262,12 +258,12 @@ def scoped(
 
     @functools.wraps(view)
     def sync_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
-        frame, scope = _enter(max_workers, timeout)
+        frame, scope = enter(max_workers, timeout)
 
         try:
             return view(*args, **kwargs)
         finally:
-            if not _leave_view(frame, scope, at_close):
+            if leave(frame, scope, at_close):
                 scope.end()
 
     return sync_view
@@ -285,12 +281,13 @@ def _find_scope() -> TaskScope | None:
 
     app: Flask = app_context.app
     request_context = find_request_context()
+    request = request_context and request_context.request
 
-    if current_frame.get() is not None:
-        frame = _find_frame(app, request_context and request_context.request)
-
-        if frame is not None:
-            return frame.scope
+    # The innermost frame counts that is part of this request, and of this app.
+    for frame in walk_frames() if current_frame.get() else ():
+        if request is None or frame.request is request:
+            if frame.scope is None or frame.app is app:
+                return frame.scope
 
     if request_context is None or request_context.app is not app:
         return None
@@ -300,83 +297,5 @@ def _find_scope() -> TaskScope | None:
     if state is None or not state.config.enabled:
         return None
 
-    return request_scope.find_request_scope(request_context).open(app, request_context)
-
-
-def _find_frame(app: Flask, request: Request | None) -> Frame | None:
-    """Return the innermost frame that may be seen from here."""
-    frame = current_frame.get()
-
-    while frame is not None:
-        in_sight = request is None or frame.request is request
-
-        if in_sight and (frame.scope is None or frame.app is app):
-            break
-
-        frame = frame.parent
-
-    return frame
-
-
-def _enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskScope]:
-    """Open the scope of a ``with`` block, or of a decorated function."""
-    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-
-    if "apitask" not in app.extensions:
-        raise RuntimeError(
-            f"There is no 'ApiTask' on the current Flask app {app.name!r}. Create one"
-            " with ApiTask(app), or call its init_app(app)."
-        )
-
-    config, pool = app.extensions["apitask"]
-    request_context = find_request_context()
-    request = request_context and request_context.request
-    limits = _read_limits(max_workers, timeout, config)
-
-    if request_context is not None:
-        own_sessions(request_context)
-
-    scope = TaskScope(pool, *limits, TaskRunner(app, request, config.copy_g))
-    frame = Frame(app, scope, request, current_frame.get())
-    current_frame.set(frame)
-    return frame, scope
-
-
-def _leave(frame: Frame) -> None:
-    """Leave a block, and those within it that were left open."""
-    inner = current_frame.get()
-
-    while inner is not None and inner is not frame:
-        inner = inner.parent
-
-    # It is not there where a generator is closed in another context than it ran in.
-    if inner is not None:
-        current_frame.set(frame.parent)
-
-
-def _leave_view(frame: Frame, scope: TaskScope, at_close: bool) -> bool:
-    """Leave a decorated function, and return whether its scope ends later."""
-    _leave(frame)
-    request_context = find_request_context()
-
-    # The response is no concern of a function that is called by a task.
-    if not at_close or request_context is None or is_in_task(request_context.request):
-        return False
-
-    if request_context.app is not frame.app:
-        return False
-
-    request_scope.answer_first(frame.app)
-    request_scope.find_request_scope(request_context).defer(scope)
-    return True
-
-
-def _read_limits(
-    max_workers: int | None, timeout: float | None, default: Config
-) -> tuple[int, float | None]:
-    return (
-        default.max_workers
-        if max_workers is None
-        else read_count("max_workers", max_workers),
-        default.timeout if timeout is None else read_timeout("timeout", timeout),
-    )
+    scope = request_scope.find_request_scope(request_context)
+    return scope.open(app_context, request_context)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import ssl
 import threading
@@ -11,88 +12,18 @@ import typing as t
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-_FLAGS = {"true": True, "1": True, "yes": True, "on": True} | {
-    "false": False,
-    "0": False,
-    "no": False,
-    "off": False,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The ``APITASK_*`` keys of one app, read and validated once.
-
-    :meth:`.ApiTask.init_app` lists them, with their meaning.
-    """
-
-    enabled: bool = True
-    max_workers: int = 8
-    pool_size: int = 32
-    timeout: float | None = None
-    wait: t.Literal["teardown", "close"] = "teardown"
-    copy_g: tuple[str, ...] = ()
-    mail_background: bool = False
-    mail_timeout: float = 10.0
-    mail_connections: int = 4
-    mail_keepalive: float = 30.0
-    mail_tls_verify: bool | str = True
-
-    @classmethod
-    def from_mapping(cls, mapping: cabc.Mapping[str, t.Any]) -> Config:
-        """Read the keys from an app's config.
-
-        Text is understood too, as environment variables bring it.
-
-        :param mapping: :attr:`flask.Flask.config`, or any mapping.
-        :raises ValueError: A value is not allowed. The text names the key, the value
-            and what is allowed.
-        """
-        keys = {f"APITASK_{name.upper()}": name for name in _READERS}
-        return cls(
-            **{
-                name: _READERS[name](key, mapping[key])
-                for key, name in keys.items()
-                if key in mapping
-            }
-        )
-
-
-def refuse(key: str, value: object, allowed: str) -> ValueError:
-    """Make the error for a value that is not allowed."""
-    return ValueError(f"{key} is {value!r}, but must be {allowed}.")
-
-
-def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> list[str]:
-    """Say which keys look like ours and are none."""
-    names = [field.name for field in dataclasses.fields(Config)]
-    mistakes = []
-
-    for key in mapping:
-        name = key.removeprefix("APITASK_").lower()
-
-        if key.startswith("APITASK_") and name not in names:
-            # Hardly any app needs it.
-            import difflib
-
-            meant = difflib.get_close_matches(name, names, 1)
-            hint = (
-                f"Did you mean APITASK_{meant[0].upper()}?" if meant else "Remove it."
-            )
-            mistakes.append(f"There is no key {key}. {hint}")
-
-    return mistakes
+_TRUE: t.Final = frozenset({"true", "1", "yes", "on"})
+_FALSE: t.Final = frozenset({"false", "0", "no", "off"})
 
 
 def read_flag(key: str, value: object, allowed: str = "True or False") -> bool:
     """Read ``True`` or ``False``, or a word for one of them."""
-    is_known = isinstance(value, int | str)
-    flag = _FLAGS.get(str(value).strip().lower()) if is_known else None
+    word = str(value).strip().lower() if isinstance(value, int | str) else None
 
-    if flag is None:
+    if word not in _TRUE | _FALSE:
         raise refuse(key, value, allowed)
 
-    return flag
+    return word in _TRUE
 
 
 def read_wait(
@@ -111,7 +42,7 @@ def read_count(key: str, value: object) -> int:
     """Read a whole number that is at least 1."""
     number = _number(value)
 
-    if number is None or number < 1 or not number.is_integer():
+    if not (number >= 1 and number.is_integer()):
         raise refuse(key, value, "a whole number of at least 1")
 
     return int(number)
@@ -119,9 +50,10 @@ def read_count(key: str, value: object) -> int:
 
 def read_timeout(key: str, value: object) -> float | None:
     """Read a positive number of seconds; ``None`` and infinity mean no limit."""
-    number = threading.TIMEOUT_MAX * 2 if _is_none(value) else _number(value)
+    is_none = value is None or str(value).strip().lower() == "none"
+    number = math.inf if is_none else _number(value)
 
-    if number is None or not number > 0:
+    if not number > 0:
         allowed = "a number of seconds above 0, or None to wait for as long as it takes"
         raise refuse(key, value, allowed)
 
@@ -132,7 +64,7 @@ def read_seconds(key: str, value: object) -> float:
     """Read a positive number of seconds."""
     number = _number(value)
 
-    if number is None or not 0 < number <= threading.TIMEOUT_MAX:
+    if not 0 < number <= threading.TIMEOUT_MAX:
         raise refuse(key, value, "a number of seconds above 0")
 
     return number
@@ -142,7 +74,7 @@ def read_keepalive(key: str, value: object) -> float:
     """Read a number of seconds, of which 0 means none at all."""
     number = _number(value)
 
-    if number is None or not 0 <= number <= threading.TIMEOUT_MAX:
+    if not 0 <= number <= threading.TIMEOUT_MAX:
         allowed = "a number of seconds, or 0 for one connection per batch"
         raise refuse(key, value, allowed)
 
@@ -186,30 +118,80 @@ def read_trust(key: str, value: object) -> bool | str:
     return os.fspath(value)
 
 
-def _is_none(value: object) -> bool:
-    return value is None or (isinstance(value, str) and value.strip().lower() == "none")
+def refuse(key: str, value: object, allowed: str) -> ValueError:
+    """Make the error for a value that is not allowed."""
+    return ValueError(f"{key} is {value!r}, but must be {allowed}.")
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
+def _number(value: object) -> float:
+    """Return a number, or NaN for what is none: it compares with nothing."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError, ValueError):
+            return float(value)
 
-    try:
-        return float(value)
-    except (OverflowError, ValueError):
-        return None
+    return math.nan
 
 
-_READERS: dict[str, cabc.Callable[[str, object], t.Any]] = {
-    "enabled": read_flag,
-    "max_workers": read_count,
-    "pool_size": read_count,
-    "timeout": read_timeout,
-    "wait": read_wait,
-    "copy_g": read_names,
-    "mail_background": read_flag,
-    "mail_timeout": read_seconds,
-    "mail_connections": read_count,
-    "mail_keepalive": read_keepalive,
-    "mail_tls_verify": read_trust,
-}
+def _key(default: object, read: cabc.Callable[[str, object], object]) -> t.Any:
+    return dataclasses.field(default=default, metadata={"read": read})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The ``APITASK_*`` keys of one app, read and validated once.
+
+    :meth:`.ApiTask.init_app` lists them, with their meaning.
+    """
+
+    enabled: bool = _key(True, read_flag)
+    max_workers: int = _key(8, read_count)
+    pool_size: int = _key(32, read_count)
+    timeout: float | None = _key(None, read_timeout)
+    wait: t.Literal["teardown", "close"] = _key("teardown", read_wait)
+    copy_g: tuple[str, ...] = _key((), read_names)
+    mail_background: bool = _key(False, read_flag)
+    mail_timeout: float = _key(10.0, read_seconds)
+    mail_connections: int = _key(4, read_count)
+    mail_keepalive: float = _key(30.0, read_keepalive)
+    mail_tls_verify: bool | str = _key(True, read_trust)
+
+    @classmethod
+    def from_mapping(cls, mapping: cabc.Mapping[str, t.Any]) -> Config:
+        """Read the keys from an app's config.
+
+        Text is understood too, as environment variables bring it.
+
+        :param mapping: :attr:`flask.Flask.config`, or any mapping.
+        :raises ValueError: A value is not allowed. The text names the key, the value
+            and what is allowed.
+        """
+        keys = {f"APITASK_{field.name.upper()}": field for field in _fields()}
+        return cls(
+            **{
+                field.name: field.metadata["read"](key, mapping[key])
+                for key, field in keys.items()
+                if key in mapping
+            }
+        )
+
+
+def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> cabc.Iterator[str]:
+    """Say which keys look like ours and are none."""
+    names = [field.name for field in _fields()]
+
+    for key in mapping:
+        name = key.removeprefix("APITASK_").lower()
+
+        if key.startswith("APITASK_") and name not in names:
+            # Hardly any app needs it.
+            import difflib
+
+            meant = difflib.get_close_matches(name, names, 1)
+            hint = (
+                f"Did you mean APITASK_{meant[0].upper()}?" if meant else "Remove it."
+            )
+            yield f"There is no key {key}. {hint}"
+
+
+def _fields() -> tuple[dataclasses.Field[t.Any], ...]:
+    return dataclasses.fields(Config)

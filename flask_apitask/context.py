@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import functools
 import operator
 import typing as t
 
@@ -79,27 +80,39 @@ class Frame:
     parent: Frame | None = None
 
 
-current_frame: contextvars.ContextVar[Frame | None] = contextvars.ContextVar(
-    "flask_apitask", default=None
-)
-
+current_frame: contextvars.ContextVar[Frame | None]
+current_frame = contextvars.ContextVar("flask_apitask", default=None)
 
 # What a task has for itself, by what it belongs to; None where there is no task.
 task_locals: contextvars.ContextVar[dict[object, t.Any] | None]
 task_locals = contextvars.ContextVar("flask_apitask_locals", default=None)
 
 
-def is_in_task(request: Request) -> bool:
-    """Return whether the caller is in a task of this request."""
+def walk_frames() -> cabc.Iterator[Frame]:
+    """Yield the frames that the caller is in, from the innermost outwards."""
     frame = current_frame.get()
 
     while frame is not None:
-        if frame.scope is None and frame.request is request:
-            return True
-
+        yield frame
         frame = frame.parent
 
-    return False
+
+def is_in_task(request: Request) -> bool:
+    """Return whether the caller is in a task of this request."""
+    frames = walk_frames()
+    return any(frame.scope is None and frame.request is request for frame in frames)
+
+
+def mix_in(instance: t.Any, mixin: t.Any) -> None:
+    """Have an object behave as a class says, beside its own class. Idempotent."""
+    if not isinstance(instance, mixin):
+        base: t.Any = type(instance)
+        instance.__class__ = _mix(mixin, base)
+
+
+@functools.lru_cache
+def _mix(mixin: t.Any, base: t.Any) -> t.Any:
+    return type(base.__name__, (mixin, base), {})
 
 
 def _merged_task_context(app: Flask) -> contextlib.AbstractContextManager[object]:

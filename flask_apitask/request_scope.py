@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import sys
@@ -10,17 +11,19 @@ import weakref
 from flask import got_request_exception
 from flask import request_finished
 
-from .context import find_app_context
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
 from .context import is_pushed_again
 from .context import MERGED
+from .context import mix_in
 from .executor.scope import TaskScope
+from .own_session import OwnSessions
 from .runner import TaskRunner
-from .session import own_sessions
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     from flask import Flask
     from flask import Response
 
@@ -30,11 +33,11 @@ if t.TYPE_CHECKING:
 # An attribute of what Flask pushes for a request. A copy of the context, in another
 # thread or in the same, has none, and a nested request has its own. So neither sees the
 # scope or ends it.
-_SCOPE = "_flask_apitask_scope"
+_SCOPE: t.Final = "_flask_apitask_scope"
 # An attribute of an app context, before Flask 3.2: the scopes of requests that use it.
-_LEFTOVERS = "_flask_apitask_leftovers"
+_LEFTOVERS: t.Final = "_flask_apitask_leftovers"
 # An attribute of a response: what is waited for when it is closed.
-_CLOSINGS = "_flask_apitask_closings"
+_CLOSINGS: t.Final = "_flask_apitask_closings"
 
 
 class AppState(t.NamedTuple):
@@ -70,13 +73,14 @@ class RequestScope:
         """Whether there is something to wait for."""
         return self._scope is not None or bool(self._deferred)
 
-    def open(self, app: Flask, request_context: t.Any) -> TaskScope | None:
+    def open(self, app_context: t.Any, request_context: t.Any) -> TaskScope | None:
         """Return the scope, which the first caller makes; ``None`` after the end."""
         if self._scope is not None or self.ended:
             return self._scope
 
+        app: Flask = app_context.app
         config, pool = app.extensions["apitask"]
-        own_sessions(request_context)
+        mix_in(request_context, OwnSessions)
         runner = TaskRunner(app, request_context.request, config.copy_g)
 
         with self._lock:
@@ -85,7 +89,10 @@ class RequestScope:
                 self._scope = TaskScope(pool, *limits, runner)
 
                 if not MERGED:
-                    self._note_for_leftovers()
+                    # In tests, many requests may come in one app context.
+                    others = getattr(app_context, _LEFTOVERS, ())
+                    left = [other for other in others if not other.ended]
+                    setattr(app_context, _LEFTOVERS, [*left, self])
 
             scope = self._scope
 
@@ -113,46 +120,22 @@ class RequestScope:
             scope, self._scope = self._scope, None
             deferred, self._deferred = self._deferred, ()
 
+        now: tuple[TaskScope, ...] = () if scope is None else (scope,)
         closing = self._find_closing()
-        own = () if scope is None else (scope,)
 
-        if scope is not None and not deferred and closing is None:
-            scope.end()
-        elif closing is None:
-            _end_all(deferred + own)
+        if closing is None:
+            now = deferred + now
         elif closing.answers_first:
-            closing.add(*deferred, *own)
+            closing.add(*deferred, *now)
+            now = ()
         else:
             closing.add(*deferred)
-            _end_all(own)
 
-    def replace(self, request_context: t.Any) -> RequestScope:
-        """Return the scope that comes after this one on the same context."""
-        with self._lock:
-            if getattr(request_context, _SCOPE) is self:
-                successor = RequestScope()
-                successor.closing = self.closing
-                setattr(request_context, _SCOPE, successor)
-            else:
-                successor = getattr(request_context, _SCOPE)
-
-        # Whoever pops the context looks for leftovers after that.
-        if not is_pushed_again(request_context):
-            successor.end()
-
-        return successor
+        _end_all(now)
 
     def _end_if_late(self) -> None:
         if self.ended:
             self.end()
-
-    def _note_for_leftovers(self) -> None:
-        """Keep this where :func:`end_leftovers` finds it."""
-        app_context = find_app_context()
-        # In tests, the requests of a whole app context may come here, one by one.
-        left = getattr(app_context, _LEFTOVERS, ())
-        left = [scope for scope in left if not scope.ended]
-        setattr(app_context, _LEFTOVERS, [*left, self])
 
     def _find_closing(self) -> Closing | None:
         """Return the closing of a response that is going to be closed."""
@@ -203,16 +186,6 @@ class Closing:
         self._context.copy().run(_end_all, scopes)
 
 
-def begin_request() -> None:
-    """Give a request its scope; for :meth:`flask.Flask.before_request`."""
-    request_context = get_request_context()
-
-    # A task that was started before has made it already.
-    if getattr(request_context, _SCOPE, None) is None:
-        # Not by vars(): it makes Flask's own reads of the context slower from then on.
-        setattr(request_context, _SCOPE, RequestScope())
-
-
 def end_request(error: BaseException | None = None) -> None:
     """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
     find_request_scope(get_request_context()).end()
@@ -227,7 +200,9 @@ def end_leftovers(error: BaseException | None = None) -> None:
     # Each task has an app context, too, and pays for this.
     for scope in getattr(get_app_context(), _LEFTOVERS, ()):
         # An app context may end within a request, and that goes on.
-        if scope is not getattr(find_request_context(), _SCOPE, None):
+        if not scope.ended and scope is not getattr(
+            find_request_context(), _SCOPE, None
+        ):
             scope.end()
 
 
@@ -239,7 +214,9 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
         # In one step, as several threads may share the context.
         scope = vars(request_context).setdefault(_SCOPE, RequestScope())
     elif scope.ended and is_pushed_again(request_context):
-        scope = scope.replace(request_context)
+        scope.ended = False
+        # It may have been popped meanwhile. Whoever pops it looks for leftovers later.
+        scope.ended = not is_pushed_again(request_context)
 
     return scope
 
@@ -259,17 +236,8 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
     # file is best left to the server, which may have its own way to send it.
     if scope.is_used or (answers_first and not response.direct_passthrough):
         closing = Closing(answers_first)
+        _close_with(response, closing)
         scope.closing = weakref.ref(closing)
-        # Else the server is given the body alone, and closes that alone.
-        response.direct_passthrough = False
-        closings: list[Closing] | None = vars(response).get(_CLOSINGS)
-
-        # Some apps answer with one object for ever: it is hooked once.
-        if closings is None:
-            closings = vars(response)[_CLOSINGS] = []
-            response.call_on_close(lambda: _close(closings))
-
-        closings.append(closing)
 
 
 def _unhook_response(app: Flask, **extra: object) -> None:
@@ -281,11 +249,18 @@ def _unhook_response(app: Flask, **extra: object) -> None:
         find_request_scope(request_context).closing = None
 
 
-def _end_all(scopes: tuple[TaskScope, ...]) -> None:
-    """End scopes in order, though one wait is interrupted."""
-    with contextlib.ExitStack() as stack:
-        for scope in reversed(scopes):
-            stack.callback(scope.end)
+def _close_with(response: Response, closing: Closing) -> None:
+    """Have a response wait when the server closes it."""
+    # Else the server is given the body alone, and closes that alone.
+    response.direct_passthrough = False
+    closings: list[Closing] | None = vars(response).get(_CLOSINGS)
+
+    # Some apps answer with one object for ever: it is hooked once.
+    if closings is None:
+        closings = vars(response)[_CLOSINGS] = []
+        response.call_on_close(lambda: _close(closings))
+
+    closings.append(closing)
 
 
 def _close(closings: list[Closing]) -> None:
@@ -295,3 +270,15 @@ def _close(closings: list[Closing]) -> None:
         # Another thread may close the same object, as the response to its own request.
         with contextlib.suppress(ValueError):
             closings.remove(closing)
+
+
+def _end_all(scopes: cabc.Iterable[TaskScope]) -> None:
+    """End scopes in order, all of them though one wait is interrupted."""
+    left = collections.deque(scopes)
+
+    try:
+        while left:
+            left.popleft().end()
+    finally:
+        if left:
+            _end_all(left)

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import typing as t
 
 from flask import Request
 
-from .upload import share_files
+from .context import mix_in
+from .shared_uploads import share_files
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -75,12 +75,10 @@ class BodyLock:
 
 def share_body(request: Request) -> None:
     """Let several threads ask for the body of a request, if it has one. Idempotent."""
-    request_class: t.Any = type(request)
-
     # Two threads may come at once, if both start the first task.
-    if _has_body(request.environ) and not issubclass(request_class, SharedBody):
+    if _has_body(request.environ) and not isinstance(request, SharedBody):
         vars(request).setdefault(_LOCK, BodyLock())
-        request.__class__ = _shared(request_class)
+        mix_in(request, SharedBody)
 
         # The view may have some of them in its hands.
         if "files" in vars(request):
@@ -97,12 +95,6 @@ def _has_body(environ: cabc.Mapping[str, t.Any]) -> bool:
         environ["REQUEST_METHOD"] not in {"GET", "HEAD"}
         or "HTTP_TRANSFER_ENCODING" in environ
     )
-
-
-@functools.lru_cache
-def _shared(request_class: t.Any) -> t.Any:
-    """Return a subclass of an app's own class, which the request keeps the name of."""
-    return type(request_class.__name__, (SharedBody, request_class), {})
 
 
 def _copy(error: BaseException) -> BaseException:

@@ -15,6 +15,16 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 
+def _at_own_position(name: str) -> t.Any:
+    """Make a method that calls one of the file's where the caller's task is in it."""
+
+    def method(self: SharedFile, *args: t.Any) -> t.Any:
+        with self._at_position() as file:
+            return getattr(file, name)(*args)
+
+    return method
+
+
 class SharedFile(io.BufferedIOBase):
     """An upload in which each task has a position of its own, at first the start.
 
@@ -43,41 +53,17 @@ class SharedFile(io.BufferedIOBase):
                 else:
                     task[id(self)] = self._file.tell()
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        with self._at_position() as file:
-            return t.cast("bytes", file.read(-1 if size is None else size))
-
-    read1 = read
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        with self._at_position() as file:
-            return t.cast("bytes", file.readline(-1 if size is None else size))
-
-    def truncate(self, size: int | None = None, /) -> int:
-        with self._at_position() as file:
-            return t.cast("int", file.truncate(size))
-
-    def write(self, data: t.Any, /) -> int:
-        with self._at_position() as file:
-            return t.cast("int", file.write(data))
+    read = read1 = _at_own_position("read")
+    readline = _at_own_position("readline")
+    tell = _at_own_position("tell")
+    truncate = _at_own_position("truncate")
+    write = _at_own_position("write")
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         with self._at_position() as file:
+            # It returns nothing before Python 3.11.
             file.seek(offset, whence)
             return t.cast("int", file.tell())
-
-    def tell(self) -> int:
-        with self._at_position() as file:
-            return t.cast("int", file.tell())
-
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def fileno(self) -> int:
         return t.cast("int", self._file.fileno())
@@ -85,6 +71,11 @@ class SharedFile(io.BufferedIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    writable = seekable = readable
 
     def __getattr__(self, name: str) -> t.Any:
         return getattr(self._file, name)

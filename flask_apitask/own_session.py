@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import typing as t
 
 from .context import is_in_task
@@ -12,20 +11,8 @@ if t.TYPE_CHECKING:
 else:
     _Base = object
 
+# Of what a task has for itself: its session, and what that was at first.
 _SESSION: t.Final = "session"
-
-
-class OwnSession(t.NamedTuple):
-    """The session of one task, and what it was when the task first looked at it."""
-
-    session: t.Any
-    before: dict[str, t.Any]
-
-    def changed(self) -> list[str]:
-        """Name what the task has set or removed."""
-        before, now = self.before.items(), self.session.items()
-        changed = [key for key, value in now if (key, value) not in before]
-        return [*changed, *(key for key in self.before if key not in self.session)]
 
 
 class OwnSessions(_Base):
@@ -57,28 +44,20 @@ class OwnSessions(_Base):
             vars(session).update(vars(shared))
             # In one step, as the view may write; and nothing takes it for a change.
             dict.update(session, copy.deepcopy(dict(shared)))
-            own[_SESSION] = OwnSession(session, copy.deepcopy(dict(session)))
+            own[_SESSION] = session, copy.deepcopy(dict(session))
 
-        return own[_SESSION].session
+        return own[_SESSION][0]
 
     @session.setter
     def session(self, session: t.Any) -> None:
         vars(self)["session"] = session
 
 
-def own_sessions(request_context: t.Any) -> None:
-    """Give each task of a request a session of its own. Idempotent."""
-    context_class: t.Any = type(request_context)
-
-    if not issubclass(context_class, OwnSessions):
-        request_context.__class__ = _with_own_sessions(context_class)
-
-
-@functools.lru_cache
-def _with_own_sessions(context_class: t.Any) -> t.Any:
-    return type(context_class.__name__, (OwnSessions, context_class), {})
-
-
 def find_changes(own: dict[object, t.Any]) -> list[str]:
-    """Name what a task has changed in its session, if it is among what the task has."""
-    return own[_SESSION].changed() if _SESSION in own else []
+    """Name what a task has set or removed in its session, from what it has of its own.
+
+    A task that has not looked at the session has none.
+    """
+    now, before = own.get(_SESSION, ({}, {}))
+    changed = [key for key, value in now.items() if (key, value) not in before.items()]
+    return [*changed, *(key for key in before if key not in now)]

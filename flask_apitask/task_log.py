@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import typing as t
+from types import CodeType
+
+from flask import has_request_context
+from flask import request
+
+from .executor.task import task_name
+from .log import log
+from .log import log_once
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from flask import Flask
+
+    from .executor.runner import TimeoutReport
+
+    Fn = cabc.Callable[..., t.Any]
+
+_PACKAGE: t.Final = os.path.dirname(__file__)
+
+
+def log_failure(app: Flask, task: Fn, error: BaseException, duration: float) -> None:
+    """Write the one ERROR record of a task that has failed.
+
+    :param duration: Seconds that it ran.
+    """
+    outcome = f"failed after {duration:.3f} s"
+    _log_task(app, task_name(task), outcome, task, error=error, duration=duration)
+
+
+def log_timeout(app: Flask, report: TimeoutReport) -> None:
+    """Write an ERROR for each task that never ran, and a WARNING for the others."""
+    for name in report.cancelled:
+        outcome = f"was cancelled: not begun within {report.timeout} s"
+        _log_task(app, name, outcome, duration=0.0)
+
+    if report.running:
+        _log(
+            app,
+            logging.WARNING,
+            "Went on%s without %d task(s) not done after %s s. Tasks like that hold"
+            " %d thread(s) of the app now. These are in:\n\n%s",
+            _of_request(),
+            len(report.running),
+            report.timeout,
+            report.abandoned,
+            "\n".join(f"{name!r}:\n{stack}" for name, stack in report.running),
+            tasks=[name for name, _ in report.running],
+            abandoned_threads=report.abandoned,
+        )
+
+
+def log_callback(app: Flask, callback: Fn, error: BaseException) -> None:
+    """Write an ERROR for a done callback that has failed."""
+    text = "The done callback %r%s failed."
+    name, of_request = task_name(callback), _of_request()
+    _log(
+        app, logging.ERROR, text, name, of_request, fn=callback, task=name, error=error
+    )
+
+
+def warn_of_session(app: Flask, task: Fn, changes: list[str]) -> None:
+    """Write a WARNING, once, of what a task has changed in its session."""
+    log_once(
+        app,
+        "session",
+        "Task %r%s has changed the session (%s), which is dropped. The cookie may have"
+        " been made by then: change the session in the view.",
+        task_name(task),
+        _of_request(),
+        ", ".join(changes),
+        place=_find_place(app, task),
+    )
+
+
+def _log_task(
+    app: Flask, name: str, outcome: str, task: Fn | None = None, **fields: t.Any
+) -> None:
+    text = "Task %r%s %s."
+    args = name, _of_request(), outcome
+    _log(app, logging.ERROR, text, *args, fn=task, task=name, **fields)
+
+
+def _log(
+    app: Flask,
+    level: int,
+    text: str,
+    *args: object,
+    fn: Fn | None = None,
+    **fields: t.Any,
+) -> None:
+    """Log something, with the place of a function, and with the endpoint."""
+    fields["endpoint"] = request.endpoint if has_request_context() else None
+    log(app.logger, level, text, *args, place=_find_place(app, fn), **fields)
+
+
+def _of_request() -> str:
+    """Name the current request by its rule, as its path may hold a secret."""
+    if not has_request_context():
+        return ""
+
+    rule = request.url_rule
+    return f" of {request.method} {rule.rule if rule else '(no route)'}"
+
+
+def _find_place(app: Flask, fn: Fn | None) -> CodeType | None:
+    """Return the code of a function, or else the view's; never the package's own."""
+    endpoint = request.endpoint if has_request_context() else None
+    view = None if endpoint is None else app.view_functions.get(endpoint)
+
+    for found in (fn, view):
+        while isinstance(found, functools.partial):
+            found = found.func
+
+        code = getattr(inspect.unwrap(found), "__code__", None) if found else None
+
+        # That of a mock is a mock.
+        if isinstance(code, CodeType) and not code.co_filename.startswith(_PACKAGE):
+            return code
+
+    return None
