@@ -179,7 +179,7 @@ def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> cabc.Iterator[str]:
     """Say which keys look like ours and are none."""
     names = [field.name for field in _fields()]
 
-    for key in mapping:
+    for key in map(str, mapping):
         name = key.removeprefix("APITASK_").lower()
 
         if key.startswith("APITASK_") and name not in names:

@@ -33,9 +33,9 @@ class ApiTask:
     def init_app(self, app: Flask) -> None:
         """Read the configuration of an app, and give its requests their scopes.
 
-        The first :func:`run` of a request opens its scope, and a function for
-        :meth:`flask.Flask.teardown_request` waits for the tasks. Flask calls those in
-        reverse order: those that were registered before this come after the wait.
+        A function for :meth:`flask.Flask.before_request` makes the scope, and one for
+        :meth:`flask.Flask.teardown_request` waits for its tasks. Flask calls the latter
+        in reverse order: those that were registered before this come after the wait.
 
         These keys of :attr:`flask.Flask.config` are read, once:
 
@@ -84,6 +84,9 @@ class ApiTask:
 
         # Flask refuses these once the app has served. Then nothing else has been done.
         app.teardown_request(request_scope.end_request)
+
+        if config.enabled:
+            app.before_request(request_scope.begin_request)
 
         if not MERGED:
             app.teardown_appcontext(request_scope.end_leftovers)

@@ -39,7 +39,7 @@ def log(
 
     try:
         # Other objects may stand in the place of a logger: adapters have no such flag.
-        disabled = getattr(logger, "disabled", False)
+        disabled = getattr(getattr(logger, "logger", logger), "disabled", False)
 
         if disabled and level >= logger.getEffectiveLevel():
             cause = f"The logger {logger.name!r} is disabled.\n"
@@ -53,7 +53,7 @@ def log(
             made = (logger.name, level, path, line, message, args, info)
             logger.handle(logger.makeRecord(*made, func=name, extra=extra))
             return
-    except Exception:
+    except BaseException:
         cause = f"It could not be logged:\n{traceback.format_exc()}"
 
     record = logging.LogRecord("", level, "", 0, message, args, info)
@@ -61,7 +61,7 @@ def log(
 
     try:
         sys.stderr.write(f"{text}\n{cause}")
-    except Exception:
+    except BaseException:
         # There is no place left to say it.
         return
 

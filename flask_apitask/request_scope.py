@@ -186,6 +186,16 @@ class Closing:
         self._context.copy().run(_end_all, scopes)
 
 
+def begin_request() -> None:
+    """Give a request its scope; for :meth:`flask.Flask.before_request`."""
+    request_context = get_request_context()
+
+    # A task that was started before has made it already.
+    if getattr(request_context, _SCOPE, None) is None:
+        # Not by vars(): it makes Flask's own reads of the context slower from then on.
+        setattr(request_context, _SCOPE, RequestScope())
+
+
 def end_request(error: BaseException | None = None) -> None:
     """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
     find_request_scope(get_request_context()).end()

@@ -175,7 +175,7 @@ def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) ->
     """Send a signal; a receiver that raises is logged, and the task goes on."""
     try:
         signal.send(app, _async_wrapper=app.ensure_sync, **fields)
-    except Exception as error:
+    except BaseException as error:
         log(
             app.logger,
             logging.ERROR,

@@ -38,18 +38,21 @@ def log_failure(app: Flask, task: Fn, error: BaseException, duration: float) -> 
 def log_timeout(app: Flask, report: TimeoutReport) -> None:
     """Write an ERROR for each task that never ran, and a WARNING for the others."""
     for name in report.cancelled:
-        outcome = f"was cancelled: not begun within {report.timeout} s"
+        outcome = (
+            f"was cancelled: not begun within {report.timeout} s (APITASK_TIMEOUT)"
+        )
         _log_task(app, name, outcome, duration=0.0)
 
     if report.running:
         _log(
             app,
             logging.WARNING,
-            "Went on%s without %d task(s) not done after %s s. Tasks like that hold"
-            " %d thread(s) of the app now. These are in:\n\n%s",
+            "The wait for tasks%s is over after %s s (APITASK_TIMEOUT), and %d task(s)"
+            " still run. Such tasks hold %d thread(s) of the app now. These are in:"
+            "\n\n%s",
             _of_request(),
-            len(report.running),
             report.timeout,
+            len(report.running),
             report.abandoned,
             "\n".join(f"{name!r}:\n{stack}" for name, stack in report.running),
             tasks=[name for name, _ in report.running],
@@ -75,7 +78,7 @@ def warn_of_session(app: Flask, task: Fn, changes: list[str]) -> None:
         " been made by then: change the session in the view.",
         task_name(task),
         _of_request(),
-        ", ".join(changes),
+        ", ".join(map(str, changes)),
         place=_find_place(app, task),
     )
 

@@ -111,7 +111,8 @@ def test_tasks_left_behind_are_reported(
     assert [record.levelname for record in records] == ["ERROR", "ERROR", "WARNING"]
     assert [record.apitask_task for record in records[:2]] == ["never.one", "never.two"]
     assert [record.getMessage() for record in records[:2]] == [
-        f"Task {name!r} of GET / was cancelled: not begun within {DEADLINE} s."
+        f"Task {name!r} of GET / was cancelled: not begun within {DEADLINE} s"
+        " (APITASK_TIMEOUT)."
         for name in ("never.one", "never.two")
     ]
     assert {record.apitask_endpoint for record in records} == {"index"}

@@ -390,7 +390,7 @@ HOLDS = {
     "python": "while True: pass",
 }
 
-GONE_ON = ["WARNING Went on of ", "ok"]
+GONE_ON = ["WARNING The wait for tasks of ", "ok"]
 LEFT = "WARNING The process"
 
 

@@ -345,15 +345,17 @@ def test_report_of_a_request_at_its_deadline(
     cancelled, running = t.cast("list[t.Any]", caplog.records)
     assert cancelled.levelname == "ERROR"
     assert cancelled.getMessage() == (
-        "Task 'builtins.str' of GET /<name> was cancelled: not begun within 0.05 s."
+        "Task 'builtins.str' of GET /<name> was cancelled: not begun within 0.05 s"
+        " (APITASK_TIMEOUT)."
     )
     assert running.levelname == "WARNING"
     name = "test_log.test_report_of_a_request_at_its_deadline.<locals>.work"
     assert running.apitask_tasks == [name]
     assert (running.apitask_abandoned_threads, running.apitask_endpoint) == (1, "index")
     assert running.getMessage().startswith(
-        "Went on of GET /<name> without 1 task(s) not done after 0.05 s. Tasks like"
-        f" that hold 1 thread(s) of the app now. These are in:\n\n{name!r}:\n"
+        "The wait for tasks of GET /<name> is over after 0.05 s (APITASK_TIMEOUT), and"
+        " 1 task(s) still run. Such tasks hold 1 thread(s) of the app now. These are"
+        f" in:\n\n{name!r}:\n"
     )
     assert "release.wait(PATIENCE)" in running.getMessage()
 
@@ -368,5 +370,6 @@ def test_report_of_tasks_that_never_ran(
         TaskRunner(app, None).report(TimeoutReport(0.5, ["a", "b"], [], 0))
 
     assert caplog.messages == [
-        f"Task '{name}' was cancelled: not begun within 0.5 s." for name in "ab"
+        f"Task '{name}' was cancelled: not begun within 0.5 s (APITASK_TIMEOUT)."
+        for name in "ab"
     ]

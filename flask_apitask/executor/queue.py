@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 import typing as t
 from collections import deque
 
+from ..log import log
 from .runner import Runner
 from .task import task_name
 
@@ -15,6 +17,8 @@ if t.TYPE_CHECKING:
     from .future import TaskFuture
     from .pool import ThreadPool
     from .runner import How
+
+_logger = logging.getLogger("flask_apitask")
 
 # Seconds that one thread of the pool has to itself before a waiting one calls more.
 # Small tasks are done by then: a thread wakes within some 20 us.
@@ -137,7 +141,7 @@ class TaskQueue:
         started, count = time.monotonic(), 0
 
         while future is not None:
-            future.run(how)
+            self._run(future, how)
             count += 1
 
             if self._generation != self._pool.generation:
@@ -151,6 +155,24 @@ class TaskQueue:
             future = following
 
         self._pool.tasks_are_small = (time.monotonic() - started) / count < _SMALL
+
+    @staticmethod
+    def _run(future: TaskFuture[t.Any], how: How) -> None:
+        """Run a task. Whatever happens to its future, the next one has its turn."""
+        try:
+            future.run(how)
+        except BaseException as error:
+            # Somebody has set the outcome, say, which is for the scope to do.
+            log(
+                _logger,
+                logging.ERROR,
+                "%r can't have its outcome.",
+                future,
+                error=error,
+            )
+        finally:
+            # What failed refers to this frame, as its caller: no cycle through it.
+            del future
 
     def _join(self, timeout: float | None, *, close: bool = False) -> int:
         """Wait, and return how many of the tasks submitted so far are not done."""
@@ -285,7 +307,7 @@ class TaskQueue:
 
         for future in queued:
             future.cancel()
-            future.run("inline")
+            self._run(future, "inline")
 
             with self._lock:
                 self._next(future)

@@ -101,7 +101,8 @@ class RecordedConnection:
         return functools.partial(self._record, name)
 
     def _record(self, name: str, /, *args: t.Any, **kwargs: t.Any) -> None:
-        t.cast("list[Call]", self._calls).append((name, _freeze(args), kwargs))
+        call = name, *_freeze(args, kwargs)
+        t.cast("list[Call]", self._calls).append(call)
 
 
 @task("flask_mail.send")
@@ -115,7 +116,7 @@ def send_changed(
     send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any
 ) -> None:
     """Have a task call somebody else's ``send``."""
-    run(_call, send, _freeze(args), kwargs)
+    run(_call, send, *_freeze(args, kwargs))
 
 
 @task("flask_mail.send")
@@ -126,11 +127,16 @@ def _call(
         send(*args, **kwargs)
 
 
-def _freeze(args: tuple[t.Any, ...]) -> tuple[t.Any, ...]:
+def _freeze(
+    args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
+) -> tuple[tuple[t.Any, ...], dict[str, t.Any]]:
     """Take messages as they are now."""
-    return tuple(
-        snapshot(arg) if isinstance(arg, flask_mail.Message) else arg for arg in args
-    )
+    frozen = {name: _freeze_one(value) for name, value in kwargs.items()}
+    return tuple(map(_freeze_one, args)), frozen
+
+
+def _freeze_one(value: t.Any) -> t.Any:
+    return snapshot(value) if isinstance(value, flask_mail.Message) else value
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from flask import current_app
 
 from ..api import current_scope
 from ..api import run
+from ..api import warn_without_apitask
 from ..context import find_app_context
 from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
@@ -59,9 +60,11 @@ def reroute(app: Flask, config: Config) -> None:
     check_tls(app.config)
 
     if config.mail_tls_verify is False:
-        app.logger.warning(
+        log(
+            app.logger,
+            logging.WARNING,
             "APITASK_MAIL_TLS_VERIFY is False: whoever answers for the mail server gets"
-            " its credentials and the mail. Name a file of CA certificates instead."
+            " its credentials and the mail. Name a file of CA certificates instead.",
         )
 
     app.extensions["apitask_mail"] = ReroutedMail(config)
@@ -150,6 +153,9 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
 
     # It may belong to another app than the current one.
     if rerouted is None or mail is None or (vars(self).get("app") or app) != app:
+        if rerouted is None and is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
+            warn_without_apitask(app, "Mail was sent")
+
         return value
 
     change = find_change(self, name, bool(mail.suppress))
