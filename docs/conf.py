@@ -34,7 +34,10 @@ nitpick_ignore_regex = [
     ("py:.*", r"(asyncio|concurrent|flask|logging|math|smtplib|threading|time)\..*"),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.
-    ("py:class", r"cabc\..*|Flask|P|P\.args|P\.kwargs|F|(flask_apitask\..*\.)?T|TaskFuture|Callback|.*\bT_co"),
+    (
+        "py:class",
+        r"cabc\..*|Flask|P|P\.args|P\.kwargs|F|(flask_apitask\..*\.)?T|TaskFuture|Callback|.*\bT_co",
+    ),
 ]
 
 html_theme = "furo"
