@@ -227,17 +227,7 @@ def scoped(
             scoped, max_workers=max_workers, timeout=timeout, wait=wait
         )
 
-    if not callable(view) or inspect.isclass(view):
-        raise TypeError(
-            f"scoped() takes a function, or limits by name, as in"
-            f" @scoped(max_workers=2), not {view!r}."
-        )
-
-    if inspect.isgeneratorfunction(view) or inspect.isasyncgenfunction(view):
-        raise TypeError(
-            f"scoped() can't wait for {view!r}: a generator begins when it is left."
-            " Use 'with open_scope()' in it."
-        )
+    _check_view(view)
 
     if inspect.iscoroutinefunction(view):
         # Only an app with such a view needs it, and it takes long to import.
@@ -267,6 +257,21 @@ def scoped(
                 scope.end()
 
     return sync_view
+
+
+def _check_view(view: t.Any) -> None:
+    """Refuse what can't have a scope around it."""
+    if not callable(view) or inspect.isclass(view):
+        raise TypeError(
+            f"scoped() takes a function, or limits by name, as in"
+            f" @scoped(max_workers=2), not {view!r}."
+        )
+
+    if inspect.isgeneratorfunction(view) or inspect.isasyncgenfunction(view):
+        raise TypeError(
+            f"scoped() can't wait for {view!r}: a generator begins when it is left."
+            " Use 'with open_scope()' in it."
+        )
 
 
 def _find_scope() -> TaskScope | None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import collections
 import contextlib
 import contextvars
 import sys
@@ -22,8 +21,6 @@ from .own_session import OwnSessions
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
     from flask import Flask
     from flask import Response
 
@@ -121,7 +118,7 @@ class RequestScope:
             deferred, self._deferred = self._deferred, ()
 
         now: tuple[TaskScope, ...] = () if scope is None else (scope,)
-        closing = self._find_closing()
+        closing = None if self.closing is None else self._find_closing(self.closing)
 
         if closing is None:
             now = deferred + now
@@ -137,16 +134,13 @@ class RequestScope:
         if self.ended:
             self.end()
 
-    def _find_closing(self) -> Closing | None:
-        """Return the closing of a response that is going to be closed."""
-        if self.closing is None:
-            return None
-
+    def _find_closing(self, closing: weakref.ref[Closing]) -> Closing | None:
+        """Return the closing of a response if that is going to be closed."""
         # With an exception on its way the server gets no response. But a GeneratorExit
         # is raised where the server closes a generator that has the request's context.
         error = sys.exc_info()[1]
         is_sent = error is None or isinstance(error, GeneratorExit)
-        return self.closing() if is_sent else None
+        return closing() if is_sent else None
 
 
 class Closing:
@@ -209,10 +203,11 @@ def end_leftovers(error: BaseException | None = None) -> None:
     """
     # Each task has an app context, too, and pays for this.
     for scope in getattr(get_app_context(), _LEFTOVERS, ()):
+        if scope.ended:
+            continue
+
         # An app context may end within a request, and that goes on.
-        if not scope.ended and scope is not getattr(
-            find_request_context(), _SCOPE, None
-        ):
+        if scope is not getattr(find_request_context(), _SCOPE, None):
             scope.end()
 
 
@@ -282,13 +277,11 @@ def _close(closings: list[Closing]) -> None:
             closings.remove(closing)
 
 
-def _end_all(scopes: cabc.Iterable[TaskScope]) -> None:
+def _end_all(scopes: tuple[TaskScope, ...]) -> None:
     """End scopes in order, all of them though one wait is interrupted."""
-    left = collections.deque(scopes)
-
-    try:
-        while left:
-            left.popleft().end()
-    finally:
-        if left:
-            _end_all(left)
+    for count, scope in enumerate(scopes, 1):
+        try:
+            scope.end()
+        except BaseException:
+            _end_all(scopes[count:])
+            raise

@@ -71,10 +71,14 @@ class TaskRunner(Runner):
         how: How,
     ) -> t.Any:
         app, started = self._app, time.monotonic()
-        call = (app, how, submitted, task, args, kwargs)
 
         try:
-            return self._in_context(task, call_observed, call)
+            # Most apps have no receivers, and each task pays for a call.
+            if task_started.receivers or task_finished.receivers:
+                call = (app, how, submitted, task, args, kwargs)
+                return self._in_context(task, call_observed, call, {})
+
+            return self._in_context(task, task, args, kwargs)
         except BaseException as error:
             log_failure(app, task, error, time.monotonic() - started)
             raise
@@ -98,12 +102,14 @@ class TaskRunner(Runner):
         self, callback: Callback, future: concurrent.futures.Future[t.Any]
     ) -> None:
         try:
-            self._in_context(callback, callback, (future,))
+            self._in_context(callback, callback, (future,), {})
         except BaseException as error:
             log_callback(self._app, callback, error)
 
-    def _in_context(self, task: Fn, fn: Fn, args: tuple[t.Any, ...]) -> t.Any:
-        """Call a function in what a task has for itself."""
+    def _in_context(
+        self, task: Fn, fn: Fn, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
+    ) -> t.Any:
+        """Call a function, sync or async, in what a task has for itself."""
         current_frame.set(self._frame)
         own: dict[object, t.Any] = {}
         task_locals.set(own)
@@ -113,7 +119,9 @@ class TaskRunner(Runner):
                 self._copier.put()
 
             try:
-                return fn(*args)
+                result = fn(*args, **kwargs)
+                is_async = isinstance(result, CoroutineType)
+                return _run_coroutine(self._app, result) if is_async else result
             finally:
                 if own and (changes := find_changes(own)):
                     warn_of_session(self._app, task, changes)

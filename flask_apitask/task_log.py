@@ -122,9 +122,11 @@ def _find_place(app: Flask, fn: Fn | None) -> CodeType | None:
         while isinstance(found, functools.partial):
             found = found.func
 
-        code = getattr(inspect.unwrap(found), "__code__", None) if found else None
-
         # That of a mock is a mock.
+        code = (
+            None if found is None else getattr(inspect.unwrap(found), "__code__", None)
+        )
+
         if isinstance(code, CodeType) and not code.co_filename.startswith(_PACKAGE):
             return code
 

@@ -8,12 +8,12 @@ import pytest
 
 import flask_apitask
 from flask_apitask import ApiTaskError
+from flask_apitask import DeliveryError
+from flask_apitask import DeliveryUnknown
 from flask_apitask import exceptions
 from flask_apitask import ScopeClosed
 from flask_apitask import task_finished
 from flask_apitask import task_started
-from flask_apitask.exceptions import DeliveryError
-from flask_apitask.exceptions import DeliveryUnknown
 
 EXCEPTIONS = [
     value

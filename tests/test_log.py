@@ -107,6 +107,28 @@ def test_failing_task(
     assert record.getMessage().startswith(text)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_traceback_of_an_async_task(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, plain: bool
+) -> None:
+    """It tells of the task's own error, and of no other before it."""
+    app = make_app()
+    error = LookupError()
+
+    async def work() -> None:
+        fail(error)
+
+    if plain:
+        with pytest.raises(LookupError):
+            run(work)
+    else:
+        with app.test_request_context():
+            run(work)
+
+    assert len(caplog.records) == (0 if plain else 1)
+    assert error.__context__ is None
+
+
 @pytest.mark.parametrize("in_request", [False, True])
 def test_failing_task_without_a_view(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, in_request: bool

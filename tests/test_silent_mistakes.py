@@ -268,6 +268,8 @@ class User(UserMixin):  # type: ignore[misc]
     id = "ada"
 
 
+# Flask-Login 0.6.3 calls datetime.utcnow(), which Python 3.12 deprecates.
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
 @pytest.mark.parametrize("protection", ["basic", "strong", None])
 def test_flask_login(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, protection: str | None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import threading
@@ -655,3 +656,26 @@ def test_plain_call_without_an_app_sends_no_signal(signals: Signals) -> None:
     """There is no sender outside of any app context, so there is no signal."""
     run(str)
     assert signals.sent == []
+
+
+@pytest.mark.parametrize("observed", [False, True])
+def test_async_done_callback(make_app: AppFactory, observed: bool) -> None:
+    """A done callback may be async, as a task may: it is run to its end."""
+    app = make_app()
+    done: list[str] = []
+
+    async def work() -> str:
+        await asyncio.sleep(0)
+        return "task"
+
+    async def note(future: Future[str]) -> None:
+        await asyncio.sleep(0)
+        done.append(future.result(0) + request.path)
+
+    receivers = task_started.connected_to(lambda app, **fields: None)
+
+    with receivers if observed else contextlib.nullcontext():
+        with app.test_request_context("/page"):
+            run(work).add_done_callback(t.cast("t.Any", note))
+
+    assert done == ["task/page"]
