@@ -390,7 +390,7 @@ HOLDS = {
     "python": "while True: pass",
 }
 
-GONE_ON = ["WARNING The wait for tasks of ", "ok"]
+GONE_ON = ["WARNING The wait fo", "ok"]
 LEFT = "WARNING The process"
 
 
