@@ -54,9 +54,9 @@ class DeliveryError(ApiTaskError, smtplib.SMTPException):
         super().__init__(message)
         self.message_id = message_id
         self.stage = stage
-        self.smtp_code = None if reply is None else reply[0]
-        self.smtp_error = None if reply is None else reply[1]
-        self.recipients = recipients or {}
+        self.smtp_code: int | None = None if reply is None else reply[0]
+        self.smtp_error: bytes | None = None if reply is None else reply[1]
+        self.recipients: dict[str, tuple[int, bytes]] = recipients or {}
         self.failures = failures
         # Whether the server could not be reached for the last of them.
         self.unreachable = False

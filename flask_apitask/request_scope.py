@@ -61,7 +61,7 @@ class RequestScope:
         self._scope: TaskScope | None = None
         # Scopes of views that were left, but that end with the response.
         self._deferred: tuple[TaskScope, ...] = ()
-        self.ended = False
+        self.ended: bool = False
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
 

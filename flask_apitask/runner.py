@@ -49,6 +49,8 @@ class TaskRunner(Runner):
     :param copy_g: The names that a task finds in its own ``g``.
     """
 
+    copy_context: cabc.Callable[[], contextvars.Context]
+
     def __init__(
         self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()
     ) -> None:

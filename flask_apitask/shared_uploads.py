@@ -53,11 +53,12 @@ class SharedFile(io.BufferedIOBase):
                 else:
                     task[id(self)] = self._file.tell()
 
-    read = read1 = _at_own_position("read")
-    readline = _at_own_position("readline")
-    tell = _at_own_position("tell")
-    truncate = _at_own_position("truncate")
-    write = _at_own_position("write")
+    read: t.Any = _at_own_position("read")
+    read1: t.Any = _at_own_position("read")
+    readline: t.Any = _at_own_position("readline")
+    tell: t.Any = _at_own_position("tell")
+    truncate: t.Any = _at_own_position("truncate")
+    write: t.Any = _at_own_position("write")
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         with self._at_position() as file:

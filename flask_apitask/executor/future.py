@@ -34,9 +34,9 @@ class TaskFuture(concurrent.futures.Future[T]):
     """
 
     # Its place among the tasks of its scope, from 1.
-    index = 0
+    index: int = 0
     # The identifier of the thread that runs the task, or its done callbacks.
-    thread = 0
+    thread: int = 0
 
     def __init__(
         self,

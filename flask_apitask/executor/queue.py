@@ -92,7 +92,7 @@ class TaskQueue:
         # Of the thread that is going to call more of them in a moment.
         self._head_start: _Barrier | None = None
         # How many threads wait. Read by the pool, without the lock.
-        self.waiters = 0
+        self.waiters: int = 0
         self._closed = False
 
     @property
