@@ -76,7 +76,8 @@ class SharedFile(io.BufferedIOBase):
     def readable(self) -> bool:
         return True
 
-    writable = seekable = readable
+    seekable: t.Any = readable
+    writable: t.Any = readable
 
     def __getattr__(self, name: str) -> t.Any:
         return getattr(self._file, name)
