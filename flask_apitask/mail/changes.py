@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import smtplib
+import types
 import typing as t
 
 import flask_mail
@@ -19,8 +20,8 @@ if t.TYPE_CHECKING:
 
     import typing_extensions as te
 
-# A method, and its arguments.
-Call: t.TypeAlias = "tuple[str, tuple[t.Any, ...], dict[str, t.Any]]"
+    # A method, and its arguments.
+    Call: t.TypeAlias = "tuple[str, tuple[t.Any, ...], dict[str, t.Any]]"
 
 
 def find_change(mail: object, name: str, suppress: bool) -> str | None:
@@ -39,21 +40,20 @@ def find_change(mail: object, name: str, suppress: bool) -> str | None:
         # It calls connect().
         return None
 
-    ignored = frozenset({"configure_host"} if suppress else ())
-    change = _find_in_class(flask_mail, "Connection", ignored)
+    if suppress:
+        return _find_in_class(flask_mail, "Connection", "configure_host")
 
-    if change is None and not suppress:
-        if vars(flask_mail)["smtplib"] is not smtplib:
-            return "flask_mail.smtplib"
+    if vars(flask_mail)["smtplib"] is not smtplib:
+        return "flask_mail.smtplib"
 
-        change = _find_in_class(smtplib, "SMTP") or _find_in_class(smtplib, "SMTP_SSL")
+    return (
+        _find_in_class(flask_mail, "Connection")
+        or _find_in_class(smtplib, "SMTP")
+        or _find_in_class(smtplib, "SMTP_SSL")
+    )
 
-    return change
 
-
-def _find_in_class(
-    module: t.Any, name: str, ignored: frozenset[str] = frozenset()
-) -> str | None:
+def _find_in_class(module: t.Any, name: str, ignored: str = "") -> str | None:
     cls = getattr(module, name)
     full_name = f"{module.__name__}.{name}"
 
@@ -61,7 +61,7 @@ def _find_in_class(
         return f"{full_name} (it is {cls!r})"
 
     for method, function in vars(cls).items():
-        if callable(function) and not (method in ignored or _is_of(module, function)):
+        if callable(function) and method != ignored and not _is_of(module, function):
             return f"{full_name}.{method}"
 
     return None
@@ -101,46 +101,31 @@ class RecordedConnection:
         return functools.partial(self._record, name)
 
     def _record(self, name: str, /, *args: t.Any, **kwargs: t.Any) -> None:
-        t.cast("list[Call]", self._calls).append((name, _freeze(args), kwargs))
-
-
-@task("flask_mail.send")
-def _replay(connect: cabc.Callable[[], t.Any], calls: list[Call]) -> None:
-    with _without_addresses(), connect() as connection:
-        for name, args, kwargs in calls:
-            getattr(connection, name)(*args, **kwargs)
+        # Messages are taken as they are now.
+        frozen = [snapshot(a) if isinstance(a, flask_mail.Message) else a for a in args]
+        t.cast("list[Call]", self._calls).append((name, tuple(frozen), kwargs))
 
 
 def send_changed(
     send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any
 ) -> None:
     """Have a task call somebody else's ``send``."""
-    run(_call, send, _freeze(args), kwargs)
+    mail = types.SimpleNamespace(send=send)
+
+    with RecordedConnection(lambda: contextlib.nullcontext(mail)) as recorded:
+        recorded.send(*args, **kwargs)
 
 
 @task("flask_mail.send")
-def _call(
-    send: cabc.Callable[..., t.Any], args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
-) -> None:
-    with _without_addresses():
-        send(*args, **kwargs)
-
-
-def _freeze(args: tuple[t.Any, ...]) -> tuple[t.Any, ...]:
-    """Take messages as they are now."""
-    return tuple(
-        snapshot(arg) if isinstance(arg, flask_mail.Message) else arg for arg in args
-    )
-
-
-@contextlib.contextmanager
-def _without_addresses() -> cabc.Iterator[None]:
-    """Turn errors of :mod:`smtplib`, which show addresses, into what can be logged."""
+def _replay(connect: cabc.Callable[[], t.Any], calls: list[Call]) -> None:
     try:
-        yield
+        with connect() as connection:
+            for name, args, kwargs in calls:
+                getattr(connection, name)(*args, **kwargs)
     except DeliveryError:
         raise
     except smtplib.SMTPException as error:
+        # Its text shows addresses, and is logged.
         recipients = getattr(error, "recipients", {})
         code = getattr(error, "smtp_code", None)
         raise DeliveryError(
