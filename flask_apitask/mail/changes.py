@@ -9,9 +9,11 @@ import typing as t
 
 import flask_mail
 
+from ..api import current_scope
 from ..api import run
 from ..exceptions import DeliveryError
 from ..executor.task import task
+from ..log import log_once
 from .rendering import snapshot
 from .replies import mask
 
@@ -19,9 +21,10 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     import typing_extensions as te
+    from flask import Flask
 
     # A method, and its arguments.
-    Call: t.TypeAlias = "tuple[str, tuple[t.Any, ...], dict[str, t.Any]]"
+    Call: t.TypeAlias = "tuple[str, list[t.Any], dict[str, t.Any]]"
 
 
 def find_change(mail: object, name: str, suppress: bool) -> str | None:
@@ -71,6 +74,23 @@ def _is_of(module: t.Any, function: object) -> bool:
     return getattr(function, "__globals__", None) is vars(module)
 
 
+def use_change(app: Flask, change: str, name: str, value: t.Any) -> t.Any:
+    """Have a task call somebody else's ``send`` or ``connect``, and say so once."""
+    log_once(
+        app,
+        f"mail_{change}",
+        "Flask-Mail is changed: %s. That sends the mail of this app, then, in the"
+        " background as before, but with no kept connections and no pipelining; the"
+        " APITASK_MAIL_* keys of connections have no effect.",
+        change,
+    )
+
+    if current_scope() is None:
+        return value
+
+    return functools.partial(RecordedConnection if name == "connect" else _send, value)
+
+
 class RecordedConnection:
     """What ``mail.connect()`` returns where somebody else's code sends.
 
@@ -103,13 +123,10 @@ class RecordedConnection:
     def _record(self, name: str, /, *args: t.Any, **kwargs: t.Any) -> None:
         # Messages are taken as they are now.
         frozen = [snapshot(a) if isinstance(a, flask_mail.Message) else a for a in args]
-        t.cast("list[Call]", self._calls).append((name, tuple(frozen), kwargs))
+        t.cast("list[Call]", self._calls).append((name, frozen, kwargs))
 
 
-def send_changed(
-    send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any
-) -> None:
-    """Have a task call somebody else's ``send``."""
+def _send(send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any) -> None:
     mail = types.SimpleNamespace(send=send)
 
     with RecordedConnection(lambda: contextlib.nullcontext(mail)) as recorded:

@@ -4,7 +4,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import logging
 import time
 import typing as t
 import weakref
@@ -19,12 +18,10 @@ from ..context import find_app_context
 from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
 from ..executor.task import task
-from ..log import log
+from ..log import log_once
 from ..runner import notify
 from .changes import find_change
-from .changes import RecordedConnection
-from .changes import send_changed
-from .envelope import Envelope
+from .changes import use_change
 from .envelope import SMTPSettings
 from .pool import find_pool
 from .rendering import check
@@ -39,37 +36,35 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
     from ..config import Config
+    from .delivery import PooledConnection
+    from .envelope import Envelope
     from .pool import ConnectionPool
-    from .pool import PooledConnection
     from .pool import Pools
     from .rendering import Address
+
+    # What to deliver, and the message as it was then, if anybody is to be told of it.
+    Batch: t.TypeAlias = collections.deque[tuple[Envelope, flask_mail.Message | None]]
 
 # Bytes of rendered messages with which a block begins to deliver while it is open.
 _BATCH = 4 * 1024 * 1024
 
-T = t.TypeVar("T")
-# What to deliver, and the message as it was then, if anybody wants to be told of it.
-Batch: t.TypeAlias = "collections.deque[tuple[Envelope, flask_mail.Message | None]]"
-
 
 def reroute(app: Flask, config: Config) -> None:
-    """Send the mail of an app in the background of its requests.
-
-    :raises ValueError: There are two kinds of TLS at once.
-    """
+    """Send the mail of an app in the background of its requests."""
     _check_tls(app.config)
 
     if config.mail_tls_verify is False:
-        app.logger.warning(
+        log_once(
+            app,
+            "tls_verify",
             "APITASK_MAIL_TLS_VERIFY is False: whoever answers for the mail server gets"
-            " its credentials and the mail. Name a file of CA certificates instead."
+            " its credentials and the mail. Name a file of CA certificates instead.",
         )
 
     app.extensions["apitask_mail"] = ReroutedMail(config)
-    # To replace flask_mail.Connection, a public name, would be plainer. But it can't be
-    # seen there if a subclass of Mail has a connect() or send() of its own, and it is
-    # gone when a patch of that name, made before us, is undone after us. All that sends
-    # is looked up on a Mail, whatever stands in its place.
+    # To replace flask_mail.Connection would be plainer. But a Mail with a connect() or
+    # send() of its own never gets there, and a patch of that name that is older than
+    # ours takes ours along when it is undone. All that sends is looked up on a Mail.
     flask_mail._MailMixin.__getattribute__ = _look_up  # type: ignore[method-assign, assignment]
 
 
@@ -78,10 +73,8 @@ class ReroutedMail:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._told: set[str] = set()
-        # A pool lives as long as it is in use or has an idle connection. So an app may
-        # have settings for each of its tenants, and nothing is left of those that send
-        # no more.
+        # A pool lives while it is in use or has something idle. So nothing is left of
+        # the settings of a tenant that sends no more.
         self._pools: Pools = weakref.WeakValueDictionary()
 
     def pool(self, mail: flask_mail._Mail) -> ConnectionPool:
@@ -112,19 +105,6 @@ class ReroutedMail:
             keepalive=config.mail_keepalive if threads_enabled() else 0,
             owner=self,
         )
-
-    def tell(self, app: Flask, change: str) -> None:
-        """Warn, once, of something that sends in our place."""
-        if change not in self._told:
-            self._told.add(change)
-            log(
-                app.logger,
-                logging.WARNING,
-                "Flask-Mail is changed: %s. That sends the mail of this app, then, in"
-                " the background as before, but with no kept connections and no"
-                " pipelining; the APITASK_MAIL_* keys of connections have no effect.",
-                change,
-            )
 
 
 def _is_true(value: object) -> bool:
@@ -162,7 +142,7 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
     return _replace(self, name, value, context.app)
 
 
-def _init_app(init_app: cabc.Callable[[Flask], T], app: Flask) -> T:
+def _init_app(init_app: cabc.Callable[[Flask], t.Any], app: Flask) -> t.Any:
     if "apitask_mail" in app.extensions:
         _check_tls(app.config)
 
@@ -187,13 +167,7 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
         # Flask-Mail's own send() looks up connect() in turn.
         return connect if name == "connect" else value
 
-    rerouted.tell(app, change)
-
-    if current_scope() is None:
-        return value
-
-    replacement = RecordedConnection if name == "connect" else send_changed
-    return functools.partial(replacement, value)
+    return use_change(app, change, name, value)
 
 
 class BackgroundConnection:
@@ -211,7 +185,8 @@ class BackgroundConnection:
         self.num_emails = 0
         self._rerouted = rerouted
         self._left = False
-        self._in_scope = False
+        self._pool: ConnectionPool | None = None
+        # What each message goes over, without a scope.
         self._connection: PooledConnection | None = None
         self._batch: Batch = collections.deque()
         self._size = 0
@@ -220,21 +195,18 @@ class BackgroundConnection:
     def __enter__(self) -> te.Self:
         # What is suppressed takes no time, and the outbox of a test is in order so.
         if not self.mail.suppress:
-            self._connection = self._rerouted.pool(self.mail).connection()
-            self._in_scope = current_scope() is not None
+            self._pool = self._rerouted.pool(self.mail)
+            self._connection = None if current_scope() else self._pool.connection()
 
         return self
 
     def __exit__(self, *_: object) -> None:
         self._left = True
 
-        if self._connection is None:
-            return
-
-        if self._batch:
-            self._begin_delivery(self._connection)
-        elif not self._in_scope:
+        if self._connection is not None:
             self._connection.close()
+        elif self._pool is not None and self._batch:
+            self._begin_delivery(self._pool)
 
     def send(
         self, message: flask_mail.Message, envelope_from: Address | None = None
@@ -263,21 +235,21 @@ class BackgroundConnection:
         listened = bool(flask_mail.email_dispatched.receivers)
         copied = snapshot(message) if listened else None
 
-        if self._connection is None:
-            _announce(copied)
+        if self._pool is None:
+            _announce([copied])
             return
 
         envelope = render(message, envelope_from)
         self._batch.append((envelope, copied))
         self._size += len(envelope.content)
 
-        if not self._in_scope:
-            for failure in _deliver_all(self._connection, self._batch):
-                raise failure
+        if self._connection is not None:
+            if failures := _deliver_all(self._connection, self._batch):
+                raise failures[0]
         elif self._size >= _BATCH:
-            self._begin_delivery(self._connection)
+            self._begin_delivery(self._pool)
 
-    def _begin_delivery(self, connection: PooledConnection) -> None:
+    def _begin_delivery(self, pool: ConnectionPool) -> None:
         """Have a task deliver the batch, once the one before is through."""
         error: BaseException | None = None
 
@@ -286,7 +258,7 @@ class BackgroundConnection:
             with contextlib.suppress(concurrent.futures.CancelledError):
                 error = self._delivery.exception()
 
-        self._delivery = run(deliver, connection, self._batch, _is_unreachable(error))
+        self._delivery = run(deliver, pool, self._batch, _is_unreachable(error))
         self._batch, self._size = collections.deque(), 0
 
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
@@ -295,18 +267,18 @@ class BackgroundConnection:
 
 
 @task("flask_mail.send")
-def deliver(connection: PooledConnection, batch: Batch, give_up: bool = False) -> None:
+def deliver(pool: ConnectionPool, batch: Batch, give_up: bool = False) -> None:
     """Deliver messages in order.
 
     One that is refused does not stop the others. A server that can't be reached does:
     to wait for it once more for each of them would hold the request for minutes.
 
-    :param give_up: It could not be reached before, so nothing is tried.
+    :param give_up: It could not be reached before.
     :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
     count = len(batch)
 
-    with connection:
+    with pool.connection() as connection:
         failures = _deliver_all(connection, batch, give_up)
 
     if len(failures) == 1:
@@ -333,7 +305,7 @@ def _deliver_all(
     connection: PooledConnection, batch: Batch, give_up: bool = False
 ) -> list[DeliveryError]:
     """Deliver a batch, tell of what was delivered, and return what went wrong."""
-    delivered: list[flask_mail.Message] = []
+    delivered: list[flask_mail.Message | None] = []
     failures: list[DeliveryError] = []
 
     while batch:
@@ -344,36 +316,31 @@ def _deliver_all(
                 raise DeliveryError("It was not tried.")
 
             connection.send(envelope)
-
-            if message is not None:
-                delivered.append(message)
+            delivered.append(message)
         except DeliveryError as error:
             error.message_id = envelope.message_id
             give_up = _is_unreachable(error)
             # What is below is of no use to those who read the log.
             failures.append(error.with_traceback(None))
 
-    if delivered:
+    if any(message is not None for message in delivered):
         # A receiver may send mail, and must not wait for the connection used for this.
         connection.close()
 
-    for message in delivered:
-        _announce(message)
-
+    _announce(delivered)
     return failures
 
 
 def _is_unreachable(error: BaseException | None) -> bool:
     """Tell whether the server let nobody in, at the last of the messages."""
-    if not isinstance(error, DeliveryError):
-        return False
-
-    return (error.failures or (error,))[-1].stage in OPENING | {None}
+    last = getattr(error, "failures", ())[-1:] or (error,)
+    return isinstance(last[0], DeliveryError) and last[0].stage in OPENING | {None}
 
 
-def _announce(message: flask_mail.Message | None) -> None:
+def _announce(messages: list[flask_mail.Message | None]) -> None:
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
 
-    if message is not None:
-        # It is delivered: a receiver that fails must not make it a failure.
-        notify(flask_mail.email_dispatched, app, {"message": message})
+    for message in messages:
+        if message is not None:
+            # It is delivered: a receiver that fails must not make it a failure.
+            notify(flask_mail.email_dispatched, app, {"message": message})

@@ -97,13 +97,12 @@ class Reply(t.NamedTuple):
 
 def explain(stage: str, reply: Reply) -> tuple[str, str]:
     """Return what a refusal means, ``{}`` being the server, and the remedy."""
-    for stages, words, meaning, remedy in _CAUSES:
-        fits = not stages or stage.split()[0] in stages.split()
-
-        if fits and re.search(words, reply.text, re.IGNORECASE):
-            return meaning.replace("{stage}", stage), remedy
-
-    raise AssertionError  # pragma: no cover
+    return next(
+        (meaning.replace("{stage}", stage), remedy)
+        for stages, words, meaning, remedy in _CAUSES
+        if (not stages or stage.split()[0] in stages.split())
+        and re.search(words, reply.text, re.IGNORECASE)
+    )
 
 
 def show(replies: cabc.Iterable[Reply], secrets: cabc.Iterable[str]) -> str:

@@ -10,9 +10,7 @@ from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
 from .envelope import divide
 from .envelope import dot_stuff
-from .replies import explain
 from .replies import Reply
-from .replies import show
 from .stream import ConnectionLost
 from .stream import SMTPStream
 
@@ -299,37 +297,6 @@ class SMTPSession(SMTPStream):
             with contextlib.suppress(ConnectionLost):
                 self._stage = "RSET"
                 self._in_order = Reply(*self.docmd("RSET")).is_positive
-
-    def _expect(self, code: int, words: bytes) -> None:
-        reply = Reply(code, words)
-
-        if not reply.is_positive:
-            raise self._refused(reply)
-
-    def _refused(
-        self,
-        *replies: Reply,
-        stage: str | None = None,
-        what: str | None = None,
-        hide: cabc.Iterable[str] = (),
-        recipients: dict[str, Reply] | None = None,
-    ) -> DeliveryError:
-        """Make the exception for replies that refuse something.
-
-        :param what: What they mean, if not what the first of them says.
-        :param hide: Addresses that the server may quote, beside the recipients.
-        """
-        stage = stage or self._stage
-        meanings = [explain(stage, reply) for reply in replies]
-        what = what or meanings[0][0].format(self.settings)
-        shown = show(replies, [*self._secrets, *hide, *(recipients or ())])
-        remedies = " ".join(dict.fromkeys(remedy for _, remedy in meanings))
-        return DeliveryError(
-            f"{what}: {shown}. {remedies}".rstrip(),
-            stage=stage,
-            reply=None if recipients else replies[0],
-            recipients=dict(recipients or {}),
-        )
 
 
 def end_all(

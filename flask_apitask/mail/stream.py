@@ -10,11 +10,14 @@ import time
 import typing as t
 
 from ..exceptions import DeliveryError
+from .replies import explain
 from .replies import PLACES
 from .replies import Reply
 from .replies import show
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     from .envelope import SMTPSettings
 
     SMTP = smtplib.SMTP
@@ -213,3 +216,34 @@ class SMTPStream(SMTP):
         lost = ConnectionLost(text, stage=self._stage, reply=reply)
         lost.timed_out = timed_out
         return lost
+
+    def _expect(self, code: int, words: bytes) -> None:
+        reply = Reply(code, words)
+
+        if not reply.is_positive:
+            raise self._refused(reply)
+
+    def _refused(
+        self,
+        *replies: Reply,
+        stage: str | None = None,
+        what: str | None = None,
+        hide: cabc.Iterable[str] = (),
+        recipients: dict[str, Reply] | None = None,
+    ) -> DeliveryError:
+        """Make the exception for replies that refuse something.
+
+        :param what: What they mean, if not what the first of them says.
+        :param hide: Addresses that the server may quote, beside the recipients.
+        """
+        stage = stage or self._stage
+        meanings = [explain(stage, reply) for reply in replies]
+        what = what or meanings[0][0].format(self.settings)
+        shown = show(replies, [*self._secrets, *hide, *(recipients or ())])
+        remedies = " ".join(dict.fromkeys(remedy for _, remedy in meanings))
+        return DeliveryError(
+            f"{what}: {shown}. {remedies}".rstrip(),
+            stage=stage,
+            reply=None if recipients else replies[0],
+            recipients=dict(recipients or {}),
+        )
