@@ -8,6 +8,7 @@ import types
 import typing as t
 
 import flask_mail
+from flask import current_app
 
 from ..api import current_scope
 from ..api import run
@@ -142,12 +143,14 @@ def _replay(connect: cabc.Callable[[], t.Any], calls: list[Call]) -> None:
     except DeliveryError:
         raise
     except smtplib.SMTPException as error:
-        # Its text shows addresses, and is logged.
+        # Its text is logged, and shows addresses and what the server says.
         recipients = getattr(error, "recipients", {})
+        mail = current_app.extensions["mail"]
+        secrets = [*recipients, str(mail.username or ""), str(mail.password or "")]
         code = getattr(error, "smtp_code", None)
         raise DeliveryError(
             f"The message was not delivered: {type(error).__name__}:"
-            f" {mask(str(error), recipients)}.",
+            f" {mask(str(error), secrets)}.",
             reply=None if code is None else (code, getattr(error, "smtp_error", b"")),
             recipients=recipients,
         ) from None

@@ -75,7 +75,8 @@ _CAUSES: list[tuple[str, str, str, str]] = [
     ("MAIL", r"^5", "The sender was refused by {}", "Check MAIL_DEFAULT_SENDER."),
     ("MAIL", "", "The sender was refused by {}", ""),
     ("greeting", "", "The connection was refused by {}", ""),
-    ("EHLO STARTTLS", "", "{stage} was refused by {}", ""),
+    ("EHLO", "", "EHLO was refused by {}", ""),
+    ("STARTTLS", "", "STARTTLS was refused by {}", ""),
     ("", "", "The message was refused by {}", ""),
 ]
 
@@ -98,7 +99,7 @@ class Reply(t.NamedTuple):
 def explain(stage: str, reply: Reply) -> tuple[str, str]:
     """Return what a refusal means, ``{}`` being the server, and the remedy."""
     return next(
-        (meaning.replace("{stage}", stage), remedy)
+        (meaning, remedy)
         for stages, words, meaning, remedy in _CAUSES
         if (not stages or stage.split()[0] in stages.split())
         and re.search(words, reply.text, re.IGNORECASE)

@@ -71,9 +71,8 @@ class SMTPSession(SMTPStream):
 
             self._in_order = True
         except smtplib.SMTPResponseException as error:
-            raise self._refused(
-                Reply(error.smtp_code, t.cast("bytes", error.smtp_error))
-            ) from None
+            reply = Reply(error.smtp_code, t.cast("bytes", error.smtp_error))
+            raise self._refused(self._stage, reply) from None
         finally:
             if not self._in_order:
                 self.close()
@@ -107,12 +106,8 @@ class SMTPSession(SMTPStream):
 
         if refused:
             number = f"{len(refused)} of {len(envelope.recipients)} recipients"
-            raise self._refused(
-                *refused.values(),
-                stage="RCPT",
-                what=f"The message was taken by {self.settings}, but not for {number}",
-                recipients=refused,
-            )
+            what = f"The message was taken by {self.settings}, but not for {number}"
+            raise self._refused_recipients(refused, what)
 
     def end(self, deadline: float) -> None:
         """Close, with ``QUIT`` if the dialogue is at a place for it.
@@ -245,14 +240,12 @@ class SMTPSession(SMTPStream):
         sender, last = replies[0], replies[-1]
 
         if not sender.is_positive:
-            error = self._refused(sender, stage="MAIL", hide=[envelope.sender])
+            error = self._refused("MAIL", sender, envelope.sender)
         elif len(refused) == len(envelope.recipients):
             what = f"Every recipient of {len(refused)} was refused by {self.settings}"
-            error = self._refused(
-                *refused.values(), stage="RCPT", what=what, recipients=refused
-            )
+            error = self._refused_recipients(refused, what)
         elif last.code != 354:
-            error = self._refused(last, stage="DATA")
+            error = self._refused("DATA", last)
         else:
             return
 
@@ -285,7 +278,8 @@ class SMTPSession(SMTPStream):
             ) from None
 
         if not reply.is_positive:
-            error = self._refused(reply, hide=[envelope.sender, *envelope.recipients])
+            addresses = [envelope.sender, *envelope.recipients]
+            error = self._refused(self._stage, reply, *addresses)
             self._reset()
             raise error
 

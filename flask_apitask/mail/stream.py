@@ -16,8 +16,6 @@ from .replies import Reply
 from .replies import show
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
     from .envelope import SMTPSettings
 
     SMTP = smtplib.SMTP
@@ -218,32 +216,20 @@ class SMTPStream(SMTP):
         return lost
 
     def _expect(self, code: int, words: bytes) -> None:
-        reply = Reply(code, words)
+        if code // 100 != 2:
+            raise self._refused(self._stage, Reply(code, words))
 
-        if not reply.is_positive:
-            raise self._refused(reply)
+    def _refused(self, stage: str, reply: Reply, *addresses: str) -> DeliveryError:
+        """Make the exception for a reply, which may quote addresses."""
+        meaning, remedy = explain(stage, reply)
+        shown = show([reply], [*self._secrets, *addresses])
+        text = f"{meaning.format(self.settings)}: {shown}. {remedy}".rstrip()
+        return DeliveryError(text, stage=stage, reply=reply)
 
-    def _refused(
-        self,
-        *replies: Reply,
-        stage: str | None = None,
-        what: str | None = None,
-        hide: cabc.Iterable[str] = (),
-        recipients: dict[str, Reply] | None = None,
+    def _refused_recipients(
+        self, refused: dict[str, Reply], what: str
     ) -> DeliveryError:
-        """Make the exception for replies that refuse something.
-
-        :param what: What they mean, if not what the first of them says.
-        :param hide: Addresses that the server may quote, beside the recipients.
-        """
-        stage = stage or self._stage
-        meanings = [explain(stage, reply) for reply in replies]
-        what = what or meanings[0][0].format(self.settings)
-        shown = show(replies, [*self._secrets, *hide, *(recipients or ())])
-        remedies = " ".join(dict.fromkeys(remedy for _, remedy in meanings))
-        return DeliveryError(
-            f"{what}: {shown}. {remedies}".rstrip(),
-            stage=stage,
-            reply=None if recipients else replies[0],
-            recipients=dict(recipients or {}),
-        )
+        remedies = " ".join({explain("RCPT", reply)[1] for reply in refused.values()})
+        shown = show(refused.values(), [*self._secrets, *refused])
+        text = f"{what}: {shown}. {remedies}".rstrip()
+        return DeliveryError(text, stage="RCPT", recipients=dict(refused))
