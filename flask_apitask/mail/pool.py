@@ -168,7 +168,7 @@ class ConnectionPool:
             return False
 
         with _lock:
-            others = len(self._in_use | {session for _, session in self._idle}) - 1
+            others = len(self._in_use - {session}) + len(self._idle)
             # If it lets nobody in, that is no limit.
             self._limit = min(self._limit, others) or self.size
 
