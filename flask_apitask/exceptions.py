@@ -58,8 +58,6 @@ class DeliveryError(ApiTaskError, smtplib.SMTPException):
         self.smtp_error: bytes | None = None if reply is None else reply[1]
         self.recipients: dict[str, tuple[int, bytes]] = recipients or {}
         self.failures = failures
-        # Whether the server could not be reached for the last of them.
-        self.unreachable = False
 
     def __str__(self) -> str:
         text = super().__str__()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import threading
 import typing as t
 import weakref
 
@@ -226,3 +227,25 @@ def test_context_of_a_submission_goes_with_the_future() -> None:
         reference = contextvars.copy_context().run(submit)
         scope.wait()
         wait_until(lambda: reference() is None)
+
+
+def test_outcome_that_somebody_else_has_set(caplog: pytest.LogCaptureFixture) -> None:
+    """The thread goes on with the next task, and an ERROR says what is wrong."""
+    begun, gate = threading.Event(), threading.Event()
+
+    def hold() -> bool:
+        """Run until the test says so."""
+        begun.set()
+        return gate.wait(PATIENCE)
+
+    with make_scope(max_workers=1) as scope:
+        scope.submit(hold)
+        assert begun.wait(PATIENCE)
+        scope.submit(int).set_result(3)
+        last = scope.submit(str)
+        gate.set()
+        assert last.result(PATIENCE) == ""
+
+    assert "can't have its outcome" in caplog.text
+    # The record refers to the future, and that to the threads.
+    caplog.clear()

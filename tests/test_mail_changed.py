@@ -68,6 +68,8 @@ class Host:
 
     def quit(self) -> None: ...
 
+    def login(self, user: str, password: str) -> None: ...
+
     def set_debuglevel(self, level: int) -> None: ...
 
 
@@ -403,6 +405,11 @@ REFUSED = {"ada@example.org": (550, b"5.1.1 <ada@example.org> no such user")}
             552,
         ),
         (smtplib.SMTPException("for ada@example.org"), "for <address>", None),
+        (
+            smtplib.SMTPAuthenticationError(535, b"5.7.8 shop-user, not pa55-word"),
+            "(535, b'5.7.8 <hidden>, not <hidden>')",
+            535,
+        ),
         (DeliveryError("It was not tried."), "It was not tried.", None),
     ],
 )
@@ -417,7 +424,8 @@ def test_no_address_is_logged(
     code: int | None,
 ) -> None:
     """An error of smtplib is data, and its text is masked for the log."""
-    app, _ = make_app(inbox, monkeypatch, way)
+    user = {"MAIL_USERNAME": "shop-user", "MAIL_PASSWORD": "pa55-word"}
+    app, _ = make_app(inbox, monkeypatch, way, **user)
     failed: list[t.Any] = []
 
     def fail(*_: t.Any) -> None:
@@ -462,7 +470,6 @@ def send():
 
 with mock.patch("smtplib.SMTP") as mocked, mock.patch("flask_mail.Connection") as made:
     from flask_apitask import ApiTask
-    # The WARNING that names the mocks is not looked at in here.
     app.logger.setLevel("ERROR")
     ApiTask(app)
     send()

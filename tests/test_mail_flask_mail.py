@@ -881,6 +881,75 @@ def test_receiver_that_sends_needs_no_second_connection(
     assert inbox.subjects == ["hello", "copy"]
 
 
+def test_receiver_that_sends_in_a_block_without_a_scope(
+    make_mail_app: MailAppFactory, inbox: Mailbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told when the connection is free again, also where nothing is a task."""
+    app, mail = make_mail_app(APITASK_MAIL_CONNECTIONS=1, APITASK_MAIL_TIMEOUT=SHORT)
+
+    def archive(sender: Flask, message: Message, **_: t.Any) -> None:
+        if message.subject == "hello":
+            mail.send(letter("copy", "archive@example.org"))
+
+    with flask_mail.email_dispatched.connected_to(archive):
+        with app.app_context(), mail.connect() as connection:
+            connection.send(letter())
+            connection.send(letter("last"))
+
+    assert inbox.subjects == ["hello", "copy", "last"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("in_request", [True, False])
+def test_an_app_that_lacks_its_apitask(
+    make_mail_app: MailAppFactory,
+    inbox: Mailbox,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    in_request: bool,
+) -> None:
+    """Mail that was meant for the background is sent on the spot, with one WARNING."""
+    make_mail_app()
+    app = Flask("lacking")
+    app.config.update(
+        MAIL_PORT=inbox.port,
+        MAIL_DEFAULT_SENDER="shop@example.org",
+        APITASK_MAIL_BACKGROUND=True,
+    )
+    mail = Mail(app)
+
+    for _ in range(2):
+        with app.test_request_context() if in_request else app.app_context():
+            mail.send(letter())
+
+    assert inbox.subjects == ["hello", "hello"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "A mail was sent in a request of 'lacking', which has no ApiTask: it was sent"
+        " on the spot. Create one with ApiTask(app), or call its init_app(app)."
+    ] * in_request
+
+
+@pytest.mark.parametrize("flag", [None, False, "false"])
+def test_an_app_that_never_asked_for_us(
+    make_mail_app: MailAppFactory,
+    inbox: Mailbox,
+    caplog: pytest.LogCaptureFixture,
+    flag: object,
+) -> None:
+    """An app without the flag, and without ApiTask, is told nothing."""
+    make_mail_app()
+    app = Flask(__name__)
+    app.config.update(MAIL_PORT=inbox.port, MAIL_DEFAULT_SENDER="shop@example.org")
+    app.config["APITASK_MAIL_BACKGROUND"] = flag
+    mail = Mail(app)
+
+    with app.test_request_context():
+        mail.send(letter())
+
+    assert inbox.subjects == ["hello"]
+    assert not caplog.records
+
+
 def test_connection_outside_of_any_context_is_the_original(
     make_mail_app: MailAppFactory,
 ) -> None:

@@ -87,12 +87,12 @@ def test_nothing_is_left_of_a_thousand_tenants(keepalive: float) -> None:
         app.extensions["mail"].password = None
         assert len(server.taken) == 1_000
         server.wait_for(lambda: server.open == 0)
-        wait_until(lambda: pool_module._closer.thread is None)
+        wait_until(lambda: pool_module._closer is None)
         assert server.quits == 1_000
         # One at a time, and mostly one in all.
         assert len(threads) <= (10 if keepalive else 0)
         assert not find_settings("tenant-")
-        assert not pool_module._closer._due
+        assert not pool_module._idle_pools
         assert not list(pool_module._pools)
 
 

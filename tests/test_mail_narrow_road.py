@@ -200,6 +200,27 @@ def test_a_refusal_that_is_no_limit() -> None:
     assert pool._limit == 2
 
 
+def test_a_connection_from_before_a_fork_is_no_limit() -> None:
+    """A child that goes on with a batch of its parent has all of its own places."""
+    with ScriptedServer() as server:
+        pool = ConnectionPool(server.settings(timeout=SHORT), size=1)
+
+        with pool.connection() as connection:
+            connection.send(make_envelope())
+            # What a fork does in a child.
+            server.hang_up()
+            pool.reset()
+            server.fail(Stage.MAIL, Fault.TEMPORARY)
+
+            with pytest.raises(DeliveryError, match="451"):
+                connection.send(make_envelope())
+
+        send(pool)
+        pool.close_idle()
+
+    assert len(server.taken) == 2
+
+
 def test_a_server_that_is_down_is_no_limit() -> None:
     """Where nobody is let in, all connections are tried again after it."""
     with ScriptedServer(allowed=0) as server:

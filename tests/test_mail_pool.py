@@ -22,7 +22,8 @@ from flask_apitask.exceptions import DeliveryUnknown
 from flask_apitask.mail import pool as pool_module
 from flask_apitask.mail import smtp
 from flask_apitask.mail.pool import ConnectionPool
-from flask_apitask.mail.smtp import ConnectionLost
+from flask_apitask.mail.smtp import SMTPSession
+from flask_apitask.mail.stream import ConnectionLost
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -313,20 +314,21 @@ def test_an_interrupted_release(
 ) -> None:
     """A place is not lost with what interrupts the closing of its connection."""
 
-    def interrupt(sessions: object) -> None:
+    def interrupt(*_: object) -> None:
         raise Interrupted
 
     pool = pools(keepalive=0)
 
     session = pool.acquire()
     session.open()
-    monkeypatch.setattr(pool_module, "end_all", interrupt)
+    monkeypatch.setattr(SMTPSession, "docmd", interrupt)
 
     with pytest.raises(Interrupted):
         pool.release(session)
 
     monkeypatch.undo()
     assert "in_use=0 idle=0" in f"{pool!r}"
+    server.wait_for(lambda: server.open == 0)
 
 
 def test_idle_connections_are_closed(server: ScriptedServer, pools: Pools) -> None:
@@ -344,7 +346,7 @@ def test_idle_connections_are_closed(server: ScriptedServer, pools: Pools) -> No
     assert "idle=3" in f"{pool!r}"
     server.wait_for(lambda: server.quits == 3 and server.open == 0)
     assert time.monotonic() - began < SHORT * 3
-    wait_until(lambda: pool_module._closer.thread is None)
+    wait_until(lambda: pool_module._closer is None)
     assert "in_use=0 idle=0" in f"{pool!r}"
     send(pool)
     assert server.connects == 4
@@ -402,10 +404,10 @@ def test_no_thread_can_be_had(
 def test_a_shorter_keepalive_comes_first(server: ScriptedServer, pools: Pools) -> None:
     """The closer wakes in time for a connection that is due before all others."""
     send(pools(keepalive=30.0))
-    closer = pool_module._closer.thread
+    closer = pool_module._closer
     assert closer is not None
     send(pools(keepalive=SHORT / 3))
-    assert pool_module._closer.thread is closer
+    assert pool_module._closer is closer
     server.wait_for(lambda: server.quits == 1 and server.open == 1)
 
 
@@ -760,21 +762,3 @@ print(pool)
     assert len(server.taken) == 20 + 1
     assert server.connects == 3
     server.wait_for(lambda: server.quits == 3)
-
-
-def test_who_was_to_blame(server: ScriptedServer, pools: Pools) -> None:
-    """A lease tells a message that failed from a server that could not be reached."""
-    with pools().connection() as connection:
-        assert not connection.is_reachable
-        server.fail(Stage.GREETING, Fault.PERMANENT)
-
-        with pytest.raises(DeliveryError, match="connection was refused by"):
-            connection.send(make_envelope())
-
-        assert not connection.is_reachable
-        server.fail(Stage.MAIL, Fault.PERMANENT)
-
-        with pytest.raises(DeliveryError, match="sender was refused by"):
-            connection.send(make_envelope())
-
-        assert connection.is_reachable

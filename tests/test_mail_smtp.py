@@ -24,9 +24,9 @@ from flask_apitask.exceptions import DeliveryUnknown
 from flask_apitask.mail import smtp
 from flask_apitask.mail.envelope import Envelope
 from flask_apitask.mail.envelope import SMTPSettings
-from flask_apitask.mail.smtp import ConnectionLost
 from flask_apitask.mail.smtp import end_all
 from flask_apitask.mail.smtp import SMTPSession
+from flask_apitask.mail.stream import ConnectionLost
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -941,6 +941,21 @@ def test_no_commands_in_addresses(fields: dict[str, t.Any]) -> None:
         make_envelope(**fields)
 
     assert "example.com\\" not in f"{caught.value}"
+
+
+def test_a_recipient_given_twice() -> None:
+    """Whoever is given twice gets the message once, and is refused once."""
+    twice = ("Ada <ada@example.com>", "ada@example.com")
+
+    with ScriptedServer() as server, connect(server.settings()) as connection:
+        connection.deliver(make_envelope(*twice))
+        server.fail(Stage.RCPT, Fault.PERMANENT)
+        server.fail(Stage.DATA, b"354 go ahead\r\n")
+
+        with pytest.raises(DeliveryError, match="Every recipient of 1 was refused"):
+            connection.deliver(make_envelope(*twice))
+
+    assert [message.recipients for message in server.taken] == [("ada@example.com",)]
 
 
 def test_nobody_to_send_to() -> None:

@@ -82,7 +82,8 @@ class Keeper:
             if "\r" in path or "\n" in path:
                 raise ValueError(path)
 
-        self.sent = Sent(paths[0], tuple(paths[1:]), content)
+        # Nobody gets it twice.
+        self.sent = Sent(paths[0], tuple(dict.fromkeys(paths[1:])), content)
 
 
 def send_plain(mail: Mail, message: Message) -> Sent | Exception:

@@ -4,13 +4,17 @@ import contextlib
 import functools
 import inspect
 import smtplib
+import types
 import typing as t
 
 import flask_mail
+from flask import current_app
 
+from ..api import current_scope
 from ..api import run
 from ..exceptions import DeliveryError
 from ..executor.task import task
+from ..log import log_once
 from .rendering import snapshot
 from .replies import mask
 
@@ -18,9 +22,10 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     import typing_extensions as te
+    from flask import Flask
 
-# A method, and its arguments.
-Call: t.TypeAlias = "tuple[str, tuple[t.Any, ...], dict[str, t.Any]]"
+    # A method, and its arguments.
+    Call: t.TypeAlias = "tuple[str, list[t.Any], dict[str, t.Any]]"
 
 
 def find_change(mail: object, name: str, suppress: bool) -> str | None:
@@ -39,21 +44,20 @@ def find_change(mail: object, name: str, suppress: bool) -> str | None:
         # It calls connect().
         return None
 
-    ignored = frozenset({"configure_host"} if suppress else ())
-    change = _find_in_class(flask_mail, "Connection", ignored)
+    if suppress:
+        return _find_in_class(flask_mail, "Connection", "configure_host")
 
-    if change is None and not suppress:
-        if vars(flask_mail)["smtplib"] is not smtplib:
-            return "flask_mail.smtplib"
+    if vars(flask_mail)["smtplib"] is not smtplib:
+        return "flask_mail.smtplib"
 
-        change = _find_in_class(smtplib, "SMTP") or _find_in_class(smtplib, "SMTP_SSL")
+    return (
+        _find_in_class(flask_mail, "Connection")
+        or _find_in_class(smtplib, "SMTP")
+        or _find_in_class(smtplib, "SMTP_SSL")
+    )
 
-    return change
 
-
-def _find_in_class(
-    module: t.Any, name: str, ignored: frozenset[str] = frozenset()
-) -> str | None:
+def _find_in_class(module: t.Any, name: str, ignored: str = "") -> str | None:
     cls = getattr(module, name)
     full_name = f"{module.__name__}.{name}"
 
@@ -61,7 +65,7 @@ def _find_in_class(
         return f"{full_name} (it is {cls!r})"
 
     for method, function in vars(cls).items():
-        if callable(function) and not (method in ignored or _is_of(module, function)):
+        if callable(function) and method != ignored and not _is_of(module, function):
             return f"{full_name}.{method}"
 
     return None
@@ -69,6 +73,23 @@ def _find_in_class(
 
 def _is_of(module: t.Any, function: object) -> bool:
     return getattr(function, "__globals__", None) is vars(module)
+
+
+def use_change(app: Flask, change: str, name: str, value: t.Any) -> t.Any:
+    """Have a task call somebody else's ``send`` or ``connect``, and say so once."""
+    log_once(
+        app,
+        f"mail_{change}",
+        "Flask-Mail is changed: %s. That sends the mail of this app, then, in the"
+        " background as before, but with no kept connections and no pipelining; the"
+        " APITASK_MAIL_* keys of connections have no effect.",
+        change,
+    )
+
+    if current_scope() is None:
+        return value
+
+    return functools.partial(RecordedConnection if name == "connect" else _send, value)
 
 
 class RecordedConnection:
@@ -101,57 +122,40 @@ class RecordedConnection:
         return functools.partial(self._record, name)
 
     def _record(self, name: str, /, *args: t.Any, **kwargs: t.Any) -> None:
-        call = name, *_freeze(args, kwargs)
+        frozen = {key: _freeze(value) for key, value in kwargs.items()}
+        call = name, [*map(_freeze, args)], frozen
         t.cast("list[Call]", self._calls).append(call)
+
+
+def _freeze(value: t.Any) -> t.Any:
+    """Take a message as it is now."""
+    return snapshot(value) if isinstance(value, flask_mail.Message) else value
+
+
+def _send(send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any) -> None:
+    mail = types.SimpleNamespace(send=send)
+
+    with RecordedConnection(lambda: contextlib.nullcontext(mail)) as recorded:
+        recorded.send(*args, **kwargs)
 
 
 @task("flask_mail.send")
 def _replay(connect: cabc.Callable[[], t.Any], calls: list[Call]) -> None:
-    with _without_addresses(), connect() as connection:
-        for name, args, kwargs in calls:
-            getattr(connection, name)(*args, **kwargs)
-
-
-def send_changed(
-    send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any
-) -> None:
-    """Have a task call somebody else's ``send``."""
-    run(_call, send, *_freeze(args, kwargs))
-
-
-@task("flask_mail.send")
-def _call(
-    send: cabc.Callable[..., t.Any], args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
-) -> None:
-    with _without_addresses():
-        send(*args, **kwargs)
-
-
-def _freeze(
-    args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
-) -> tuple[tuple[t.Any, ...], dict[str, t.Any]]:
-    """Take messages as they are now."""
-    frozen = {name: _freeze_one(value) for name, value in kwargs.items()}
-    return tuple(map(_freeze_one, args)), frozen
-
-
-def _freeze_one(value: t.Any) -> t.Any:
-    return snapshot(value) if isinstance(value, flask_mail.Message) else value
-
-
-@contextlib.contextmanager
-def _without_addresses() -> cabc.Iterator[None]:
-    """Turn errors of :mod:`smtplib`, which show addresses, into what can be logged."""
     try:
-        yield
+        with connect() as connection:
+            for name, args, kwargs in calls:
+                getattr(connection, name)(*args, **kwargs)
     except DeliveryError:
         raise
     except smtplib.SMTPException as error:
+        # Its text is logged, and shows addresses and what the server says.
         recipients = getattr(error, "recipients", {})
+        mail = current_app.extensions["mail"]
+        secrets = [*recipients, str(mail.username or ""), str(mail.password or "")]
         code = getattr(error, "smtp_code", None)
         raise DeliveryError(
             f"The message was not delivered: {type(error).__name__}:"
-            f" {mask(str(error), recipients)}.",
+            f" {mask(str(error), secrets)}.",
             reply=None if code is None else (code, getattr(error, "smtp_error", b"")),
             recipients=recipients,
         ) from None

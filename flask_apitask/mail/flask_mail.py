@@ -4,9 +4,9 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import logging
 import time
 import typing as t
+import weakref
 
 import flask_mail
 from flask import current_app
@@ -18,17 +18,16 @@ from ..context import find_app_context
 from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
 from ..executor.task import task
-from ..log import log
+from ..log import log_once
 from ..runner import notify
 from .changes import find_change
-from .changes import RecordedConnection
-from .changes import send_changed
-from .envelope import Envelope
+from .changes import use_change
 from .envelope import SMTPSettings
-from .pool import ConnectionPools
+from .pool import find_pool
 from .rendering import check
 from .rendering import render
 from .rendering import snapshot
+from .smtp import OPENING
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -37,37 +36,35 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
     from ..config import Config
+    from .delivery import PooledConnection
+    from .envelope import Envelope
     from .pool import ConnectionPool
-    from .pool import PooledConnection
+    from .pool import Pools
     from .rendering import Address
+
+    # What to deliver, and the message as it was then, if anybody is to be told of it.
+    Batch: t.TypeAlias = collections.deque[tuple[Envelope, flask_mail.Message | None]]
 
 # Bytes of rendered messages with which a block begins to deliver while it is open.
 _BATCH = 4 * 1024 * 1024
 
-T = t.TypeVar("T")
-# What to deliver, and the message as it was then, if anybody wants to be told of it.
-Outgoing: t.TypeAlias = "tuple[Envelope, flask_mail.Message | None]"
-
 
 def reroute(app: Flask, config: Config) -> None:
-    """Send the mail of an app in the background of its requests.
-
-    All that Flask-Mail sends goes through ``send`` and ``connect`` of a ``Mail``, which
-    are looked up by our function from now on. It changes nothing for other apps.
-
-    :raises ValueError: There are two kinds of TLS at once.
-    """
-    check_tls(app.config)
+    """Send the mail of an app in the background of its requests."""
+    _check_tls(app.config)
 
     if config.mail_tls_verify is False:
-        log(
-            app.logger,
-            logging.WARNING,
+        log_once(
+            app,
+            "tls_verify",
             "APITASK_MAIL_TLS_VERIFY is False: whoever answers for the mail server gets"
             " its credentials and the mail. Name a file of CA certificates instead.",
         )
 
     app.extensions["apitask_mail"] = ReroutedMail(config)
+    # To replace flask_mail.Connection would be plainer. But a Mail with a connect() or
+    # send() of its own never gets there, and a patch of that name that is older than
+    # ours takes ours along when it is undone. All that sends is looked up on a Mail.
     flask_mail._MailMixin.__getattribute__ = _look_up  # type: ignore[method-assign, assignment]
 
 
@@ -76,17 +73,21 @@ class ReroutedMail:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._pools = ConnectionPools()
-        self._told: set[str] = set()
+        # A pool lives while it is in use or has something idle. So nothing is left of
+        # the settings of a tenant that sends no more.
+        self._pools: Pools = weakref.WeakValueDictionary()
 
     def pool(self, mail: flask_mail._Mail) -> ConnectionPool:
-        """Return the pool for what ``app.extensions["mail"]`` says by now."""
+        """Return the pool for what ``app.extensions["mail"]`` says by now.
+
+        :raises ValueError: The settings can't be used, or the CA file not be read.
+        """
         config = self._config
         settings = SMTPSettings(
             host=mail.server,
             port=int(mail.port or 0),
-            use_tls=is_true(mail.use_tls),
-            use_ssl=is_true(mail.use_ssl),
+            use_tls=_is_true(mail.use_tls),
+            use_ssl=_is_true(mail.use_ssl),
             # Environment variables bring numbers where they look like some.
             username=None if mail.username is None else str(mail.username),
             password=None if mail.password is None else str(mail.password),
@@ -95,27 +96,18 @@ class ReroutedMail:
             max_messages=int(mail.max_emails or 0) or None,
             debug=int(mail.debug),
         )
-        # None is kept where no thread could close it in time.
-        keepalive = config.mail_keepalive if threads_enabled() else 0
-        return self._pools.get(
-            settings, size=config.mail_connections, keepalive=keepalive
+        settings.tls_context()
+        return find_pool(
+            self._pools,
+            settings,
+            size=config.mail_connections,
+            # None is kept where no thread could close it in time.
+            keepalive=config.mail_keepalive if threads_enabled() else 0,
+            owner=self,
         )
 
-    def tell(self, app: Flask, change: str) -> None:
-        """Warn, once, of something that sends in our place."""
-        if change not in self._told:
-            self._told.add(change)
-            log(
-                app.logger,
-                logging.WARNING,
-                "Flask-Mail is changed: %s. That sends the mail of this app, then, in"
-                " the background as before, but with no kept connections and no"
-                " pipelining; the APITASK_MAIL_* keys of connections have no effect.",
-                change,
-            )
 
-
-def is_true(value: object) -> bool:
+def _is_true(value: object) -> bool:
     """Read a flag of Flask-Mail, also where an environment variable made it text."""
     if isinstance(value, str):
         return value.strip().lower() not in {"", "0", "false", "no", "none", "off"}
@@ -123,11 +115,10 @@ def is_true(value: object) -> bool:
     return bool(value)
 
 
-def check_tls(config: cabc.Mapping[str, t.Any]) -> None:
-    """Refuse the keys of an app that ask for two kinds of TLS at once."""
+def _check_tls(config: cabc.Mapping[str, t.Any]) -> None:
     use_tls, use_ssl = config.get("MAIL_USE_TLS"), config.get("MAIL_USE_SSL")
 
-    if is_true(use_tls) and is_true(use_ssl):
+    if _is_true(use_tls) and _is_true(use_ssl):
         raise ValueError(
             f"MAIL_USE_TLS is {use_tls!r} and MAIL_USE_SSL is {use_ssl!r}, but only one"
             " can be: STARTTLS, mostly on port 587, or TLS from the start, mostly on"
@@ -144,42 +135,39 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
 
     context = find_app_context() if name in {"connect", "send"} else None
 
-    if context is None:
-        return value
-
-    app: Flask = context.app
-    rerouted: ReroutedMail | None = app.extensions.get("apitask_mail")
-    mail: flask_mail._Mail | None = app.extensions.get("mail")
-
     # It may belong to another app than the current one.
-    if rerouted is None or mail is None or (vars(self).get("app") or app) != app:
-        if rerouted is None and is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
-            warn_without_apitask(app, "Mail was sent")
-
+    if context is None or (vars(self).get("app") or context.app) != context.app:
         return value
 
-    change = find_change(self, name, bool(mail.suppress))
+    return _replace(self, name, value, context.app)
+
+
+def _init_app(init_app: cabc.Callable[[Flask], t.Any], app: Flask) -> t.Any:
+    if "apitask_mail" in app.extensions:
+        _check_tls(app.config)
+
+    return init_app(app)
+
+
+def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -> t.Any:
+    """Return what sends for an app in place of ``connect`` or ``send``."""
+    rerouted: ReroutedMail | None = app.extensions.get("apitask_mail")
+    state: flask_mail._Mail | None = app.extensions.get("mail")
+
+    if rerouted is None and _is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
+        warn_without_apitask(app, "A mail was sent")
+
+    if rerouted is None or state is None:
+        return value
+
+    change = find_change(mail, name, bool(state.suppress))
 
     if change is None:
-        connect = functools.partial(BackgroundConnection, rerouted, mail)
+        connect = functools.partial(BackgroundConnection, rerouted, state)
         # Flask-Mail's own send() looks up connect() in turn.
         return connect if name == "connect" else value
 
-    rerouted.tell(app, change)
-
-    if current_scope() is None:
-        return value
-
-    return functools.partial(
-        RecordedConnection if name == "connect" else send_changed, value
-    )
-
-
-def _init_app(init_app: cabc.Callable[[Flask], T], app: Flask) -> T:
-    if "apitask_mail" in app.extensions:
-        check_tls(app.config)
-
-    return init_app(app)
+    return use_change(app, change, name, value)
 
 
 class BackgroundConnection:
@@ -197,24 +185,18 @@ class BackgroundConnection:
         self.num_emails = 0
         self._rerouted = rerouted
         self._left = False
-        self._batch: collections.deque[Outgoing] = collections.deque()
+        self._pool: ConnectionPool | None = None
+        # What each message goes over, without a scope.
+        self._connection: PooledConnection | None = None
+        self._batch: Batch = collections.deque()
         self._size = 0
         self._delivery: concurrent.futures.Future[None] | None = None
-        # Where the batch goes to; or, without a scope, each message.
-        self._pool: ConnectionPool | None = None
-        self._connection: PooledConnection | None = None
 
     def __enter__(self) -> te.Self:
         # What is suppressed takes no time, and the outbox of a test is in order so.
-        if self.mail.suppress:
-            return self
-
-        pool = self._rerouted.pool(self.mail)
-
-        if current_scope() is None:
-            self._connection = pool.connection()
-        else:
-            self._pool = pool
+        if not self.mail.suppress:
+            self._pool = self._rerouted.pool(self.mail)
+            self._connection = None if current_scope() else self._pool.connection()
 
         return self
 
@@ -223,8 +205,7 @@ class BackgroundConnection:
 
         if self._connection is not None:
             self._connection.close()
-
-        if self._pool is not None and self._batch:
+        elif self._pool is not None and self._batch:
             self._begin_delivery(self._pool)
 
     def send(
@@ -254,37 +235,30 @@ class BackgroundConnection:
         listened = bool(flask_mail.email_dispatched.receivers)
         copied = snapshot(message) if listened else None
 
-        if self._connection is None and self._pool is None:
+        if self._pool is None:
             _announce([copied])
             return
 
-        self._pass_on(render(message, envelope_from), copied)
-
-    def _pass_on(self, envelope: Envelope, message: flask_mail.Message | None) -> None:
-        self._batch.append((envelope, message))
+        envelope = render(message, envelope_from)
+        self._batch.append((envelope, copied))
         self._size += len(envelope.content)
 
         if self._connection is not None:
-            delivered, failures = _send(self._connection, self._batch)
-            _announce(delivered)
-
-            if failures:
+            if failures := _deliver_all(self._connection, self._batch):
                 raise failures[0]
-
-        elif self._pool is not None and self._size >= _BATCH:
+        elif self._size >= _BATCH:
             self._begin_delivery(self._pool)
 
     def _begin_delivery(self, pool: ConnectionPool) -> None:
         """Have a task deliver the batch, once the one before is through."""
-        give_up = False
+        error: BaseException | None = None
 
         if self._delivery is not None:
             # It is cancelled if the time of the request is up.
             with contextlib.suppress(concurrent.futures.CancelledError):
                 error = self._delivery.exception()
-                give_up = isinstance(error, DeliveryError) and error.unreachable
 
-        self._delivery = run(deliver, pool, self._batch, give_up)
+        self._delivery = run(deliver, pool, self._batch, _is_unreachable(error))
         self._batch, self._size = collections.deque(), 0
 
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
@@ -293,40 +267,44 @@ class BackgroundConnection:
 
 
 @task("flask_mail.send")
-def deliver(
-    pool: ConnectionPool, batch: collections.deque[Outgoing], give_up: bool = False
-) -> None:
+def deliver(pool: ConnectionPool, batch: Batch, give_up: bool = False) -> None:
     """Deliver messages in order.
 
     One that is refused does not stop the others. A server that can't be reached does:
     to wait for it once more for each of them would hold the request for minutes.
 
-    :param give_up: It could not be reached before, so nothing is tried.
+    :param give_up: It could not be reached before.
     :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
-    with pool.connection() as connection:
-        delivered, failures = _send(connection, batch, give_up)
+    count = len(batch)
 
-    # A receiver may send mail, and must not wait for the connection used for this.
-    _announce(delivered)
+    with pool.connection() as connection:
+        failures = _deliver_all(connection, batch, give_up)
+
+    if len(failures) == 1:
+        raise failures[0]
 
     if failures:
-        # From here, as what is below is of no use to those who read the log.
-        error = _sum_up(failures, len(delivered) + len(failures))
-        error.unreachable = not connection.is_reachable
-        raise error
+        causes = "\n".join(f"- {error}" for error in failures)
+        raise DeliveryError(
+            f"{len(failures)} of {count} messages were not delivered:\n{causes}",
+            recipients={
+                recipient: reply
+                for error in failures
+                for recipient, reply in error.recipients.items()
+            },
+            failures=tuple(failures),
+        )
 
 
 # The exit of the process waits for it: the timeouts of its connection bound it.
 deliver.exit_grace = None  # type: ignore[attr-defined]
 
 
-def _send(
-    connection: PooledConnection,
-    batch: collections.deque[Outgoing],
-    give_up: bool = False,
-) -> tuple[list[flask_mail.Message | None], list[DeliveryError]]:
-    """Send a batch, and return what was delivered and what went wrong."""
+def _deliver_all(
+    connection: PooledConnection, batch: Batch, give_up: bool = False
+) -> list[DeliveryError]:
+    """Deliver a batch, tell of what was delivered, and return what went wrong."""
     delivered: list[flask_mail.Message | None] = []
     failures: list[DeliveryError] = []
 
@@ -334,32 +312,29 @@ def _send(
         envelope, message = batch.popleft()
 
         try:
-            if (failures or give_up) and not connection.is_reachable:
+            if give_up:
                 raise DeliveryError("It was not tried.")
 
             connection.send(envelope)
             delivered.append(message)
         except DeliveryError as error:
             error.message_id = envelope.message_id
+            give_up = _is_unreachable(error)
+            # What is below is of no use to those who read the log.
             failures.append(error.with_traceback(None))
 
-    return delivered, failures
+    if any(message is not None for message in delivered):
+        # A receiver may send mail, and must not wait for the connection used for this.
+        connection.close()
+
+    _announce(delivered)
+    return failures
 
 
-def _sum_up(failures: list[DeliveryError], count: int) -> DeliveryError:
-    if len(failures) == 1:
-        return failures[0]
-
-    causes = "\n".join(f"- {error}" for error in failures)
-    return DeliveryError(
-        f"{len(failures)} of {count} messages were not delivered:\n{causes}",
-        recipients={
-            recipient: reply
-            for error in failures
-            for recipient, reply in error.recipients.items()
-        },
-        failures=tuple(failures),
-    )
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Tell whether the server let nobody in, at the last of the messages."""
+    last = getattr(error, "failures", ())[-1:] or (error,)
+    return isinstance(last[0], DeliveryError) and last[0].stage in OPENING | {None}
 
 
 def _announce(messages: list[flask_mail.Message | None]) -> None:

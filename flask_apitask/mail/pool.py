@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import contextvars
 import logging
 import math
@@ -14,52 +15,36 @@ import weakref
 
 from ..exceptions import DeliveryError
 from ..log import log
-from .smtp import ConnectionLost
+from .delivery import PooledConnection
 from .smtp import end_all
+from .smtp import OPENING
 from .smtp import SMTPSession
+from .stream import ConnectionLost
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
-    import typing_extensions as te
-
-    from .envelope import Envelope
     from .envelope import SMTPSettings
+
+    Pools: t.TypeAlias = "weakref.WeakValueDictionary[SMTPSettings, ConnectionPool]"
 
 logger = logging.getLogger(__name__)
 
-# What a server that has enough connections says at these stages, if it says anything.
-_OPENING = {"connect", "greeting", "TLS", "EHLO", "STARTTLS", "AUTH", "MAIL"}
+# What a server says that has enough connections, before it lets a message in.
 _ENOUGH = {421, 432, 450, 451, 452, 454}
 # Seconds after which one more connection is tried than the server has allowed.
 _TRY_MORE_AFTER = 30.0
 
-# Guards the state of all pools and of their closer. It is held for list operations and
-# to start a thread, never for I/O.
+# Guards all that follows, and the state of all pools. It is held for list operations
+# and to start a thread, never for I/O.
 _lock = threading.Lock()
 _pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
-
-
-# Guarantees
-#
-# -   At most ``size`` connections are open at once, those that are being closed too.
-# -   Whoever waits longest is served first, and nobody overtakes.
-# -   A connection is used by one thread at a time, and by the process that opened it.
-# -   An idle connection is closed within ``keepalive`` seconds, if its server answers
-#     QUIT at once. Nothing refers to its pool after that.
-#
-# Assumption: SimpleQueue.put() may be called anywhere, a destructor included, as it
-# documents.
-#
-# Races, and what prevents them
-#
-# 1.  The closer finds nothing idle and is about to end; a connection is given back and
-#     sees a closer. It would stay open. So the closer takes its name away under the
-#     lock under which it finds nothing, and the connection starts another one.
-# 2.  A thread that waits is interrupted as a place becomes free. The place would be
-#     lost. So nobody is handed one: it is free, and the first in line takes it.
-# 3.  A thread forks while another one holds the lock, which nobody in the child will
-#     release. So the child gets a lock of its own, before it does anything else.
+# Those with idle connections, which live by this alone.
+_idle_pools: set[ConnectionPool] = set()
+# Closes those connections in time. It sleeps on the alarm, which anything may ring, the
+# garbage collector too.
+_closer: threading.Thread | None = None
+_closer_wakes_at = 0.0
+_alarm: queue.SimpleQueue[None] = queue.SimpleQueue()
+_exiting = False
 
 
 class ConnectionPool:
@@ -71,35 +56,46 @@ class ConnectionPool:
             for envelope in batch:
                 connection.send(envelope)
 
+    At most ``size`` connections are open at once, those that are being closed too. One
+    is used by one thread at a time, and by the process that opened it. Whoever waits
+    longest is served first: a thread that sends mail after mail would else have its
+    connection back before one that waits has woken.
+
     :param size: Most connections that are open at once.
     :param keepalive: Seconds that an idle connection is kept. 0 closes it at the end of
         the ``with`` block, unless another thread waits for one.
+    :param owner: Takes the idle connections along when it goes; the default never does.
     """
 
     def __init__(
-        self, settings: SMTPSettings, *, size: int = 4, keepalive: float = 30.0
+        self,
+        settings: SMTPSettings,
+        *,
+        size: int = 4,
+        keepalive: float = 30.0,
+        owner: object = logger,
     ) -> None:
         self.settings = settings
         self.size = size
         self.keepalive = keepalive
-        self.owner: object = None
+        self._owner = weakref.ref(owner, _wake_closer)
         self._told = False
-        self.begin()
+        self.reset()
         _pools.add(self)
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Have no connections: in a new pool, and in the child of a fork."""
-        # What each thread in line sleeps on; the first one is woken.
+        # What each thread in line sleeps on. Nobody is handed a place, which would be
+        # lost if the wait is interrupted: the first in line is woken, and takes one.
         self._waiting: collections.deque[threading.Condition] = collections.deque()
-        # What the server allows, as far as is known, and when to try one more.
-        self._limit = self.size
-        self._try_more_at = 0.0
-        # When the server was last heard of.
-        self._heard_at = 0.0
         # Each has a place, open or not: len(in_use) + len(idle) <= size.
         self._in_use: set[SMTPSession] = set()
         # With the time at which each is to be closed, soonest first.
         self._idle: collections.deque[tuple[float, SMTPSession]] = collections.deque()
+        # What the server allows, as far as is known, and when to try one more.
+        self._limit, self._try_more_at = self.size, 0.0
+        # When the sessions that were given back last heard of the server.
+        self._heard_at = 0.0
 
     def connection(self) -> PooledConnection:
         """Return a connection for a batch of messages, to be used in a ``with`` block.
@@ -123,25 +119,15 @@ class ConnectionPool:
 
             try:
                 while self._waiting[0] is not turn or not self._has_room():
-                    self._listen(self._in_use)
-                    wait_until = max(began, self._heard_at) + self.settings.timeout
+                    turn.wait(self._time_left(began))
 
-                    if wait_until <= time.monotonic():
-                        raise self._none_free()
-
-                    turn.wait(wait_until - time.monotonic())
-
-                session = self._idle.pop()[1] if self._idle else None
-                session = session or SMTPSession(self.settings)
+                idle = self._idle.pop()[1] if self._idle else None
+                session = idle or SMTPSession(self.settings)
                 self._in_use.add(session)
                 return session
             finally:
                 self._waiting.remove(turn)
-                self._changed()
-
-    def _listen(self, sessions: cabc.Iterable[SMTPSession]) -> None:
-        heard_at = (session.heard_at for session in sessions)
-        self._heard_at = max([self._heard_at, *heard_at])
+                self._wake_next()
 
     def _has_room(self) -> bool:
         now = time.monotonic()
@@ -151,51 +137,56 @@ class ConnectionPool:
 
         return bool(self._idle) or len(self._in_use) < self._limit
 
-    def _none_free(self) -> DeliveryError:
-        return DeliveryError(
+    def _time_left(self, began: float) -> float:
+        heard_at = [session.heard_at for session in self._in_use]
+        ends_at = max([began, self._heard_at, *heard_at]) + self.settings.timeout
+
+        if (left := ends_at - time.monotonic()) > 0:
+            return left
+
+        raise DeliveryError(
             f"No connection to {self.settings} was free, and it was silent for"
             f" {self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT): all"
             f" {len(self._in_use)} are in use and {len(self._waiting) - 1} more wait."
             " Allow more (APITASK_MAIL_CONNECTIONS), or send less at once."
         )
 
+    def _wake_next(self) -> None:
+        if self._waiting:
+            self._waiting[0].notify()
+
     def narrow(self, session: SMTPSession, error: DeliveryError) -> bool:
         """Take an error for the limit of a server, and close one session too many.
 
         :return: Whether it was that: others may do the work.
         """
+        code = error.smtp_code
         hung_up = isinstance(error, ConnectionLost) and not error.timed_out
-        has_enough = error.smtp_code in ({None} | _ENOUGH if hung_up else _ENOUGH)
+        has_enough = code in _ENOUGH or (code is None and hung_up)
 
-        if error.stage not in _OPENING or not has_enough:
+        if not has_enough or error.stage not in OPENING | {"MAIL"}:
             return False
 
         with _lock:
-            others = len(self._in_use | {session for _, session in self._idle}) - 1
+            others = len(self._in_use - {session}) + len(self._idle)
+            # If it lets nobody in, that is no limit.
+            self._limit = min(self._limit, others) or self.size
 
             if not others:
-                # It lets nobody in, so that is no limit.
-                self._limit = self.size
                 return False
 
-            self._limit = min(self._limit, others)
             self._try_more_at = time.monotonic() + _TRY_MORE_AFTER
             told, self._told = self._told, True
 
         if not told:
-            log(
-                logger,
-                logging.INFO,
+            text = (
                 "Fewer than %d connections are allowed by %s (%s at %s), so mail goes"
-                " over those that work. Set APITASK_MAIL_CONNECTIONS to the limit.",
-                self.size,
-                self.settings,
-                error.smtp_code or "a hang-up",
-                error.stage,
+                " over those that work. Set APITASK_MAIL_CONNECTIONS to the limit."
             )
+            cause = code or "a hang-up", error.stage
+            log(logger, logging.INFO, text, self.size, self.settings, *cause)
 
-        end_all([session])
-        self.forget([session])
+        self._discard([session])
         return True
 
     def release(self, session: SMTPSession) -> None:
@@ -205,61 +196,61 @@ class ConnectionPool:
         # Whatever happens here, a Ctrl-C say, the place is not to be lost with it.
         try:
             kept = session.usable() and self._keep(session)
-
-            if not kept:
-                end_all([session])
         finally:
             if not kept:
-                session.close()
-                self.forget([session])
-
-    def forget(self, sessions: cabc.Iterable[SMTPSession]) -> None:
-        """Free the places of sessions that were closed."""
-        with _lock:
-            self._listen(sessions)
-            self._in_use.difference_update(sessions)
-            self._changed()
-
-    def close_idle(self) -> None:
-        """Close what is idle now. The exit of the interpreter does it by itself."""
-        with _lock:
-            idle = self.take_idle()
-
-        end_all(idle)
-        self.forget(idle)
-        _closer.alarm.put(None)
-
-    def take_idle(self, until: float = math.inf) -> list[SMTPSession]:
-        """Take what is to be closed by a time. Needs the lock."""
-        taken = []
-
-        while self._idle and self._idle[0][0] <= until:
-            taken.append(self._idle.popleft()[1])
-
-        self._in_use.update(taken)
-        self._changed()
-        return taken
+                self._discard([session])
 
     def _keep(self, session: SMTPSession) -> bool:
         with _lock:
             wanted = self.keepalive or self._waiting
+
             # One that was taken before a fork and used after it has no place here.
-            if _closer.ended or not wanted or session not in self._in_use:
+            if _exiting or not wanted or session not in self._in_use:
                 return False
 
-            self._listen([session])
-            self._in_use.remove(session)
             # A thread that waits takes it at once.
             closes_at = time.monotonic() + (self.keepalive or 1.0)
+            _watch(self, closes_at)
+            self._free(session)
             self._idle.append((closes_at, session))
-            self._changed()
             return True
 
-    def _changed(self) -> None:
-        if self._waiting:
-            self._waiting[0].notify()
+    def _discard(self, sessions: list[SMTPSession], until: float | None = None) -> None:
+        try:
+            end_all(sessions, until)
+        finally:
+            with _lock:
+                for session in sessions:
+                    self._free(session)
 
-        _closer.watch(self, self._idle[0][0] if self._idle else None)
+    def _free(self, session: SMTPSession) -> None:
+        self._heard_at = max(self._heard_at, session.heard_at)
+        self._in_use.discard(session)
+        self._wake_next()
+
+    def close_idle(
+        self, until: float = math.inf, deadline: float | None = None
+    ) -> None:
+        """Close what is idle now. The exit of the interpreter does it by itself.
+
+        :param until: Close what is due by then, by the monotonic clock.
+        :param deadline: When to wait for the server no longer; for 1 s by default.
+        """
+        due: list[SMTPSession] = []
+
+        with _lock:
+            if self._owner() is None:
+                until = math.inf
+
+            while self._idle and self._idle[0][0] <= until:
+                due.append(self._idle.popleft()[1])
+
+            self._in_use.update(due)
+
+        self._discard(due, deadline)
+
+        if until == math.inf:
+            _wake_closer()
 
     def __repr__(self) -> str:
         return (
@@ -269,222 +260,91 @@ class ConnectionPool:
         )
 
 
-class PooledConnection:
-    """The use of one connection of a pool, which is replaced as need be.
-
-    It is for one thread at a time, and until the end of the ``with`` block.
-    """
-
-    def __init__(self, pool: ConnectionPool) -> None:
-        self._pool = pool
-        self._session: SMTPSession | None = None
-        # Whether the server let the last message in, whatever became of it.
-        self.is_reachable = False
-
-    def __enter__(self) -> te.Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the connection back."""
-        session, self._session = self._session, None
-
-        if session is not None:
-            self._pool.release(session)
-
-    def send(self, envelope: Envelope) -> None:
-        """Deliver a message. The next one can be sent however this one ended.
-
-        It is sent a second time, on a new connection, only if the server can't have
-        had all of it the first time: if a connection that was kept is found dead, or
-        the server says 421.
-
-        :raises DeliveryError: The message was not delivered to all recipients.
-        :raises DeliveryUnknown: It may or may not have been delivered.
-        """
-        self.is_reachable = False
-        narrowed, retried = 0, False
-
-        while True:
-            if self._session is None:
-                self._session = self._pool.acquire()
-
-            kept = self._session.usable()
-
-            try:
-                return self._deliver(self._session, envelope, kept)
-            except DeliveryError as error:
-                lost = isinstance(error, ConnectionLost) and (kept or error.busy)
-
-                if not kept and self._pool.narrow(self._session, error):
-                    self._session = None
-                    narrowed += 1
-                    again = narrowed <= self._pool.size
-                else:
-                    again = lost and not retried
-                    retried = True
-
-                if not again:
-                    raise
-
-                text = "%s It is tried again: %s"
-                log(logger, logging.DEBUG, text, error, envelope.message_id)
-
-    def _deliver(self, session: SMTPSession, envelope: Envelope, kept: bool) -> None:
-        if not kept:
-            self.is_reachable = False
-            # One that has served its time.
-            end_all([session])
-            session.open()
-
-        self.is_reachable = True
-        session.deliver(envelope)
+def find_pool(pools: Pools, settings: SMTPSettings, **options: t.Any) -> ConnectionPool:
+    """Return the pool for these settings, or make it with these options."""
+    with _lock:
+        pool = pools.get(settings)
+        return pool or pools.setdefault(settings, ConnectionPool(settings, **options))
 
 
-class ConnectionPools:
-    """The connections of one app, a pool for each of the settings that it sends with.
+def _watch(pool: ConnectionPool, closes_at: float) -> None:
+    """Have a pool's idle connection closed in time. Needs the lock."""
+    global _closer
+    _idle_pools.add(pool)
 
-    A pool lives as long as it is in use or has an idle connection. So an app may have
-    settings for each of its tenants, and nothing is left of those that send no more.
-    """
-
-    def __init__(self) -> None:
-        self._owner = object()
-        self._pools: weakref.WeakValueDictionary[SMTPSettings, ConnectionPool]
-        self._pools = weakref.WeakValueDictionary()
-
-    def get(
-        self, settings: SMTPSettings, *, size: int, keepalive: float
-    ) -> ConnectionPool:
-        """Return the one pool for these settings.
-
-        :raises ValueError: The server's CA file can't be read.
-        """
-        settings.tls_context()
-
-        with _lock:
-            pool = self._pools.get(settings)
-
-            if pool is None:
-                pool = ConnectionPool(settings, size=size, keepalive=keepalive)
-                pool.owner = self._owner
-                self._pools[settings] = pool
-
-            return pool
-
-    def __del__(self) -> None:
-        # An app has no end but this. The pools can't be looked up any more: its cycles
-        # are collected, and weak references before all else.
-        _closer.alarm.put(self._owner)
-
-
-class _Closer:
-    """The thread of the process that closes idle connections when their time is up."""
-
-    def __init__(self) -> None:
-        # Wakes the thread before its time, with an owner that is gone or with None.
-        self.alarm: queue.SimpleQueue[object] = queue.SimpleQueue()
-        self.thread: threading.Thread | None = None
-        # When each pool that has something idle is due. They live by this alone.
-        self._due: dict[ConnectionPool, float] = {}
-        self._wakes_at = math.inf
-        self.ended = False
-
-    def watch(self, pool: ConnectionPool, due: float | None) -> None:
-        """Look after a pool, unless it has nothing idle. Needs the lock."""
-        if due is None:
-            self._due.pop(pool, None)
-            return
-
-        self._due[pool] = due
-
-        if self.thread is None:
-            self._start()
-        elif due < self._wakes_at:
-            self.alarm.put(None)
-
-    def _start(self) -> None:
+    if _closer is None:
         # One that is no daemon would keep the interpreter for the length of keepalive.
-        self.thread = threading.Thread(
-            target=self._run, name="apitask-mail-closer", daemon=True
+        closer = threading.Thread(
+            target=_close_in_time, name="apitask-mail-closer", daemon=True
         )
 
-        try:
+        # If no thread can be had, the next connection that comes back tries again.
+        with contextlib.suppress(RuntimeError):
             # In an empty context, to keep nothing of the request that starts it.
-            contextvars.Context().run(self.thread.start)
-        except RuntimeError:
-            # No thread can be had. The next connection that comes back tries again.
-            self.thread = None
-
-    def _run(self) -> None:
-        gone: object = None
-
-        while (pause := self._close_due(gone)) is not None:
-            try:
-                gone = self.alarm.get(timeout=pause)
-            except queue.Empty:
-                gone = None
-
-    def _close_due(self, gone: object = None) -> float | None:
-        """Close what is due, and return for how many seconds nothing will be.
-
-        :param gone: An owner that is; all of its connections are due.
-        """
-        taken: dict[ConnectionPool, list[SMTPSession]] = {}
-
-        with _lock:
-            now = time.monotonic()
-
-            for pool in list(self._due):
-                whole = self.ended or (gone is not None and pool.owner is gone)
-                taken[pool] = pool.take_idle(math.inf if whole else now)
-
-            due = [session for sessions in taken.values() for session in sessions]
-
-            if not (due or self._due):
-                self.thread = None
-                return None
-
-            self._wakes_at = min(self._due.values(), default=math.inf)
-
-        end_all(due)
-
-        for pool, sessions in taken.items():
-            pool.forget(sessions)
-
-        return 0 if due else self._wakes_at - now
-
-    def end(self) -> None:
-        """Close all that is idle, and have nothing kept any more: the process exits."""
-        with _lock:
-            self.ended = True
-            thread = self.thread
-
-        if thread is not None:
-            self.alarm.put(None)
-            thread.join()
-
-        self._close_due()
+            contextvars.Context().run(closer.start)
+            _closer = closer
+    elif closes_at < _closer_wakes_at:
+        _wake_closer()
 
 
-_closer = _Closer()
-atexit.register(lambda: _closer.end())
+def _wake_closer(_: object = None) -> None:
+    _alarm.put(None)
+
+
+def _close_in_time() -> None:
+    while (wakes_at := _close_all(time.monotonic())) is not None:
+        with contextlib.suppress(queue.Empty):
+            _alarm.get(timeout=max(0, wakes_at - time.monotonic()))
+
+
+def _close_all(until: float) -> float | None:
+    """Close what is due by a time, and return when something is again."""
+    global _closer, _closer_wakes_at
+    # One second for all replies, as a process that stops has little time.
+    deadline = time.monotonic() + 1
+
+    with _lock:
+        pools = list(_idle_pools)
+
+    for pool in pools:
+        pool.close_idle(until, deadline)
+
+    with _lock:
+        _idle_pools.difference_update([p for p in _idle_pools if not p._idle])
+
+        if _idle_pools:
+            _closer_wakes_at = min(pool._idle[0][0] for pool in _idle_pools)
+            return _closer_wakes_at
+
+        # Under the same lock, or a connection that comes back right now would rely on
+        # a thread that ends.
+        _closer = None
+        return None
+
+
+def _end() -> None:
+    """Close all that is idle, and have nothing kept any more: the process exits."""
+    global _exiting
+
+    with _lock:
+        _exiting = True
+
+    _close_all(math.inf)
 
 
 def _after_fork() -> None:
-    global _closer, _lock
-    _lock = threading.Lock()
-    _closer = _Closer()
+    """Begin anew in a child, whose parent may hold the lock, and uses connections."""
+    global _alarm, _closer, _lock
+    _lock, _alarm, _closer = threading.Lock(), queue.SimpleQueue(), None
+    _idle_pools.clear()
 
     for pool in list(_pools):
         for session in [*pool._in_use, *(session for _, session in pool._idle)]:
-            # Of the parent, which does not feel it.
             session.close()
 
-        pool.begin()
+        pool.reset()
 
 
+atexit.register(_end)
 # There is no fork everywhere.
 getattr(os, "register_at_fork", dict)(after_in_child=_after_fork)

@@ -18,6 +18,10 @@ Address: t.TypeAlias = "str | tuple[str, str]"
 _LINE_BREAK = re.compile(r"[\r\n]")
 # Before Python 3.13, email ends a line of a header wherever str.splitlines() does.
 _SEPARATOR = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+_BAD_HEADER = (
+    "There is a line break in an address, the subject, an extra header, an attachment's"
+    " name or headers, or the envelope's sender."
+)
 
 
 def check(message: flask_mail.Message, envelope_from: Address | None = None) -> None:
@@ -31,12 +35,10 @@ def check(message: flask_mail.Message, envelope_from: Address | None = None) -> 
             " configured"
         )
 
-    # A subject may be folded, as Flask-Mail checks.
     texts = _header_texts(message, envelope_from)
-    broken = any(map(_LINE_BREAK.search, texts))
 
-    if broken or message.has_bad_headers():
-        raise _bad_header()
+    if any(map(_LINE_BREAK.search, texts)) or message.has_bad_headers():
+        raise flask_mail.BadHeaderError(_BAD_HEADER)
 
 
 def render(
@@ -50,13 +52,11 @@ def render(
         content = message.as_bytes()
 
         if any(map(_SEPARATOR.search, _header_texts(message, envelope_from))):
-            harmless = _clean(message)
-
-            if _outline(content) != _outline(harmless.as_bytes()):
-                raise _bad_header()
+            if _outline(content) != _outline(_clean(message).as_bytes()):
+                raise flask_mail.BadHeaderError(_BAD_HEADER)
     except email.errors.MessageError as error:
         # Newer versions of Python find it out by themselves.
-        raise _bad_header() from error
+        raise flask_mail.BadHeaderError(_BAD_HEADER) from error
 
     return Envelope(
         flask_mail.sanitize_address(envelope_from or message.sender),
@@ -72,10 +72,10 @@ def _header_texts(
     message: flask_mail.Message, envelope_from: Address | None
 ) -> cabc.Iterator[str]:
     """Yield what goes into headers, but for the folds that a subject may have."""
-    headers = message.extra_headers or {}
     yield str(message.subject or "").replace("\r\n", "")
     fields: list[t.Any] = [envelope_from or "", message.sender, message.reply_to or ""]
-    fields += [*message.recipients, *message.cc, *message.bcc, *headers.items()]
+    fields += [*message.recipients, *message.cc, *message.bcc]
+    fields += (message.extra_headers or {}).items()
 
     for attachment in message.attachments:
         fields += [attachment.filename or "", attachment.content_type]
@@ -85,22 +85,12 @@ def _header_texts(
         yield "".join(map(str, field))
 
 
-def _bad_header() -> flask_mail.BadHeaderError:
-    return flask_mail.BadHeaderError(
-        "There is a line break in an address, the subject, an extra header, an"
-        " attachment's name or headers, or the envelope's sender."
-    )
-
-
 def _clean(value: t.Any) -> t.Any:
     """Copy a message, or a part of it, without separators in what goes into headers."""
     if isinstance(value, flask_mail.Message | flask_mail.Attachment):
         clean = copy.copy(value)
-        vars(clean).update(
-            (name, _clean(part))
-            for name, part in vars(value).items()
-            if name not in {"body", "alts", "data"}
-        )
+        texts = vars(value).keys() - {"body", "alts", "data"}
+        vars(clean).update((name, _clean(getattr(value, name))) for name in texts)
         return clean
 
     if isinstance(value, dict):

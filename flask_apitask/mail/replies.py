@@ -16,6 +16,21 @@ _ADDRESS = re.compile(r'<?(?:"[^"]*"|[^\s<>()\[\],;:"\']+)@[^\s<>()\[\],;:"\']+>
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/=])[A-Za-z0-9+/]{8,}={0,2}(?![A-Za-z0-9+/=])")
 _MIXED = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*[0-9]).{16,}")
 
+# What an error calls a stage, and which key to look at, if a connection breaks there.
+PLACES = {
+    "connect": ("the TCP connect", " Check MAIL_SERVER and MAIL_PORT."),
+    "greeting": (
+        "the greeting",
+        " If MAIL_PORT is one for TLS from the start, mostly 465, set MAIL_USE_SSL.",
+    ),
+    "TLS": (
+        "the TLS handshake",
+        " MAIL_PORT may be wrong: 465 is usual for MAIL_USE_SSL, 587 for MAIL_USE_TLS.",
+    ),
+    "message": ("the message", ""),
+    "end of message": ("the end of the message", ""),
+}
+
 _LOG_IN = "Set MAIL_USERNAME and MAIL_PASSWORD."
 
 # What refused what, by the stage and the words; the first that fits.
@@ -60,7 +75,8 @@ _CAUSES: list[tuple[str, str, str, str]] = [
     ("MAIL", r"^5", "The sender was refused by {}", "Check MAIL_DEFAULT_SENDER."),
     ("MAIL", "", "The sender was refused by {}", ""),
     ("greeting", "", "The connection was refused by {}", ""),
-    ("EHLO STARTTLS", "", "{stage} was refused by {}", ""),
+    ("EHLO", "", "EHLO was refused by {}", ""),
+    ("STARTTLS", "", "STARTTLS was refused by {}", ""),
     ("", "", "The message was refused by {}", ""),
 ]
 
@@ -82,13 +98,12 @@ class Reply(t.NamedTuple):
 
 def explain(stage: str, reply: Reply) -> tuple[str, str]:
     """Return what a refusal means, ``{}`` being the server, and the remedy."""
-    for stages, words, meaning, remedy in _CAUSES:
-        fits = not stages or stage.split()[0] in stages.split()
-
-        if fits and re.search(words, reply.text, re.IGNORECASE):
-            return meaning.replace("{stage}", stage), remedy
-
-    raise AssertionError  # pragma: no cover
+    return next(
+        (meaning, remedy)
+        for stages, words, meaning, remedy in _CAUSES
+        if (not stages or stage.split()[0] in stages.split())
+        and re.search(words, reply.text, re.IGNORECASE)
+    )
 
 
 def show(replies: cabc.Iterable[Reply], secrets: cabc.Iterable[str]) -> str:

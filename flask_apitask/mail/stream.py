@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import contextlib
+import re
+import smtplib
+import socket
+import ssl
+import sys
+import time
+import typing as t
+
+from ..exceptions import DeliveryError
+from .replies import explain
+from .replies import PLACES
+from .replies import Reply
+from .replies import show
+
+if t.TYPE_CHECKING:
+    from .envelope import SMTPSettings
+
+    SMTP = smtplib.SMTP
+else:
+    # smtplib.SMTP may be a mock when this is imported, and must not be one for ever.
+    SMTP = smtplib.LMTP.__base__
+
+# Bytes written under one timeout. It is the most that a TLS record holds: SSLSocket's
+# sendall() starts the timeout anew for every record, and so this bounds both kinds.
+_CHUNK = 16_384
+# Bytes of one reply, all of its lines: a hundred times the longest that is of use.
+_REPLY = 65_536
+_REPLY_LINE = re.compile(rb"[2-5][0-9]{2}(?:[ -].*)?\r?")
+
+
+class ConnectionLost(DeliveryError):
+    """Raised when a connection broke before the server had the whole of a message.
+
+    Nothing was delivered: to send the message again can't make two of it.
+    """
+
+    # Nothing came in time, while the other cases are a hang-up.
+    timed_out = False
+
+
+class SMTPStream(SMTP):
+    """What goes to a mail server and comes from it, each part of it in time.
+
+    :mod:`smtplib` reads in another way: there half a reply line is a reply, a reply
+    that nothing asked for answers the next command, and a byte within each timeout
+    makes a reply take for ever.
+    """
+
+    sock: t.Any = None
+
+    def __init__(self, settings: SMTPSettings) -> None:
+        super().__init__(local_hostname="", timeout=settings.timeout)
+        self.settings = settings
+        # When the server last answered, or took a part of a message.
+        self.heard_at = 0.0
+        self._secrets = [settings.username or "", settings.password or ""]
+        # Where in the dialogue it is, as DeliveryError has it.
+        self._stage = "connect"
+        # What was received and not read yet.
+        self._received = b""
+        # Set while several replies share one timeout.
+        self._deadline: float | None = None
+
+    def _connect(self) -> None:
+        self._stage = "connect"
+        self._received, self._deadline = b"", None
+        address = self.settings.host, self.settings.port
+
+        try:
+            self.sock = socket.create_connection(address, self.settings.timeout)
+            # The end of a chunk must not wait for a delayed acknowledgement.
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except (OSError, UnicodeError) as error:
+            raise self._lost(error) from None
+
+        if self.settings.use_ssl:
+            self._start_tls()
+
+    def _start_tls(self) -> None:
+        self._stage = "TLS"
+        context = t.cast("ssl.SSLContext", self.settings.tls_context())
+        self.sock.settimeout(self.settings.timeout)
+        host = self.settings.host
+
+        try:
+            self.sock = context.wrap_socket(self.sock, server_hostname=host)
+        except ssl.SSLCertVerificationError as error:
+            raise self._error(
+                f"The certificate of {self.settings} could not be verified:"
+                f" {error.verify_message.rstrip('.')}. Set MAIL_SERVER to a name in the"
+                " certificate, or APITASK_MAIL_TLS_VERIFY to your CA file."
+            ) from None
+        except OSError as error:
+            raise self._lost(error) from None
+
+    def close(self) -> None:
+        """Close the socket without a word, and without an effect on a forked twin."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+    def send(self, s: t.Any) -> None:
+        """Write commands or a message, each 16 KiB within the timeout.
+
+        :raises ConnectionLost: The operating system did not take the last byte, so the
+            server can't have it.
+        """
+        octets = s.encode(self.command_encoding) if isinstance(s, str) else s
+
+        for start in range(0, len(octets), _CHUNK):
+            if self._is_dropped():
+                reply = self.getreply()
+                shown = show([reply], self._secrets)
+                raise self._lost(f"the server said {shown!r} unasked", reply)
+
+            self.sock.settimeout(self.settings.timeout)
+
+            try:
+                super().send(octets[start : start + _CHUNK])
+            except smtplib.SMTPServerDisconnected as error:
+                raise self._lost(error.__context__) from None
+
+            self.heard_at = time.monotonic()
+
+    def getreply(self) -> Reply:
+        """Read a reply of one or more lines, all of it within the timeout.
+
+        :raises ConnectionLost: There was none, or a 421.
+        """
+        deadline = self._deadline or time.monotonic() + self.settings.timeout
+        lines: list[bytes] = []
+        size = 0
+
+        while not lines or lines[-1][3:4] == b"-":
+            lines.append(line := self._read_line(deadline))
+            size += len(line) + 1
+
+            if not _REPLY_LINE.fullmatch(line) or line[:3] != lines[0][:3]:
+                raise self._lost("its answer is not an SMTP reply")
+
+            if size > _REPLY:
+                raise self._lost("its answer has no end")
+
+        self.heard_at = time.monotonic()
+        words = b"\n".join(line[4:].strip() for line in lines)
+        reply = Reply(int(lines[0][:3]), words)
+
+        if reply.code == 421:
+            raise self._lost(
+                f"{show([reply], self._secrets)!r} ended it. The server may allow fewer"
+                " connections (APITASK_MAIL_CONNECTIONS) or messages (MAIL_MAX_EMAILS)",
+                reply,
+            )
+
+        return reply
+
+    def _read_line(self, deadline: float) -> bytes:
+        while b"\n" not in self._received:
+            if len(self._received) > _REPLY:
+                raise self._lost("its answer has no end")
+
+            try:
+                # 0 would mean not to wait at all, which is another error.
+                self.sock.settimeout(max(deadline - time.monotonic(), 1e-6))
+                received = self.sock.recv(4096)
+            except OSError as error:
+                raise self._lost(error) from None
+
+            if not received:
+                raise self._lost("the server closed it")
+
+            self._received += received
+
+        line, _, self._received = self._received.partition(b"\n")
+
+        if self.debuglevel > 0:
+            sys.stderr.write(f"reply: {line!r}\n")
+
+        return line
+
+    def _is_dropped(self) -> bool:
+        """Tell whether something came that nothing has asked for, such as the end.
+
+        Reading tells it and selecting would not: TLS has messages of its own.
+        """
+        if not self._received:
+            self.sock.settimeout(0)
+
+            try:
+                self._received += self.sock.recv(4096)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                return False
+            except OSError:
+                pass
+
+        return True
+
+    def _error(self, text: str) -> DeliveryError:
+        return DeliveryError(text, stage=self._stage)
+
+    def _lost(self, cause: object, reply: Reply | None = None) -> ConnectionLost:
+        """Close the connection and make the exception that says why."""
+        self.close()
+        timed_out = isinstance(cause, TimeoutError)
+
+        if timed_out:
+            seconds = f"{self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT)"
+            cause = f"it took more than {seconds}"
+
+        place, remedy = PLACES.get(self._stage, (self._stage, ""))
+        text = f"The connection to {self.settings} failed at {place}: {cause}.{remedy}"
+        lost = ConnectionLost(text, stage=self._stage, reply=reply)
+        lost.timed_out = timed_out
+        return lost
+
+    def _expect(self, code: int, words: bytes) -> None:
+        if code // 100 != 2:
+            raise self._refused(self._stage, Reply(code, words))
+
+    def _refused(self, stage: str, reply: Reply, *addresses: str) -> DeliveryError:
+        """Make the exception for a reply, which may quote addresses."""
+        meaning, remedy = explain(stage, reply)
+        shown = show([reply], [*self._secrets, *addresses])
+        text = f"{meaning.format(self.settings)}: {shown}. {remedy}".rstrip()
+        return DeliveryError(text, stage=stage, reply=reply)
+
+    def _refused_recipients(
+        self, refused: dict[str, Reply], what: str
+    ) -> DeliveryError:
+        remedies = " ".join({explain("RCPT", reply)[1] for reply in refused.values()})
+        shown = show(refused.values(), [*self._secrets, *refused])
+        text = f"{what}: {shown}. {remedies}".rstrip()
+        return DeliveryError(text, stage="RCPT", recipients=dict(refused))
