@@ -313,11 +313,11 @@ def impatience(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
         for index in range(2):
             recorded.submit(str(index))
 
-            with contextlib.suppress(TimeoutError, KeyboardInterrupt):
+            with contextlib.suppress(*IMPATIENCE):
                 recorded.scope.wait(0.0)
 
         for future in recorded.futures.values():
-            with contextlib.suppress(TimeoutError, KeyboardInterrupt):
+            with contextlib.suppress(*IMPATIENCE):
                 future.result(0.0)
 
         recorded.wait()
@@ -371,6 +371,10 @@ PROGRAMS = [
     # Where nobody waits, a thread of the pool has to come.
     if program not in (neighbours, exit_of_the_process) or pool in SOUND
 ]
+
+
+# Before Python 3.11, a future's is not the built-in one.
+IMPATIENCE = (TimeoutError, concurrent.futures.TimeoutError, KeyboardInterrupt)
 
 
 def run_program(
