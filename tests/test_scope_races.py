@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import random
@@ -16,7 +17,6 @@ from flask_apitask.executor.scope import TaskScope
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
-    import concurrent.futures
 
     from flask_apitask.executor.runner import Runner
 
