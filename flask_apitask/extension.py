@@ -56,12 +56,23 @@ class ApiTask:
             ``0`` opens one per batch.
         -   ``APITASK_MAIL_TLS_VERIFY`` (``True``): verify certificate and host name, by
             the system's trust store or by a file of CA certificates, given as its path.
+        -   ``APITASK_ROUTES`` (``{}``): patterns of task names, with ``"celery"`` or
+            ``"thread"`` each, of which the first that matches counts.
+        -   ``APITASK_CELERY_TIMEOUT`` (``2.0``): seconds after which a broker that does
+            not confirm counts as down.
+        -   ``APITASK_CELERY_MAIL_RETRIES`` (``20``): most further attempts at a mail.
+        -   ``APITASK_CELERY_MAIL_BACKOFF`` (``5.0``): seconds before the first of them,
+            which double each time.
+        -   ``APITASK_CELERY_MAIL_SIZE`` (``1048576``): most bytes of a mail that goes
+            to Celery.
 
         :param app: The app, with its configuration loaded.
         :raises RuntimeError: The app has an :class:`ApiTask` already, or
-            ``APITASK_MAIL_BACKGROUND`` is on and Flask-Mail is not installed.
+            ``APITASK_MAIL_BACKGROUND`` is on and Flask-Mail is not installed, or
+            ``APITASK_ROUTES`` names Celery, which is not installed.
         :raises TypeError: ``app`` is no Flask app.
-        :raises ValueError: A key has a value that is not allowed.
+        :raises ValueError: A key has a value that is not allowed, or two functions
+            have a name that is routed to Celery.
         """
         if isinstance(app, LocalProxy):
             app = app._get_current_object()
@@ -81,6 +92,7 @@ class ApiTask:
             log(app.logger, logging.WARNING, "%s", mistake)
 
         reroute = _find_reroute() if config.mail_background else None
+        use_celery = _find_use_celery() if config.uses_celery else None
 
         # Flask refuses these once the app has served. Then nothing else has been done.
         app.teardown_request(request_scope.end_request)
@@ -93,6 +105,9 @@ class ApiTask:
 
         if reroute is not None:
             reroute(app, config)
+
+        if use_celery is not None:
+            use_celery(app, config)
 
         state = request_scope.AppState(config, ThreadPool(config.pool_size))
         app.extensions["apitask"] = state
@@ -114,3 +129,18 @@ def _find_reroute() -> cabc.Callable[[Flask, Config], None]:
         ) from error
 
     return reroute
+
+
+def _find_use_celery() -> cabc.Callable[[Flask, Config], None]:
+    try:
+        from .celery import use_celery
+    except ImportError as error:
+        if error.name != "celery":
+            raise
+
+        raise RuntimeError(
+            "APITASK_ROUTES sends tasks to Celery, but Celery is not installed. Install"
+            ' it with: pip install "flask-apitask[celery]"'
+        ) from error
+
+    return use_celery

@@ -36,6 +36,7 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
     from ..config import Config
+    from ..runner import HandsOver
     from .delivery import PooledConnection
     from .envelope import Envelope
     from .pool import ConnectionPool
@@ -76,6 +77,8 @@ class ReroutedMail:
         # A pool lives while it is in use or has something idle. So nothing is left of
         # the settings of a tenant that sends no more.
         self._pools: Pools = weakref.WeakValueDictionary()
+        # Finds what hands a batch over to Celery, where that is the way of mail.
+        self.find_handover: cabc.Callable[[], HandsOver | None] = lambda: None
 
     def pool(self, mail: flask_mail._Mail) -> ConnectionPool:
         """Return the pool for what ``app.extensions["mail"]`` says by now.
@@ -175,7 +178,8 @@ class BackgroundConnection:
 
     In a scope, what is sent is rendered at once, and delivered by one task when the
     block is left; some megabytes are delivered before that, by one task after another.
-    Without a scope a message is delivered at once.
+    Without a scope a message is delivered at once. Where mail goes to Celery, the task
+    hands it over, with a scope or without.
     """
 
     host = None
@@ -188,6 +192,7 @@ class BackgroundConnection:
         self._pool: ConnectionPool | None = None
         # What each message goes over, without a scope.
         self._connection: PooledConnection | None = None
+        self._handover: HandsOver | None = None
         self._batch: Batch = collections.deque()
         self._size = 0
         self._delivery: concurrent.futures.Future[None] | None = None
@@ -196,7 +201,10 @@ class BackgroundConnection:
         # What is suppressed takes no time, and the outbox of a test is in order so.
         if not self.mail.suppress:
             self._pool = self._rerouted.pool(self.mail)
-            self._connection = None if current_scope() else self._pool.connection()
+            self._handover = self._rerouted.find_handover()
+
+            if self._handover is None and current_scope() is None:
+                self._connection = self._pool.connection()
 
         return self
 
@@ -236,7 +244,7 @@ class BackgroundConnection:
         copied = snapshot(message) if listened else None
 
         if self._pool is None:
-            _announce([copied])
+            announce([copied])
             return
 
         envelope = render(message, envelope_from)
@@ -258,7 +266,8 @@ class BackgroundConnection:
             with contextlib.suppress(concurrent.futures.CancelledError):
                 error = self._delivery.exception()
 
-        self._delivery = run(deliver, pool, self._batch, _is_unreachable(error))
+        task: cabc.Callable[..., None] = self._handover or deliver
+        self._delivery = run(task, pool, self._batch, _is_unreachable(error))
         self._batch, self._size = collections.deque(), 0
 
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
@@ -327,7 +336,7 @@ def _deliver_all(
         # A receiver may send mail, and must not wait for the connection used for this.
         connection.close()
 
-    _announce(delivered)
+    announce(delivered)
     return failures
 
 
@@ -337,7 +346,8 @@ def _is_unreachable(error: BaseException | None) -> bool:
     return isinstance(last[0], DeliveryError) and last[0].stage in OPENING | {None}
 
 
-def _announce(messages: list[flask_mail.Message | None]) -> None:
+def announce(messages: list[flask_mail.Message | None]) -> None:
+    """Tell those who listen to Flask-Mail's signal what was sent."""
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
 
     for message in messages:

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import typing as t
+
+from .. import routes
+from ..context import find_app_context
+from ..context import find_request_context
+from ..context import is_in_task
+from ..log import log_once
+from .broker import Broker
+
+if t.TYPE_CHECKING:
+    import celery
+    import celery.result
+    from flask import Flask
+
+    from ..config import Config
+
+_PICKLE: t.Final = {"pickle", "application/x-python-serialize"}
+
+
+class CeleryState:
+    """What ``app.extensions["apitask_celery"]`` holds. It does not refer to the app."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        # By process and Celery app. An entry is added in one step, and never changed.
+        self._brokers: dict[tuple[int, celery.Celery], Broker] = {}
+
+    def takes(self, name: str) -> bool:
+        """Tell whether tasks of this name go to Celery."""
+        return routes.find_route(self.config.routes, name) == "celery"
+
+    def publish(
+        self,
+        app: Flask,
+        name: str,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        **options: t.Any,
+    ) -> celery.result.AsyncResult | None:
+        """Publish a task of an app; ``None`` if it has to be done here."""
+        celery_app = find_celery(app, name)
+        task = celery_app.tasks[name]
+
+        if celery_app.conf.task_always_eager:
+            return task.apply_async(args, kwargs, **options)
+
+        broker = self._find_broker(app, celery_app)
+        return broker.publish(app.logger, task, args, kwargs, **options)
+
+    def _find_broker(self, app: Flask, celery_app: celery.Celery) -> Broker:
+        key = os.getpid(), celery_app
+
+        if key not in self._brokers:
+            if _PICKLE & set(celery_app.conf.accept_content):
+                log_once(
+                    app,
+                    "pickle",
+                    "The Celery app accepts pickle: whoever can write to its broker can"
+                    " run code in its workers. Take it out of accept_content.",
+                )
+
+            broker = Broker(celery_app, self.config.celery_timeout)
+            return self._brokers.setdefault(key, broker)
+
+        return self._brokers[key]
+
+
+def find_celery(app: Flask, name: str) -> celery.Celery:
+    """Return the Celery app of a Flask app.
+
+    :raises RuntimeError: It has none.
+    """
+    celery_app = app.extensions.get("celery")
+
+    if celery_app is None:
+        raise RuntimeError(
+            f"Task {name!r} is routed to Celery (APITASK_ROUTES), but the app"
+            f" {app.name!r} has no Celery app in app.extensions['celery']. Make one as"
+            " Flask's documentation does, with celery_init_app(app):"
+            " https://flask.palletsprojects.com/patterns/celery/"
+        )
+
+    return celery_app
+
+
+def find_state() -> tuple[Flask, CeleryState] | None:
+    """Return the current app and its routes, where a task may be handed over.
+
+    In a task, and so in a worker, everything is a plain call.
+    """
+    context = find_app_context()
+
+    if context is None or "apitask_celery" not in context.app.extensions:
+        return None
+
+    request_context = find_request_context()
+
+    if is_in_task(request_context and request_context.request):
+        return None
+
+    return context.app, context.app.extensions["apitask_celery"]
