@@ -15,8 +15,8 @@ is the :class:`~flask.Flask` app. Keyword arguments:
 -   ``how``: ``"thread"`` on a thread of the pool, ``"inline"`` as a plain call, or
     where no thread could be had, ``"celery"`` in a worker of Celery. To hand a task
     over to Celery sends no signal.
--   ``submitted``, ``started``: seconds of :func:`time.monotonic`, in a worker both the
-    same.
+-   ``submitted``, ``started``: seconds of :func:`time.monotonic`. A worker of Celery
+    has no other time of submission than that at which it begins.
 
 Not sent for a plain call outside of any application context. A receiver that raises an
 :exc:`Exception` is logged, and the task runs all the same.

@@ -1,4 +1,4 @@
-"""Real brokers, each on a port and with a folder of its own."""
+"""Real brokers, each on a port and with a folder of its own, and workers of Celery."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import typing as t
@@ -20,30 +21,24 @@ if t.TYPE_CHECKING:
 
 # Seconds after which a broker that does not start or end has failed.
 PATIENCE = 60.0
+# Seconds that a worker has to end by itself.
+_GRACE = 10.0
+_HERE = pathlib.Path(__file__).parent
 # Debian's program on the path changes the user, and with it the environment.
 _SERVERS = sorted(
     pathlib.Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server")
 )
 
 
-class Broker:
-    """A broker that can be killed, stopped for a while, and started again.
+class Program:
+    """A program that can be killed, stopped for a while, and started again.
 
     :param folder: For its data and its log.
     """
 
-    # Part of the broker's URL, before and after its port.
-    url_parts: t.ClassVar[tuple[str, str]]
-
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
-        self.port = find_port()
         self._process: subprocess.Popen[bytes] | None = None
-
-    @staticmethod
-    def is_installed() -> bool:
-        """Tell whether there is the program."""
-        raise NotImplementedError
 
     def command(self) -> list[str]:
         """Return what starts it."""
@@ -53,10 +48,18 @@ class Broker:
         """Return the environment variables that it needs."""
         return {}
 
+    def is_ready(self) -> bool:
+        """Tell whether it is at work."""
+        raise NotImplementedError
+
     @property
-    def url(self) -> str:
-        before, after = self.url_parts
-        return f"{before}127.0.0.1:{self.port}{after}"
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def output(self) -> str:
+        """Return what it has written, each time that it ran."""
+        return (self.folder / "log").read_text(errors="replace")
 
     def __enter__(self) -> te.Self:
         self.start()
@@ -66,7 +69,7 @@ class Broker:
         self.kill()
 
     def start(self) -> None:
-        """Start it, with what it has stored, and wait until it listens."""
+        """Start it, with what it has stored, and wait until it is at work."""
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 self.command(),
@@ -80,16 +83,14 @@ class Broker:
 
         until = time.monotonic() + PATIENCE
 
-        while not self._accepts():
-            output = (self.folder / "log").read_text(errors="replace")
-            assert self._process.poll() is None, output
-            assert time.monotonic() < until, output
+        while not self.is_ready():
+            assert self._process.poll() is None, self.output()
+            assert time.monotonic() < until, self.output()
             time.sleep(0.02)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to it and to what it has started."""
-        assert self._process is not None
-        os.killpg(self._process.pid, number)
+        os.killpg(self.pid, number)
 
     def kill(self) -> None:
         """End it at once, as a power cut does."""
@@ -99,14 +100,40 @@ class Broker:
 
             self._process.wait(PATIENCE)
             self._process = None
-            until = time.monotonic() + PATIENCE
 
-            # What it has started itself may take a moment longer.
-            while self._accepts():
-                assert time.monotonic() < until, "it is killed, and accepts"
-                time.sleep(0.02)
 
-    def _accepts(self) -> bool:
+class Broker(Program):
+    """A broker."""
+
+    # Part of the broker's URL, before and after its port.
+    url_parts: t.ClassVar[tuple[str, str]]
+    # Debian's package.
+    package: t.ClassVar[str]
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        super().__init__(folder)
+        self.port = find_port()
+
+    @staticmethod
+    def is_installed() -> bool:
+        """Tell whether there is the program."""
+        raise NotImplementedError
+
+    @property
+    def url(self) -> str:
+        before, after = self.url_parts
+        return f"{before}127.0.0.1:{self.port}{after}"
+
+    def kill(self) -> None:
+        super().kill()
+        until = time.monotonic() + PATIENCE
+
+        # What it has started itself may take a moment longer.
+        while self.is_ready():
+            assert time.monotonic() < until, "it is killed, and accepts"
+            time.sleep(0.02)
+
+    def is_ready(self) -> bool:
         try:
             socket.create_connection(("127.0.0.1", self.port), 1.0).close()
         except OSError:
@@ -119,6 +146,7 @@ class Redis(Broker):
     """A Redis that writes down each command before it answers."""
 
     url_parts = ("redis://", "/0")
+    package = "redis-server"
 
     @staticmethod
     def is_installed() -> bool:
@@ -134,6 +162,7 @@ class RabbitMQ(Broker):
     """A RabbitMQ with a port mapper of its own, which ends with it."""
 
     url_parts = ("amqp://guest:guest@", "//")
+    package = "rabbitmq-server"
 
     def __init__(self, folder: pathlib.Path) -> None:
         super().__init__(folder)
@@ -179,6 +208,53 @@ class RabbitMQ(Broker):
         if self._epmd is not None:
             self._epmd.kill()
             self._epmd.wait(PATIENCE)
+
+
+class Worker(Program):
+    """A worker of Celery.
+
+    :param module: What has the Celery app, as ``celery_app``.
+    :param pool: Of Celery: ``"prefork"`` or ``"threads"``.
+    :param variables: Environment variables for it.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        module: str,
+        pool: str,
+        variables: cabc.Mapping[str, str],
+    ) -> None:
+        super().__init__(folder)
+        self._module = module
+        self._pool = pool
+        self._variables = variables
+        self._starts = 0
+
+    def command(self) -> list[str]:
+        self._starts += 1
+        celery = [sys.executable, "-m", "celery", "-A", f"{self._module}.celery_app"]
+        quiet = ["--without-gossip", "--without-mingle", "--loglevel", "INFO"]
+        return [*celery, "worker", "-P", self._pool, "-c", "2", *quiet]
+
+    def environ(self) -> dict[str, str]:
+        paths = [str(_HERE), str(_HERE.parent)]
+        # What coverage tells its children is among those that are inherited.
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("FLASK_")}
+        return {**inherited, "PYTHONPATH": os.pathsep.join(paths), **self._variables}
+
+    def is_ready(self) -> bool:
+        return self.output().count(" ready.") >= self._starts
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            # It finishes what it has begun, unless its broker is gone.
+            self._process.terminate()
+
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE)
+
+        super().__exit__()
 
 
 BROKERS: dict[str, type[Broker]] = {"redis": Redis, "rabbitmq": RabbitMQ}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import time
 import typing as t
 
+import kombu.pools
 from celery import Celery
 from celery import Task as CeleryTask
 from flask import appcontext_popped
@@ -118,8 +120,40 @@ async def wait() -> str:
     return "waited"
 
 
-@task("report.write")
-def write(path: str, text: str) -> None:
-    """Append a line to a file."""
-    with open(path, "a") as file:
-        file.write(f"{text}\n")
+@task("report.sleep")
+def sleep(seconds: float) -> None:
+    """Take a while."""
+    time.sleep(seconds)
+
+
+class Celeries:
+    """Apps with Celery, of which nothing is left when they are closed."""
+
+    def __init__(self) -> None:
+        self._apps: list[Flask] = []
+
+    def make(self, broker: str = "memory://", **config: t.Any) -> Flask:
+        """Make an app for a broker. Results are stored, in it too if it can that."""
+        backend = broker if broker.startswith("redis") else "cache+memory://"
+        celery_config = {"broker_url": broker, "result_backend": backend}
+        celery_config |= config.pop("CELERY", {})
+        return self.adopt(create_app(CELERY=celery_config, **config))
+
+    def adopt(self, app: Flask) -> Flask:
+        """Take over an app that was made elsewhere."""
+        self._apps.append(app)
+        return app
+
+    def close(self) -> None:
+        """Close the connections of all, and forget the apps."""
+        for app in self._apps:
+            if "apitask_celery" in app.extensions:
+                app.extensions["apitask_celery"].close()
+
+            app.extensions.pop("celery").close()
+            app.extensions.clear()
+
+        kombu.pools.reset()  # type: ignore[no-untyped-call]
+        self._apps.clear()
+        # The one that was made last is the current one, for ever.
+        Celery("nothing")

@@ -5,12 +5,10 @@ import threading
 import time
 import typing as t
 
-import celery
-from celery.backends.rpc import RPCBackend
-
 from ..log import log
 
 if t.TYPE_CHECKING:
+    import celery
     import celery.result
 
 # Seconds after which a broker that was down is tried again, by one task.
@@ -38,7 +36,6 @@ class Broker:
     """
 
     def __init__(self, celery_app: celery.Celery, timeout: float) -> None:
-        self._app = celery_app
         self._timeout = timeout
         # What fails at once is tried once more, so that each try has half of it.
         step = timeout / 2
@@ -85,6 +82,10 @@ class Broker:
         self._note_success(logger)
         return result
 
+    def close(self) -> None:
+        """Close the connections. Nothing can be published any more."""
+        self._connections.force_close_all()
+
     def _may_try(self) -> bool:
         now = time.monotonic()
 
@@ -128,13 +129,10 @@ class Broker:
     ) -> celery.result.AsyncResult:
         step = self._timeout / 2
         options |= {"serializer": "json", "retry": False, "confirm_timeout": step}
-
-        if not isinstance(self._app.backend, RPCBackend):
-            # Else the backend of results would be talked to first, with no timeout of
-            # ours. AsyncResult.get() does that, too; only replies by RPC need it now.
-            options["headers"] = {"ignore_result": task.ignore_result}
-            options["ignore_result"] = True
-
+        # Without this, the backend of results would be talked to first, with no timeout
+        # of ours. AsyncResult.get() does it, too. The header is what the worker obeys.
+        options["ignore_result"] = True
+        options["headers"] = {"ignore_result": task.ignore_result}
         began = time.monotonic()
 
         with self._connections.acquire(block=True, timeout=step) as connection:

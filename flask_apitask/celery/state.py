@@ -50,22 +50,43 @@ class CeleryState:
         broker = self._find_broker(app, celery_app)
         return broker.publish(app.logger, task, args, kwargs, **options)
 
+    def close(self) -> None:
+        """Close the connections to brokers that this process has, after a test say."""
+        for (pid, _), broker in self._brokers.items():
+            if pid == os.getpid():
+                broker.close()
+
     def _find_broker(self, app: Flask, celery_app: celery.Celery) -> Broker:
         key = os.getpid(), celery_app
 
         if key not in self._brokers:
-            if _PICKLE & set(celery_app.conf.accept_content):
-                log_once(
-                    app,
-                    "pickle",
-                    "The Celery app accepts pickle: whoever can write to its broker can"
-                    " run code in its workers. Take it out of accept_content.",
-                )
-
+            self._warn_once(app, celery_app.conf)
             broker = Broker(celery_app, self.config.celery_timeout)
             return self._brokers.setdefault(key, broker)
 
         return self._brokers[key]
+
+    @staticmethod
+    def _warn_once(app: Flask, settings: t.Any) -> None:
+        """Say what does not go well with Celery's settings."""
+        if _PICKLE & set(settings.accept_content):
+            log_once(
+                app,
+                "pickle",
+                "The Celery app accepts pickle: whoever can write to its broker can run"
+                " code in its workers. Take it out of accept_content.",
+            )
+
+        if str(settings.result_backend).startswith("rpc") and not (
+            settings.task_ignore_result
+        ):
+            log_once(
+                app,
+                "rpc",
+                "Results by rpc:// reach the thread that publishes, which is not the"
+                " view's: AsyncResult.get() would wait for ever. Set result_backend to"
+                " a store, such as Redis, or task_ignore_result.",
+            )
 
 
 def find_celery(app: Flask, name: str) -> celery.Celery:
