@@ -213,7 +213,7 @@ class RabbitMQ(Broker):
 class Worker(Program):
     """A worker of Celery.
 
-    :param module: What has the Celery app, as ``celery_app``.
+    :param celery_app: Where the Celery app is, as ``module:name``.
     :param pool: Of Celery: ``"prefork"`` or ``"threads"``.
     :param variables: Environment variables for it.
     """
@@ -221,19 +221,19 @@ class Worker(Program):
     def __init__(
         self,
         folder: pathlib.Path,
-        module: str,
+        celery_app: str,
         pool: str,
         variables: cabc.Mapping[str, str],
     ) -> None:
         super().__init__(folder)
-        self._module = module
+        self._celery_app = celery_app
         self._pool = pool
         self._variables = variables
         self._starts = 0
 
     def command(self) -> list[str]:
         self._starts += 1
-        celery = [sys.executable, "-m", "celery", "-A", f"{self._module}.celery_app"]
+        celery = [sys.executable, "-m", "celery", "-A", self._celery_app]
         quiet = ["--without-gossip", "--without-mingle", "--loglevel", "INFO"]
         return [*celery, "worker", "-P", self._pool, "-c", "2", *quiet]
 

@@ -72,7 +72,7 @@ def setting(
         }
         variables = {f"FLASK_{key}": json.dumps(value) for key, value in config.items()}
 
-        with Worker(folder, "celery_worker", pool, variables) as worker:
+        with Worker(folder, "celery_worker:celery_app", pool, variables) as worker:
             yield Setting(worker, server, config)
 
 
