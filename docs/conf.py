@@ -24,6 +24,7 @@ if "READTHEDOCS" in os.environ:
     extensions.append("sphinx.ext.intersphinx")
 
 intersphinx_mapping = {
+    "celery": ("https://docs.celeryq.dev/en/stable/", None),
     "flask": ("https://flask.palletsprojects.com/", None),
     "python": ("https://docs.python.org/3/", None),
 }
@@ -31,7 +32,7 @@ intersphinx_mapping = {
 # A misspelled name of our own is an error; one of another project can't be looked up.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(asyncio|concurrent|flask|logging|math|smtplib|threading|time)\..*"),
+    ("py:.*", r"(asyncio|celery|concurrent|flask|fnmatch|logging|math|smtplib|threading|time)\..*"),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.
     (
