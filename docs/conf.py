@@ -32,7 +32,10 @@ intersphinx_mapping = {
 # A misspelled name of our own is an error; one of another project can't be looked up.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(asyncio|celery|concurrent|flask|fnmatch|logging|math|smtplib|threading|time)\..*"),
+    (
+        "py:.*",
+        r"(asyncio|celery|concurrent|flask|fnmatch|logging|math|smtplib|threading|time)\..*",
+    ),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.
     (

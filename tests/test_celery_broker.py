@@ -352,6 +352,7 @@ def test_fork_after_use(celeries: Celeries, broker: Broker) -> None:
         # Whatever happens, the child is not to go on with the tests.
         try:
             result, _ = hand_over(app)
+            app.extensions["apitask_celery"].close()
             os._exit(int(isinstance(result, EagerResult)))
         finally:
             os._exit(2)

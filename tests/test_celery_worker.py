@@ -206,6 +206,7 @@ def test_mail_of_a_worker(web: Flask, setting: Setting) -> None:
         (Stage.DATA, Fault.TEMPORARY),
         (Stage.DOT, Fault.TEMPORARY),
         (Stage.MAIL, Fault.BUSY),
+        (Stage.GREETING, Fault.DROP),
     ],
 )
 def test_mail_is_tried_again(

@@ -9,6 +9,7 @@ import typing as t
 from celery import shared_task
 from celery.exceptions import Reject
 from celery.exceptions import Retry
+from celery.exceptions import TaskPredicate
 
 from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
@@ -134,28 +135,42 @@ def send(
 ) -> None:
     """Send a message in a worker, and have it tried again later if that may help."""
     with app_context(self.app) as app:
-        envelope = Envelope(
-            sender,
-            tuple(recipients),
-            base64.b64decode(content),
-            message_id,
-            tuple(mail_options),
-            tuple(rcpt_options),
-        )
-        mail = app.extensions["mail"]
         started = time.monotonic()
 
         try:
-            if not mail.suppress:
-                batch: Batch = collections.deque([(envelope, None)])
-                work = app.extensions["apitask_mail"].pool(mail), batch
-                call_observed(app, "celery", started, deliver, work, {})
+            envelope = Envelope(
+                sender,
+                tuple(recipients),
+                base64.b64decode(content),
+                message_id,
+                tuple(mail_options),
+                tuple(rcpt_options),
+            )
+            _deliver(self, app, envelope, started)
+        except TaskPredicate:
+            # It is tried again.
+            raise
         except Exception as error:
-            if isinstance(error, DeliveryError) and not self.request.is_eager:
-                _try_again(self, app, envelope, error, started)
-
             log_failure(app, deliver, error, time.monotonic() - started)
             raise
+
+
+def _deliver(task: celery.Task, app: Flask, envelope: Envelope, started: float) -> None:
+    mail = app.extensions["mail"]
+
+    if mail.suppress:
+        return
+
+    batch: Batch = collections.deque([(envelope, None)])
+    work = app.extensions["apitask_mail"].pool(mail), batch
+
+    try:
+        call_observed(app, "celery", started, deliver, work, {})
+    except DeliveryError as error:
+        if not task.request.is_eager:
+            _try_again(task, app, envelope, error, started)
+
+        raise
 
 
 def _try_again(
