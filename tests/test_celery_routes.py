@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 import typing as t
 import uuid
 
@@ -200,7 +201,7 @@ def test_failure_of_a_called_task(
         result.get()
 
     (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
-    assert record.getMessage().startswith("Task 'report.fail' of GET ")
+    assert record.getMessage().startswith("Task 'report.fail' ")
     assert (record.name, record.funcName) == (app.name, "fail")
     assert record.exc_info is not None
 
@@ -251,6 +252,27 @@ def test_async_task(celeries: Celeries, name: str) -> None:
         result: t.Any = run(wait).result()
 
     assert result.get() == "waited"
+
+
+def test_view_gets_a_result_while_another_task_runs(
+    celeries: Celeries, name: str
+) -> None:
+    """With ``task_always_eager`` too, tasks run at once and results can be got."""
+    app = celeries.make(CELERY=EAGER)
+    begun, got = threading.Event(), threading.Event()
+
+    @task(name)
+    def wait() -> bool:
+        begun.set()
+        return got.wait(10)
+
+    with app.test_request_context():
+        waiting: t.Any = run(wait)
+        assert begun.wait(10)
+        result: t.Any = run(double, 4).result()
+        assert result.get() == 8
+        got.set()
+        assert waiting.result().get() is True
 
 
 def test_other_callables_stay_on_threads(
@@ -310,8 +332,9 @@ def test_two_functions_of_one_name(celeries: Celeries, name: str) -> None:
     task(name)(first)
 
 
-def test_two_functions_before_the_route(name: str) -> None:
+def test_two_functions_before_the_route() -> None:
     """Two functions of one name are an error once there is a route for it."""
+    name = f"unrouted.{uuid.uuid4().hex}"
 
     @task(name)
     def first() -> None: ...
@@ -355,6 +378,13 @@ def test_function_of_a_factory(celeries: Celeries, name: str) -> None:
     with app.test_request_context():
         future: t.Any = run(first)
         assert future.result().get() == 1
+
+    celery_task = app.extensions["celery"].tasks[name]
+    del first, future
+    gc.collect()
+
+    with pytest.raises(RuntimeError, match="The function of this name is gone"):
+        celery_task.apply().get()
 
 
 class Model:

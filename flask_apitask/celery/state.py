@@ -45,7 +45,9 @@ class CeleryState:
         task = celery_app.tasks[name]
 
         if celery_app.conf.task_always_eager:
-            return task.apply_async(args, kwargs, **options)
+            # As apply_async() does. But that sets a flag of the process meanwhile, which
+            # is made for one thread, and by which no view can get a result.
+            return task.apply(args, kwargs, **options)
 
         broker = self._find_broker(app, celery_app)
         return broker.publish(app.logger, task, args, kwargs, **options)

@@ -85,7 +85,7 @@ def find_place(fn: t.Any) -> tuple[str, int]:
 def _make_call(name: str) -> cabc.Callable[..., t.Any]:
     def call(self: celery.Task, /, *args: t.Any, **kwargs: t.Any) -> t.Any:
         # Not held here: the function may be closed over an app that is gone.
-        fn = find_named(name)[-1]
+        fn: t.Any = [_miss, *find_named(name)][-1]
 
         with app_context(self.app) as app:
             started = time.monotonic()
@@ -100,6 +100,14 @@ def _make_call(name: str) -> cabc.Callable[..., t.Any]:
                 raise
 
     return call
+
+
+def _miss(*args: t.Any, **kwargs: t.Any) -> t.NoReturn:
+    """Stand for a function that is gone."""
+    raise RuntimeError(
+        "The function of this name is gone. Define it at the top of a module, or keep a"
+        " reference to it for as long as its app lives."
+    )
 
 
 @contextlib.contextmanager
