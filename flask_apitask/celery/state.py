@@ -45,8 +45,8 @@ class CeleryState:
         task = celery_app.tasks[name]
 
         if celery_app.conf.task_always_eager:
-            # As apply_async() does. But that sets a flag of the process meanwhile, which
-            # is made for one thread, and by which no view can get a result.
+            # As apply_async() does. But that sets a flag of the process meanwhile, and
+            # with it no view can get a result; two threads leave it set for ever.
             return task.apply(args, kwargs, **options)
 
         broker = self._find_broker(app, celery_app)
