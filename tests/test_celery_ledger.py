@@ -32,13 +32,13 @@ if t.TYPE_CHECKING:
 pytestmark = pytest.mark.servers
 
 # Requests of two mails each, in the ways to be killed together.
-REQUESTS: t.Final = int(os.environ.get("APITASK_LEDGER_REQUESTS", "150"))
+REQUESTS: t.Final = int(os.environ.get("APITASK_LEDGER_REQUESTS", "100"))
 CLIENTS: t.Final = 2
 # Seconds that the mail server takes for a message.
 DELAY: t.Final = 0.01
 # Seconds without any mail after which no more will come. They are more than it takes
 # Redis to give out anew what a killed worker had.
-PATIENCE: t.Final = 8.0
+PATIENCE: t.Final = 6.0
 # Seconds without the killed ones.
 OUTAGE: t.Final = 0.5
 # An hour by default. The other two look for such messages each second.

@@ -191,39 +191,45 @@ def _try_again(
     if not recipients or attempt > state.config.celery_mail_retries:
         return
 
-    longest = min(state.config.celery_mail_backoff * 2 ** (attempt - 1), _LONGEST)
+    # It is at its longest by then, and the power of a large number would not end.
+    doubled = state.config.celery_mail_backoff * 2 ** min(attempt - 1, 30)
+    longest = min(doubled, _LONGEST)
     options = {
         "countdown": random.uniform(longest / 2, longest),
         "retries": attempt,
         "task_id": task.request.id,
     }
 
-    if not publish(state, app, envelope, recipients, **options):
-        if recipients == envelope.recipients:
-            # The broker has the message still, and delivers it anew.
-            raise Reject(error, requeue=True)
+    if publish(state, app, envelope, recipients, **options):
+        _log_refused(app, envelope, error, recipients, started)
+        raise Retry(exc=error, when=options["countdown"])
 
-        # Anew, it would go to those as well who have it.
-        return
+    if recipients == envelope.recipients:
+        # The broker has the message still, and delivers it anew: to all of them.
+        raise Reject(error, requeue=True)
 
-    refused = {
-        path: reply
-        for path, reply in error.recipients.items()
-        if path not in recipients
-    }
+
+def _log_refused(
+    app: Flask,
+    envelope: Envelope,
+    error: DeliveryError,
+    recipients: tuple[str, ...],
+    started: float,
+) -> None:
+    """Write the ERROR of those for whom it is not tried again, if there are any."""
+    replies = error.recipients.items()
+    refused = {path: reply for path, reply in replies if path not in recipients}
 
     if refused:
         shown = show((Reply(*reply) for reply in refused.values()), refused)
-        text = (
-            f"{len(refused)} of {len(envelope.recipients)} recipients were refused for"
-            f" good: {shown}. It is tried again for {len(recipients)}."
-        )
         final = DeliveryError(
-            text, message_id=envelope.message_id, stage="RCPT", recipients=refused
+            f"{len(refused)} of {len(envelope.recipients)} recipients were refused for"
+            f" good: {shown}. It is tried again for {len(recipients)}.",
+            message_id=envelope.message_id,
+            stage="RCPT",
+            recipients=refused,
         )
         log_failure(app, deliver, final, time.monotonic() - started)
-
-    raise Retry(exc=error, when=options["countdown"])
 
 
 def _find_recipients(
