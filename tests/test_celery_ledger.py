@@ -32,7 +32,7 @@ if t.TYPE_CHECKING:
 pytestmark = pytest.mark.servers
 
 # Requests of two mails each, in the ways to be killed together.
-REQUESTS: t.Final = int(os.environ.get("APITASK_LEDGER_REQUESTS", "100"))
+REQUESTS: t.Final = int(os.environ.get("APITASK_LEDGER_REQUESTS", "60"))
 CLIENTS: t.Final = 2
 # Seconds that the mail server takes for a message.
 DELAY: t.Final = 0.01
@@ -40,7 +40,7 @@ DELAY: t.Final = 0.01
 # Redis to give out anew what a killed worker had.
 PATIENCE: t.Final = 6.0
 # Seconds without the killed ones.
-OUTAGE: t.Final = 0.5
+OUTAGE: t.Final = 0.2
 # An hour by default. The other two look for such messages each second.
 REDIS: t.Final = {
     "visibility_timeout": 3,

@@ -5,6 +5,8 @@ import threading
 import time
 import typing as t
 
+from celery.utils import uuid
+
 from ..log import log
 
 if t.TYPE_CHECKING:
@@ -128,6 +130,8 @@ class Broker:
         options: dict[str, t.Any],
     ) -> celery.result.AsyncResult:
         step = self._timeout / 2
+        # One identifier, if it has to be published twice.
+        options.setdefault("task_id", uuid())
         options |= {"serializer": "json", "retry": False, "confirm_timeout": step}
         # Without this, the backend of results would be talked to first, with no timeout
         # of ours. AsyncResult.get() does it, too. The header is what the worker obeys.
