@@ -12,8 +12,13 @@ import typing as t
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-_TRUE: t.Final = frozenset({"true", "1", "yes", "on"})
-_FALSE: t.Final = frozenset({"false", "0", "no", "off"})
+_TRUE: t.Final = frozenset({"true", "t", "yes", "y", "on", "1"})
+_FALSE: t.Final = frozenset({"false", "f", "no", "n", "off", "0"})
+
+
+def is_true(value: object) -> bool:
+    """Tell whether a flag is on, of which nobody knows yet if its value is allowed."""
+    return isinstance(value, int | str) and str(value).strip().lower() in _TRUE
 
 
 def read_flag(key: str, value: object, allowed: str = "True or False") -> bool:
@@ -40,10 +45,17 @@ def read_wait(
 
 def read_count(key: str, value: object) -> int:
     """Read a whole number that is at least 1."""
+    return read_whole(key, value, "a whole number of at least 1", 1)
+
+
+def read_whole(
+    key: str, value: object, allowed: str, least: int, most: float = math.inf
+) -> int:
+    """Read a whole number within limits."""
     number = _number(value)
 
-    if not (number >= 1 and number.is_integer()):
-        raise refuse(key, value, "a whole number of at least 1")
+    if not (least <= number <= most and number.is_integer()):
+        raise refuse(key, value, allowed)
 
     return int(number)
 

@@ -458,11 +458,13 @@ def test_a_short_traceback(
     assert "direct cause" not in caplog.text
 
 
-@pytest.mark.parametrize("text", ["false", "False", "0", " no ", "off", "", "None"])
+@pytest.mark.parametrize("text", ["false", "F", "n", "0", " no ", "off", "", "None"])
 def test_flags_that_are_text(text: str) -> None:
     """A word for no is no."""
+    flags = dict.fromkeys(["MAIL_USE_TLS", "MAIL_USE_SSL", "MAIL_SUPPRESS_SEND"], text)
+
     with ScriptedServer() as server:
-        app, mail = make_app(server, MAIL_USE_TLS=text, MAIL_USE_SSL=text)
+        app, mail = make_app(server, **flags)
 
         with app.app_context():
             mail.send(Message("x", ["ada@example.com"], "x"))
@@ -470,10 +472,11 @@ def test_flags_that_are_text(text: str) -> None:
     assert len(server.taken) == 1
 
 
-def test_flags_that_are_yes() -> None:
-    """Any other word is yes."""
+@pytest.mark.parametrize("text", ["true", "T", "y", "1", "on", "yes"])
+def test_flags_that_are_yes(text: str) -> None:
+    """A word for yes is yes."""
     with ScriptedServer() as server:
-        app, mail = make_app(server, MAIL_USE_TLS="true")
+        app, mail = make_app(server, MAIL_USE_TLS=text)
 
         with app.app_context(), pytest.raises(DeliveryError, match="STARTTLS is not"):
             mail.send(Message("x", ["ada@example.com"], "x"))
@@ -498,3 +501,57 @@ def test_both_kinds_of_tls() -> None:
         other = Flask(__name__)
         other.config.update(both)
         assert Mail(other).use_ssl == "on"
+
+
+WRONG = [
+    ("MAIL_PORT", "abc", "a port from 1 to 65535"),
+    ("MAIL_PORT", 65_536, "a port from 1 to 65535"),
+    ("MAIL_PORT", -1, "a port from 1 to 65535"),
+    ("MAIL_MAX_EMAILS", "x", "a whole number, or None for no limit"),
+    ("MAIL_MAX_EMAILS", -1, "a whole number, or None for no limit"),
+    ("MAIL_DEBUG", "x", "True, False, or a whole number of at least 0"),
+    ("MAIL_DEBUG", None, "True, False, or a whole number of at least 0"),
+    ("MAIL_USE_TLS", "maybe", "True or False"),
+    ("MAIL_USE_SSL", "maybe", "True or False"),
+    ("MAIL_SUPPRESS_SEND", "maybe", "True or False"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), WRONG)
+def test_a_key_of_flask_mail_that_is_wrong(
+    key: str, value: object, allowed: str
+) -> None:
+    """It is an error at start-up, whichever extension comes first, if mail is ours."""
+    text = f"^{re.escape(f'{key} is {value!r}, but must be {allowed}.')}$"
+    app = Flask(__name__)
+    app.config.update({key: value}, APITASK_MAIL_BACKGROUND=True)
+
+    with pytest.raises(ValueError, match=text):
+        ApiTask(app)
+
+    assert "apitask" not in app.extensions
+    app = Flask(__name__)
+    app.config["APITASK_MAIL_BACKGROUND"] = True
+    ApiTask(app)
+    app.config[key] = value
+
+    with pytest.raises(ValueError, match=text):
+        Mail(app)
+
+    other = Flask(__name__)
+    other.config[key] = value
+    ApiTask(other)
+
+
+@pytest.mark.parametrize("port", [None, "", "0"])
+def test_keys_that_are_left_empty(port: object) -> None:
+    """An environment variable that is not set, or is empty, is no mistake."""
+    app = Flask(__name__)
+    app.config.update(MAIL_PORT=port, MAIL_MAX_EMAILS=port, MAIL_SERVER=None)
+    app.config.update(APITASK_MAIL_BACKGROUND=True, MAIL_DEFAULT_SENDER="a@example.org")
+    mail = Mail(app)
+    ApiTask(app)
+    text = "MAIL_SERVER is None, but must be the name of a mail server."
+
+    with app.app_context(), pytest.raises(ValueError, match=text):
+        mail.send(Message("x", ["ada@example.com"], "x"))
