@@ -162,7 +162,9 @@ REPLIES: list[tuple[str, str, str, set[str]]] = [
     # The sender
     ("MAIL", "550 5.1.0 no sender of ours", "sender was", SENDER),
     ("MAIL", "553 no", "sender was", SENDER),
-    ("MAIL", "550 no such user", "sender was", SENDER),
+    ("MAIL", "550 Sender rejected", "sender was", SENDER),
+    ("MAIL", "550 Unauthenticated sender rejected", "message was", set()),
+    ("MAIL", "550 blocked using a list of networks", "message was", set()),
     ("RCPT", "550 5.1.8 <>: Sender address rejected: no domain", "sender was", SENDER),
     (
         "RCPT",
@@ -379,6 +381,12 @@ def test_replies_are_counted() -> None:
     replies = [Reply(550, b"<a@x.example> no"), Reply(550, b"<b@x.example> no")]
     assert show(replies, []) == "550 <address> no (2 times)"
     assert show([Reply(250, b"\xff")], []) == "250 \ufffd"
+
+
+def test_a_status_is_no_secret() -> None:
+    """A user that is called 1 does not hide the status code, but is hidden."""
+    reply = Reply(550, b"5.1.1 user 1 unknown")
+    assert show([reply], ["1@example.com"]) == "550 5.1.1 user <hidden> unknown"
 
 
 class MailApp(t.NamedTuple):

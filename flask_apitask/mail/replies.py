@@ -14,6 +14,8 @@ _SHOWN = 300
 
 _ADDRESS = re.compile(r'<?(?:"[^"]*"|[^\s<>()\[\],;:"\']+)@[^\s<>()\[\],;:"\']+>?')
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/=])[A-Za-z0-9+/]{8,}={0,2}(?![A-Za-z0-9+/=])")
+# The status of a reply, which is no secret though a user may be called "1".
+_STATUS = re.compile(r"(?:\d{3} (?:\d\.\d{1,3}\.\d{1,3}\b)?)?")
 _MIXED = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*[0-9]).{16,}")
 
 # What an error calls a stage, and which key to look at, if a connection breaks there.
@@ -41,7 +43,7 @@ _TEMPORARY = "A 4xx reply is temporary: the server may accept the message later.
 _CAUSES: list[tuple[str, str, str, str]] = [
     (
         "MAIL RCPT DATA end",
-        r"^5\d\d 5\.7\.(2[0-7]|515)\b|^5.*\b(SPF|DKIM|DMARC)\b",
+        r"^5\d\d 5\.7\.(2[0-46]|515)\b|^5.*\b(SPF|DKIM|DMARC)\b",
         "The sender's domain failed the checks (SPF, DKIM, DMARC) of {}",
         "",
     ),
@@ -61,7 +63,7 @@ _CAUSES: list[tuple[str, str, str, str]] = [
     ),
     (
         "MAIL RCPT DATA end",
-        r"5\.7\.(54|64)\b|relay access denied|relay(ing)? (denied|not permitted)"
+        r"^5\d\d 5\.7\.(54|64)\b|relay access denied|relay(ing)? (denied|not permitted)"
         r"|^5.*unable to relay",
         "The message is not relayed by {}",
         f"If the server relays for those who log in: {_LOG_IN} Else check MAIL_SERVER.",
@@ -73,7 +75,7 @@ _CAUSES: list[tuple[str, str, str, str]] = [
         "Break the lines of its text and HTML: 998 characters is the limit of SMTP.",
     ),
     (
-        "MAIL RCPT DATA end",
+        "RCPT DATA end",
         r"^[45]\d\d [45]\.2\.2\b|\bmailbox\b.*(full|quota|exceed)|over quota",
         "A recipient's mailbox is full, says {}",
         "",
@@ -88,14 +90,14 @@ _CAUSES: list[tuple[str, str, str, str]] = [
     (
         "MAIL RCPT DATA end",
         r"^5\d\d 5\.(1\.[78]|7\.60|2\.252)\b|not authorized to send from"
-        r"|^5.*(sender address rejected|sender verify failed|verified sender identity"
-        r"|SendAsDenied)",
+        r"|^5.*((?<!unauthenticated )sender (address )?(rejected|verify failed)"
+        r"|verified sender identity|SendAsDenied)",
         "The sender was refused by {}",
         "Check MAIL_DEFAULT_SENDER.",
     ),
     (
         "MAIL",
-        r"^5\d\d 5\.1\.|^553|^550 (?!\d\.)",
+        r"^5\d\d 5\.1\.|^553",
         "The sender was refused by {}",
         "Check MAIL_DEFAULT_SENDER.",
     ),
@@ -165,7 +167,8 @@ def mask(text: str, secrets: cabc.Iterable[str]) -> str:
 
     :param secrets: User name, password, addresses. Their local parts are hidden, too.
     """
-    text = _ADDRESS.sub("<address>", text)
+    status = t.cast("re.Match[str]", _STATUS.match(text))[0]
+    text = _ADDRESS.sub("<address>", text[len(status) :])
 
     for secret in {part for name in secrets for part in (name, name.partition("@")[0])}:
         if secret:
@@ -174,7 +177,7 @@ def mask(text: str, secrets: cabc.Iterable[str]) -> str:
 
     text = _BASE64.sub(_hide_base64, text)
     text = "".join(char if char.isprintable() else "?" for char in text)
-    return text[:_SHOWN].rstrip(". ")
+    return f"{status}{text}"[:_SHOWN].rstrip(". ")
 
 
 def _hide_base64(match: re.Match[str]) -> str:
