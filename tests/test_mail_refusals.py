@@ -3,10 +3,12 @@ from __future__ import annotations
 import base64
 import logging
 import re
+import ssl
 import traceback
 import typing as t
 
 import pytest
+import trustme
 from flask import Flask
 from flask_mail import Mail
 from flask_mail import Message
@@ -311,7 +313,7 @@ def test_some_recipients_that_were_refused() -> None:
         (Stage.GREETING, Fault.SILENCE, "mostly 465, set MAIL_USE_SSL."),
         (Stage.GREETING, Fault.DROP, "mostly 465, set MAIL_USE_SSL."),
         # It has answered, so it does not wait for TLS.
-        (Stage.GREETING, b"421 4.3.2 later\r\n", "messages (MAIL_MAX_EMAILS)."),
+        (Stage.GREETING, b"421 4.3.2 later\r\n", "accept the message later."),
         (Stage.EHLO, Fault.SILENCE, "more than 0.2 s (APITASK_MAIL_TIMEOUT)."),
         (Stage.EHLO, Fault.DROP, "failed at EHLO: the server closed it."),
     ],
@@ -341,6 +343,22 @@ def test_tls_on_the_wrong_port() -> None:
 
     assert caught.value.stage == "TLS"
     assert "465 is usual for MAIL_USE_SSL, 587 for MAIL_USE_TLS" in f"{caught.value}"
+
+
+def test_a_greeting_that_is_cut_off_inside_of_tls() -> None:
+    """With MAIL_USE_SSL on, the advice is not to set it."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+
+    with ScriptedServer(tls=context, implicit=True) as server:
+        server.fail(Stage.GREETING, Fault.DROP)
+        pool = ConnectionPool(server.settings(use_ssl=True, tls_verify=False))
+
+        with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
+            connection.send(make_envelope())
+
+    assert f"{caught.value}".endswith(" failed at the greeting: the server closed it.")
 
 
 def encode(text: str) -> str:

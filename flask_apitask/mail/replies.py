@@ -34,7 +34,7 @@ PLACES = {
 }
 
 _LOG_IN = "Set MAIL_USERNAME and MAIL_PASSWORD."
-_TEMPORARY = "A 4xx reply is temporary: the server may accept the message later."
+TEMPORARY = "A 4xx reply is temporary: the server may accept the message later."
 
 # What refused what, by the stage and the reply: the first row that fits. The codes with
 # dots are those of RFC 3463, and of IANA's registry of them. Words are the last resort,
@@ -147,7 +147,7 @@ def explain(stage: str, reply: Reply) -> tuple[str, str]:
 
     # Exchange has a 451 5.7.3, and SendGrid a 403, for what no second attempt mends.
     if re.match(r"4[2-5]\d (?!5\.)", reply.text):
-        remedy = f"{_TEMPORARY} {remedy}".rstrip()
+        remedy = f"{TEMPORARY} {remedy}".rstrip()
 
     return meaning, remedy
 

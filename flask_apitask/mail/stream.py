@@ -14,6 +14,7 @@ from .replies import explain
 from .replies import PLACES
 from .replies import Reply
 from .replies import show
+from .replies import TEMPORARY
 
 if t.TYPE_CHECKING:
     from .envelope import SMTPSettings
@@ -212,7 +213,9 @@ class SMTPStream(SMTP):
         place, remedy = PLACES.get(self._stage, (self._stage, ""))
 
         # What has answered, or speaks TLS, is no server that waits for TLS.
-        if reply or (self._stage == "greeting" and self.settings.use_ssl):
+        if reply:
+            remedy = f" {TEMPORARY}" if reply.code // 100 == 4 else ""
+        elif self._stage == "greeting" and self.settings.use_ssl:
             remedy = ""
 
         text = f"The connection to {self.settings} failed at {place}: {cause}.{remedy}"
