@@ -2,19 +2,27 @@ from __future__ import annotations
 
 import logging
 import typing as t
+import weakref
 
 from flask import Flask
+from flask import request_started
 from werkzeug.local import LocalProxy
 
 from . import request_scope
 from .config import Config
+from .config import find_late_keys
 from .config import find_mistakes
 from .context import MERGED
 from .executor.pool import ThreadPool
 from .log import log
+from .log import log_once
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
+
+
+# Those that have had no request yet.
+_unserved: weakref.WeakSet[Flask] = weakref.WeakSet()
 
 
 class ApiTask:
@@ -96,9 +104,29 @@ class ApiTask:
 
         state = request_scope.AppState(config, ThreadPool(config.pool_size))
         app.extensions["apitask"] = state
+        _unserved.add(app)
+        request_started.connect(_warn_of_late_keys, app)
 
         if config.enabled and config.wait == "close":
             request_scope.answer_first(app)
+
+
+def _warn_of_late_keys(app: Flask, **extra: object) -> None:
+    """Warn in the first request; no other one pays for it, if all apps have served."""
+    request_started.disconnect(_warn_of_late_keys, app)
+    _unserved.discard(app)
+
+    if not _unserved:
+        request_started.disconnect(_warn_of_late_keys)
+
+    for key in find_late_keys(app.config, app.extensions["apitask"].config):
+        log_once(
+            app,
+            key,
+            "%s was changed after ApiTask(app) had read it, which has no effect. Set it"
+            " before that.",
+            key,
+        )
 
 
 def _find_reroute() -> cabc.Callable[[Flask, Config], None]:

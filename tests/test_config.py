@@ -51,6 +51,10 @@ GOOD_FLAGS = [
     ("no", False),
     ("on", True),
     ("off", False),
+    ("T", True),
+    ("f", False),
+    ("y", True),
+    ("n", False),
     ("1", True),
     ("0", False),
 ]

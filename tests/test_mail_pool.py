@@ -484,7 +484,7 @@ def test_a_busy_server_is_asked_twice(server: ScriptedServer, pools: Pools) -> N
         f"The connection to {pool.settings} failed at the greeting: '421 4.7.0 too many"
         " connections' ended it. The server may allow fewer connections"
         " (APITASK_MAIL_CONNECTIONS) or messages (MAIL_MAX_EMAILS)."
-        " If MAIL_PORT is one for TLS from the start, mostly 465, set MAIL_USE_SSL."
+        " A 4xx reply is temporary: the server may accept the message later."
     )
 
 

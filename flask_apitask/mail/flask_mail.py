@@ -14,6 +14,7 @@ from flask import current_app
 from ..api import current_scope
 from ..api import run
 from ..api import warn_without_apitask
+from ..config import is_true
 from ..context import find_app_context
 from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
@@ -22,11 +23,13 @@ from ..log import log_once
 from ..runner import notify
 from .changes import find_change
 from .changes import use_change
-from .envelope import SMTPSettings
 from .pool import find_pool
 from .rendering import check
 from .rendering import render
 from .rendering import snapshot
+from .settings import is_suppressed
+from .settings import read_settings
+from .settings import settings_of
 from .smtp import OPENING
 
 if t.TYPE_CHECKING:
@@ -51,7 +54,8 @@ _BATCH = 4 * 1024 * 1024
 
 def reroute(app: Flask, config: Config) -> None:
     """Send the mail of an app in the background of its requests."""
-    _check_tls(app.config)
+    # What can't be used is told here, and not by the first mail.
+    read_settings(app.config, config)
 
     if config.mail_tls_verify is False:
         log_once(
@@ -72,7 +76,7 @@ class ReroutedMail:
     """The way that the mail of one app takes: its configuration and its connections."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self.config = config
         # A pool lives while it is in use or has something idle. So nothing is left of
         # the settings of a tenant that sends no more.
         self._pools: Pools = weakref.WeakValueDictionary()
@@ -82,20 +86,8 @@ class ReroutedMail:
 
         :raises ValueError: The settings can't be used, or the CA file not be read.
         """
-        config = self._config
-        settings = SMTPSettings(
-            host=mail.server,
-            port=int(mail.port or 0),
-            use_tls=_is_true(mail.use_tls),
-            use_ssl=_is_true(mail.use_ssl),
-            # Environment variables bring numbers where they look like some.
-            username=None if mail.username is None else str(mail.username),
-            password=None if mail.password is None else str(mail.password),
-            timeout=config.mail_timeout,
-            tls_verify=config.mail_tls_verify,
-            max_messages=int(mail.max_emails or 0) or None,
-            debug=int(mail.debug),
-        )
+        config = self.config
+        settings = settings_of(mail, config)
         settings.tls_context()
         return find_pool(
             self._pools,
@@ -104,25 +96,6 @@ class ReroutedMail:
             # None is kept where no thread could close it in time.
             keepalive=config.mail_keepalive if threads_enabled() else 0,
             owner=self,
-        )
-
-
-def _is_true(value: object) -> bool:
-    """Read a flag of Flask-Mail, also where an environment variable made it text."""
-    if isinstance(value, str):
-        return value.strip().lower() not in {"", "0", "false", "no", "none", "off"}
-
-    return bool(value)
-
-
-def _check_tls(config: cabc.Mapping[str, t.Any]) -> None:
-    use_tls, use_ssl = config.get("MAIL_USE_TLS"), config.get("MAIL_USE_SSL")
-
-    if _is_true(use_tls) and _is_true(use_ssl):
-        raise ValueError(
-            f"MAIL_USE_TLS is {use_tls!r} and MAIL_USE_SSL is {use_ssl!r}, but only one"
-            " can be: STARTTLS, mostly on port 587, or TLS from the start, mostly on"
-            " port 465."
         )
 
 
@@ -143,8 +116,8 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
 
 
 def _init_app(init_app: cabc.Callable[[Flask], t.Any], app: Flask) -> t.Any:
-    if "apitask_mail" in app.extensions:
-        _check_tls(app.config)
+    if rerouted := app.extensions.get("apitask_mail"):
+        read_settings(app.config, rerouted.config)
 
     return init_app(app)
 
@@ -154,13 +127,13 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
     rerouted: ReroutedMail | None = app.extensions.get("apitask_mail")
     state: flask_mail._Mail | None = app.extensions.get("mail")
 
-    if rerouted is None and _is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
+    if rerouted is None and is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
         warn_without_apitask(app, "A mail was sent")
 
     if rerouted is None or state is None:
         return value
 
-    change = find_change(mail, name, bool(state.suppress))
+    change = find_change(mail, name, is_suppressed(state))
 
     if change is None:
         connect = functools.partial(BackgroundConnection, rerouted, state)
@@ -194,7 +167,7 @@ class BackgroundConnection:
 
     def __enter__(self) -> te.Self:
         # What is suppressed takes no time, and the outbox of a test is in order so.
-        if not self.mail.suppress:
+        if not is_suppressed(self.mail):
             self._pool = self._rerouted.pool(self.mail)
             self._connection = None if current_scope() else self._pool.connection()
 

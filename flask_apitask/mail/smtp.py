@@ -176,9 +176,9 @@ class SMTPSession(SMTPStream):
             ) from None
         except (smtplib.SMTPException, ValueError):
             raise self._error(
-                f"No way to log in that smtplib knows is offered by {self.settings}. If"
-                " it has none without TLS, set MAIL_USE_TLS; if it needs none, leave"
-                " MAIL_USERNAME out."
+                f"smtplib knows no way to log in that is offered by {self.settings}. If"
+                " the server offers one only over TLS, set MAIL_USE_TLS; if it needs no"
+                " log-in, leave out MAIL_USERNAME."
             ) from None
         finally:
             self._deadline = None
@@ -242,7 +242,9 @@ class SMTPSession(SMTPStream):
         if not sender.is_positive:
             error = self._refused("MAIL", sender, envelope.sender)
         elif len(refused) == len(envelope.recipients):
-            what = f"Every recipient of {len(refused)} was refused by {self.settings}"
+            count = len(refused)
+            who = f"All {count} recipients were" if count > 1 else "The recipient was"
+            what = f"{who} refused by {self.settings}"
             error = self._refused_recipients(refused, what)
         elif last.code != 354:
             error = self._refused("DATA", last)
@@ -265,15 +267,15 @@ class SMTPSession(SMTPStream):
             reply = self.getreply()
 
             if reply.code // 100 == 3:
-                raise self._lost(f"it is no answer to a message to say {reply.code}")
+                raise self._lost(f"{reply.code} is no answer to a message")
         except ConnectionLost as lost:
             if lost.smtp_code == 421:
                 raise
 
             raise DeliveryUnknown(
-                f"The message may or may not be delivered: {lost} It was complete by"
-                " then, so it is not sent again. Look for it in the log of the server,"
-                " and allow a slow server a longer timeout (APITASK_MAIL_TIMEOUT).",
+                f"The message may or may not have been delivered: {lost} The server had"
+                " all of it by then, so it is not sent again. Look for it in the"
+                " server's log, and give a slow server longer (APITASK_MAIL_TIMEOUT).",
                 stage=self._stage,
             ) from None
 

@@ -14,6 +14,7 @@ from .replies import explain
 from .replies import PLACES
 from .replies import Reply
 from .replies import show
+from .replies import TEMPORARY
 
 if t.TYPE_CHECKING:
     from .envelope import SMTPSettings
@@ -210,6 +211,13 @@ class SMTPStream(SMTP):
             cause = f"it took more than {seconds}"
 
         place, remedy = PLACES.get(self._stage, (self._stage, ""))
+
+        # What has answered, or speaks TLS, is no server that waits for TLS.
+        if reply:
+            remedy = f" {TEMPORARY}" if reply.code // 100 == 4 else ""
+        elif self._stage == "greeting" and self.settings.use_ssl:
+            remedy = ""
+
         text = f"The connection to {self.settings} failed at {place}: {cause}.{remedy}"
         lost = ConnectionLost(text, stage=self._stage, reply=reply)
         lost.timed_out = timed_out
@@ -229,7 +237,8 @@ class SMTPStream(SMTP):
     def _refused_recipients(
         self, refused: dict[str, Reply], what: str
     ) -> DeliveryError:
-        remedies = " ".join({explain("RCPT", reply)[1] for reply in refused.values()})
-        shown = show(refused.values(), [*self._secrets, *refused])
-        text = f"{what}: {shown}. {remedies}".rstrip()
+        replies = refused.values()
+        remedies = dict.fromkeys(explain("RCPT", reply)[1] for reply in replies)
+        shown = show(replies, [*self._secrets, *refused])
+        text = " ".join([f"{what}: {shown}.", *filter(None, remedies)])
         return DeliveryError(text, stage="RCPT", recipients=dict(refused))
