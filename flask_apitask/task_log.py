@@ -35,7 +35,7 @@ def log_failure(app: Flask, task: Fn, error: BaseException, duration: float) -> 
 
 
 def log_timeout(app: Flask, report: TimeoutReport) -> None:
-    """Write an ERROR for each task that never ran, and a WARNING for the others."""
+    """Write an ERROR for each task that never ran, and a WARNING about the others."""
     for name in report.cancelled:
         outcome = (
             f"was cancelled: not begun within {report.timeout} s (APITASK_TIMEOUT)"
@@ -69,7 +69,7 @@ def log_callback(app: Flask, callback: Fn, error: BaseException) -> None:
 
 
 def warn_of_session(app: Flask, task: Fn, changes: list[str]) -> None:
-    """Write a WARNING, once, of what a task has changed in its session."""
+    """Write a WARNING, once, about a task's changes to its session."""
     log_once(
         app,
         "session",
