@@ -130,7 +130,9 @@ def wait(timeout: float | None = None) -> None:
     :raises TypeError: ``timeout`` is not a number.
     """
     if not isinstance(timeout, int | float | None):
-        raise TypeError(f"wait() takes a number of seconds, or None, and not {timeout!r}.")
+        raise TypeError(
+            f"wait() takes a number of seconds, or None, and not {timeout!r}."
+        )
 
     scope = _find_scope()
 
