@@ -59,12 +59,12 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     """Start a task that the current request, or ``with`` block, waits for.
 
     It runs on a thread, in an app context of its own, with the caller's request and
-    context variables. What it raises is logged and kept in the future; the response
-    is not touched.
+    context variables. An exception is logged and kept in the future, and the response
+    is not affected.
 
     Where there is no scope (outside of a request, inside another task, after the
     request's scope was ended) the task is called here and now, in the caller's own
-    context, and what it raises goes to the caller.
+    context, and an exception is raised to the caller.
 
     Not for work that must survive the process, be retried, or take longer than the
     client cares to wait: that belongs in a task queue.
@@ -73,8 +73,8 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     :param args: Its positional arguments.
     :param kwargs: Its keyword arguments; none is taken by :func:`run` itself.
     :raises TypeError: ``task`` can't be called.
-    :return: The :class:`concurrent.futures.Future` of what the task returns, finished
-        already after a plain call. An ``async def`` view may ``await`` it.
+    :return: The :class:`concurrent.futures.Future` of the task's result, which is done
+        after a plain call. An ``async def`` view may ``await`` it.
     """
     scope = _find_scope()
 
@@ -102,7 +102,7 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
 def warn_without_apitask(app: Flask, what: str = "run() was called") -> None:
     """Log a WARNING, once, in a request of an app that has no :class:`ApiTask`.
 
-    :param what: What has been done on the spot therefore.
+    :param what: What was done on the spot for that reason.
     """
     request_context = None if "apitask" in app.extensions else find_request_context()
 
@@ -121,13 +121,13 @@ def warn_without_apitask(app: Flask, what: str = "run() was called") -> None:
 def wait(timeout: float | None = None) -> None:
     """Block until the tasks that the current scope was given so far are done.
 
-    A barrier, not an end: more can be started after it. What the tasks raised is in
-    their futures and in the log, and is not raised here. Does nothing where there is
-    no scope. Not needed at the end of a view: the request waits by itself.
+    More tasks can be started after it. Exceptions of the tasks are in their futures and
+    in the log, and are not raised here. Does nothing where there is no scope. Not
+    needed at the end of a view: the request waits by itself.
 
     :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
     :raises TimeoutError: Some are not done yet; they go on.
-    :raises TypeError: ``timeout`` is no number.
+    :raises TypeError: ``timeout`` is not a number.
     """
     if not isinstance(timeout, int | float | None):
         raise TypeError(
@@ -153,12 +153,12 @@ def current_scope() -> TaskScope | None:
 def open_scope(
     *, max_workers: int | None = None, timeout: float | None = None
 ) -> cabc.Iterator[TaskScope]:
-    """Open a scope for a block: in a command, a script, or a part of a view.
+    """Open a scope for a block: in a command, a script, or part of a view.
 
     The tasks started in the block are done when it is left, whether it raises or not.
-    Scopes nest: a task belongs to the innermost, and each waits for its own.
+    Scopes nest: a task belongs to the innermost, and each waits for its own tasks.
 
-    :param max_workers: Most tasks that run at once, ``None`` for
+    :param max_workers: The most tasks that run at once, ``None`` for
         :data:`APITASK_MAX_WORKERS`.
     :param timeout: Seconds that the end of the block waits, ``None`` for
         :data:`APITASK_TIMEOUT`, :data:`math.inf` for as long as it takes.
@@ -197,19 +197,22 @@ def scoped(
 ) -> t.Any:
     """Give one view, or any function, a scope of its own.
 
-    Its tasks are done when it returns, not only at the end of the request. Use it with
-    ``APITASK_ENABLED = False`` to have scopes where you say, or for limits of its own.
-    It goes below the route decorator, which registers what stands below it::
+    Its tasks are done when it returns, not just at the end of the request. Use it with
+    ``APITASK_ENABLED = False`` to have scopes only where you want them, or to set other
+    limits. Put it below the route decorator, which registers the function below it::
 
         @app.post("/signup")
         @scoped(max_workers=2, timeout=5.0)
         def signup(): ...
 
-    Above it, it has no effect: the app has the view without it. This is wrong::
+    Above it, it has no effect: the app has registered the view without it. This is
+    wrong::
 
         @scoped(max_workers=2, timeout=5.0)
         @app.post("/signup")
         def signup(): ...
+
+    In a class-based view, put it in ``decorators``, or on a method.
 
     :param view: A function, sync or ``async def``.
     :param max_workers: As for :func:`open_scope`.
@@ -217,7 +220,7 @@ def scoped(
     :param wait: When to wait for the tasks: ``"return"``, or ``"close"`` for after the
         response to the request was sent, where there is a request.
     :raises TypeError: ``view`` is not a function, or it is a generator function.
-    :raises ValueError: A limit is not a positive number, or ``wait`` is another word.
+    :raises ValueError: A limit is not a positive number, or ``wait`` is something else.
     """
     read_limits(max_workers, timeout)
     at_close = read_wait("wait", wait, ("return", "close")) == "close"
@@ -269,7 +272,7 @@ def _check_view(view: t.Any) -> None:
 
     if inspect.isgeneratorfunction(view) or inspect.isasyncgenfunction(view):
         raise TypeError(
-            f"scoped() can't wait for {view!r}: a generator begins when it is left."
+            f"scoped() can't wait for {view!r}: its body runs after it has returned."
             " Use 'with open_scope()' in it."
         )
 

@@ -47,9 +47,9 @@ def enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskSc
 
 
 def leave(frame: Frame, scope: TaskScope, at_close: bool = False) -> bool:
-    """Leave a block, with those in it that were left open, and say if it ends now.
+    """Leave a block and those left open in it, and return whether its scope ends now.
 
-    :param at_close: Leave it to the end of the response if there is going to be one.
+    :param at_close: End it with the response, if there is going to be one.
     """
     # It is not there where a generator is closed in another context than it ran in.
     if frame in walk_frames():
@@ -57,7 +57,7 @@ def leave(frame: Frame, scope: TaskScope, at_close: bool = False) -> bool:
 
     context = find_request_context()
 
-    # The response is no concern of a function that is called by a task.
+    # A function that is called by a task has nothing to do with the response.
     if not at_close or context is None or is_in_task(context.request):
         return True
 

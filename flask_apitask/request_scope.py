@@ -48,9 +48,9 @@ class RequestScope:
     """The scope of a request: a handle, which makes the scope for the first task.
 
     Several threads may share the context of a request, so one of them may open the
-    scope while another ends the request. A thread that opens it looks after that
-    whether the request has ended, and one that ends the request says so before it looks
-    for the scope. So at least one of them sees the other, and the scope is ended.
+    scope while another ends the request. A thread that opens it then checks whether the
+    request has ended, and one that ends the request sets that flag before it looks for
+    the scope. So at least one of them sees the other, and the scope is ended.
     """
 
     __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended")
@@ -227,13 +227,13 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
 
 
 def answer_first(app: Flask) -> None:
-    """Have the app's responses wait for tasks when they are closed. Idempotent."""
+    """Make an app's responses wait for tasks when they are closed. Idempotent."""
     request_finished.connect(_hook_response, app)
     got_request_exception.connect(_unhook_response, app)
 
 
 def _hook_response(app: Flask, response: Response, **extra: object) -> None:
-    """Have a response wait when it is closed; for :data:`flask.request_finished`."""
+    """Make a response wait when it is closed; for :data:`flask.request_finished`."""
     scope = find_request_scope(find_request_context())
     answers_first = app.extensions["apitask"].config.wait == "close"
 
@@ -255,7 +255,7 @@ def _unhook_response(app: Flask, **extra: object) -> None:
 
 
 def _close_with(response: Response, closing: Closing) -> None:
-    """Have a response wait when the server closes it."""
+    """Make a response wait when the server closes it."""
     # Else the server is given the body alone, and closes that alone.
     response.direct_passthrough = False
     closings: list[Closing] | None = vars(response).get(_CLOSINGS)
@@ -278,7 +278,7 @@ def _close(closings: list[Closing]) -> None:
 
 
 def _end_all(scopes: tuple[TaskScope, ...]) -> None:
-    """End scopes in order, all of them though one wait is interrupted."""
+    """End scopes in order, and all of them even if one wait is interrupted."""
     for count, scope in enumerate(scopes, 1):
         try:
             scope.end()

@@ -14,6 +14,7 @@ from .context import task_locals
 from .executor.runner import Runner
 from .executor.scope import TaskScope
 from .executor.task import task_name
+from .log import find_logger
 from .log import log
 from .own_g import find_copier
 from .own_session import find_changes
@@ -187,7 +188,7 @@ def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) ->
         signal.send(app, _async_wrapper=app.ensure_sync, **fields)
     except BaseException as error:
         log(
-            app.logger,
+            find_logger(app),
             logging.ERROR,
             "A receiver of the signal %r failed.",
             signal.name,

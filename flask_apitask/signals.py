@@ -12,12 +12,12 @@ Sent before a task runs, in the thread and in the context that it runs in. The s
 is the :class:`~flask.Flask` app. Keyword arguments:
 
 -   ``name``: the task's name, see :func:`.task`.
--   ``how``: ``"thread"`` on a thread of the pool, ``"inline"`` as a plain call, or
-    where no thread could be had.
+-   ``how``: ``"thread"`` on a thread of the pool, ``"inline"`` for a plain call, or
+    if no thread was available.
 -   ``submitted``, ``started``: seconds of :func:`time.monotonic`.
 
-Not sent for a plain call outside of any application context. A receiver that raises an
-:exc:`Exception` is logged, and the task runs all the same.
+Not sent for a plain call outside of any application context. If a receiver raises, the
+error is logged and the task runs all the same.
 """,
 )
 
