@@ -159,9 +159,11 @@ def share_body(request: Request) -> None:
 
 
 def share_method(request: Request | None, task: t.Any) -> t.Any:
-    """Replace a method of a request that was looked up before its body was shared."""
-    is_method = request is not None and getattr(task, "__self__", None) is request
-    return getattr(request, task.__name__) if is_method else task
+    """Replace a ``get_data`` that was looked up before the body was shared."""
+    if getattr(task, "__self__", None) is not request or request is None:
+        return task
+
+    return request.get_data if task.__name__ == "get_data" else task
 
 
 def _is_kept(request: Request) -> bool:
