@@ -19,6 +19,7 @@ from .log import log
 from .own_g import find_copier
 from .own_session import find_changes
 from .shared_body import share_body
+from .shared_body import share_method
 from .signals import task_finished
 from .signals import task_started
 from .task_log import log_callback
@@ -74,6 +75,7 @@ class TaskRunner(Runner):
         how: How,
     ) -> t.Any:
         app, started = self._app, time.monotonic()
+        task = share_method(self._frame.request, task)
 
         try:
             # Most apps have no receivers, and each task pays for a call.

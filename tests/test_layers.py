@@ -31,6 +31,8 @@ FOREIGN_PRIVATE_NAMES = {
     "_Mail": "what app.extensions['mail'] is, in annotations only",
     "_MailMixin": "where Flask-Mail looks up all that it sends over, whatever stands in"
     " its place, by whomever (test_mail_flask_mail.py)",
+    "_cached_data": "whether Werkzeug has kept a body; to ask for it would read it"
+    " (test_bodies.py)",
     "_current_frames": "documented by Python: what every thread is doing",
     "_get_current_object": "documented by Werkzeug: the object behind a proxy",
     "_register_atexit": "Python's own thread pool ends by it: atexit comes too late for"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import queue
 import threading
@@ -15,10 +16,13 @@ from flask import request_started
 from flask import session
 from flask.sessions import SecureCookieSession
 from flask.sessions import SecureCookieSessionInterface
+from flask.sessions import SessionInterface
+from flask.sessions import SessionMixin
 from flask_login import current_user  # type: ignore[import-untyped]
 from flask_login import login_user
 from flask_login import LoginManager
 from flask_login import UserMixin
+from werkzeug.datastructures import CallbackDict
 
 from flask_apitask import ApiTask
 from flask_apitask import extension
@@ -349,6 +353,133 @@ def test_flask_login(
     assert client.get("/").text == "['ada', 'ada']"
     # Flask-Login notes in the session that it has found the user by the cookie.
     assert len(find_warnings(caplog)) == 1
+
+
+class Opaque:
+    """A value of which every copy is another one."""
+
+
+class Vexed:
+    """A value that can't be compared."""
+
+    def __eq__(self, other: object) -> bool:
+        raise ArithmeticError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclasses.dataclass
+class Box:
+    """A value that is compared by what is in it."""
+
+    content: object
+
+
+ODD: dict[str, cabc.Callable[[], object]] = {
+    "lock": threading.Lock,
+    "opaque": Opaque,
+    "vexed": Vexed,
+    "lock inside": lambda: [1, {"lock": threading.Lock()}],
+    "opaque inside": lambda: [Opaque()],
+    "box": lambda: Box(Opaque()),
+    "nan": lambda: float("nan"),
+    "generator": lambda: {"left": (item for item in "ab")},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("change", ["none", "same", "other", "gone", "beside"])
+def test_session_with_odd_values(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    change: str,
+) -> None:
+    """A value that can't be copied or compared fails no task, and is no change."""
+    app, make = make_app(SECRET_KEY="test"), ODD[kind]
+
+    def look() -> type:
+        kind = type(session["odd"])
+
+        if change == "same":
+            session["odd"] = session["odd"]
+        elif change == "other":
+            session["odd"] = make()
+        elif change == "gone":
+            del session["odd"]
+        elif change == "beside":
+            session["colour"] = "red"
+
+        return kind
+
+    with app.test_request_context():
+        session["odd"], session["list"] = make(), [1]
+        assert run(look).result(PATIENCE) is type(session["odd"])
+        assert "colour" not in session
+
+    changed = {"other": "(odd)", "gone": "(odd)", "beside": "(colour)"}.get(change)
+    warnings = find_warnings(caplog)
+    assert len(warnings) == (changed is not None)
+    assert all(str(changed) in warning for warning in warnings)
+
+
+def test_failing_task_with_odd_values(make_app: AppFactory) -> None:
+    """What a task raises reaches the future, whatever is in the session."""
+    app = make_app(SECRET_KEY="test")
+
+    def fail() -> None:
+        session["odd"] = Vexed()
+        raise LookupError
+
+    with app.test_request_context():
+        session["odd"] = Vexed()
+        assert isinstance(run(fail).exception(PATIENCE), LookupError)
+
+
+class StoredSession(CallbackDict[str, t.Any], SessionMixin):
+    """A session as Flask-Session has it: a dictionary that knows its place."""
+
+    def __init__(self, initial: dict[str, t.Any], sid: str) -> None:
+        super().__init__(initial, lambda self: setattr(self, "modified", True))
+        self.sid = sid
+        self.modified = False
+
+    def __bool__(self) -> bool:
+        return bool(dict(self)) and self.keys() != {"_permanent"}
+
+
+def test_session_in_a_store(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session whose class needs arguments is copied, with what is noted on it."""
+    app = make_app()
+    saved: list[tuple[bool, dict[str, t.Any]]] = []
+
+    class Interface(SessionInterface):
+        def open_session(self, app: Flask, request: Request) -> StoredSession:
+            return StoredSession({"counts": [1], "odd": Opaque()}, "s3cret")
+
+        def save_session(self, app: Flask, session: t.Any, response: object) -> None:
+            saved.append((session.modified, dict(session)))
+
+    app.session_interface = Interface()
+
+    def look() -> str:
+        assert not session.modified
+        return str(session.sid)  # type: ignore[attr-defined]
+
+    @app.post("/<name>")
+    def index(name: str) -> str:
+        return str(run({"look": look, "count": count_up}[name]).result(PATIENCE))
+
+    client = app.test_client()
+    assert client.post("/look").text == "s3cret"
+    assert find_warnings(caplog) == []
+    assert client.post("/count").text == "2"
+    assert len(find_warnings(caplog)) == 1
+    assert [(modified, kept["counts"]) for modified, kept in saved] == [
+        (False, [1])
+    ] * 2
 
 
 class PlainSession(dict[str, t.Any]):
