@@ -382,7 +382,8 @@ def test_other_refusals_are_the_limit_where_others_work(
     caplog.set_level(logging.INFO, "flask_apitask")
     user = ("me@example.com", "secret")
 
-    with ScriptedServer(user=user, allowed=2, refusal=refusal, delay=0.01) as server:
+    # Others are busy for longer than the timeout.
+    with ScriptedServer(user=user, allowed=2, refusal=refusal, delay=0.1) as server:
         pool = ConnectionPool(server.settings(timeout=SHORT), size=4)
         send_many(pool, 16, 8)
         pool.close_idle()
@@ -390,6 +391,43 @@ def test_other_refusals_are_the_limit_where_others_work(
     assert len(server.taken) == 16
     assert server.refused
     assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+@pytest.mark.parametrize("refusal", HARD, ids=lambda refusal: f"{refusal}")
+def test_another_that_worked_is_closed_by_then(
+    refusal: tuple[Stage, Fault | bytes],
+) -> None:
+    """A server that took a message since is asked again, if no connection is left."""
+    user = ("me@example.com", "secret")
+    refused, answered = threading.Event(), threading.Event()
+
+    class Waits(ScriptedServer):
+        def next_fault(self, stage: Stage) -> Fault | bytes | None:
+            if stage is refusal[0] and self.refused and not refused.is_set():
+                refused.set()
+                assert answered.wait(PATIENCE)
+                return refusal[1]
+
+            return super().next_fault(stage)
+
+    with (
+        Waits(user=user) as server,
+        concurrent.futures.ThreadPoolExecutor(1) as executor,
+    ):
+        pool = ConnectionPool(server.settings(timeout=2.0), size=2, keepalive=0)
+
+        with pool.connection() as first:
+            first.send(make_envelope())
+            server.refused = 1
+            second = executor.submit(send, pool)
+            assert refused.wait(PATIENCE)
+            first.send(make_envelope())
+
+        assert "in_use=1 idle=0" in f"{pool!r}"
+        answered.set()
+        second.result(PATIENCE)
+
+    assert len(server.taken) == 3
 
 
 @pytest.mark.parametrize("refusal", HARD[:2], ids=lambda refusal: f"{refusal}")

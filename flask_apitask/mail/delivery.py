@@ -91,6 +91,7 @@ class _Attempts:
 
     def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
+        # Since then the server has not taken anything.
         self._began = time.monotonic()
         self._pause = _FIRST_PAUSE
         self._repeated = False
@@ -134,16 +135,18 @@ class _Attempts:
             self._repeated = True
             return again
 
-        hopeful = error.stage in {"connect", "greeting"} and _may_be_limit(error)
+        now = time.monotonic()
+        # Others worked in the meantime, and may be closed by now.
+        if served := self._pool.taken_at > self._began:
+            self._began = now
 
-        if not _is_passing(error):
-            if not (hopeful and self._pool.opens_others(session)):
-                return False
+        early = error.stage in {"connect", "greeting"}
+        hopeful = served or (early and self._pool.opens_others(session))
 
-        timeout = self._pool.settings.timeout
-        ends_at = max(self._began, self._pool.taken_at) + timeout
+        if not (_is_passing(error) or (hopeful and _may_be_limit(error))):
+            return False
 
-        if (left := ends_at - time.monotonic()) <= 0:
+        if (left := self._began + self._pool.settings.timeout - now) <= 0:
             return False
 
         time.sleep(min(left, self._pause))
