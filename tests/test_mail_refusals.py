@@ -33,8 +33,8 @@ def refuse(
 ) -> tuple[DeliveryError, str]:
     """Have a message refused, and return the error, and its text after the server."""
     with ScriptedServer(user=USER) as server:
-        server.fail(stage, *[answer + b"\r\n"] * max(1, len(recipients)))
-        pool = ConnectionPool(server.settings(**settings))
+        server.fail(stage, *[answer + b"\r\n"] * 20)
+        pool = ConnectionPool(server.settings(timeout=0.5, **settings))
 
         with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
             connection.send(make_envelope(*recipients))
@@ -323,7 +323,7 @@ def test_which_key_to_look_at_when_a_connection_fails(
 ) -> None:
     """A failed connection names the keys that may be wrong, and has no reply."""
     with ScriptedServer() as server:
-        server.fail(stage, fault, fault)
+        server.fail(stage, *[fault] * 20)
         pool = ConnectionPool(server.settings(timeout=0.2))
 
         with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
@@ -467,8 +467,9 @@ def test_a_short_traceback(
 ) -> None:
     """Of ours the traceback has the delivering function, and nothing below it."""
     with ScriptedServer(user=USER) as server:
-        server.fail(Stage.AUTH, *[fault] * 5)
-        app, mail = make_app(server, MAIL_USERNAME=USER[0], MAIL_PASSWORD=USER[1])
+        server.fail(Stage.AUTH, *[fault] * 20)
+        user = {"MAIL_USERNAME": USER[0], "MAIL_PASSWORD": USER[1]}
+        app, mail = make_app(server, APITASK_MAIL_TIMEOUT=0.3, **user)
 
         with app.test_request_context(), mail.connect() as connection:
             for _ in range(number):

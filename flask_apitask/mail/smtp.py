@@ -43,6 +43,10 @@ class SMTPSession(SMTPStream):
     def __init__(self, settings: SMTPSettings) -> None:
         super().__init__(settings)
         self._messages = 0
+        # The server is ready for messages.
+        self.let_in = False
+        # When it last took one.
+        self.taken_at = 0.0
         # No reply is due and no transaction is open: any command may follow.
         self._in_order = False
 
@@ -69,7 +73,7 @@ class SMTPSession(SMTPStream):
             if settings.username and settings.password:
                 self._log_in(settings.username, settings.password)
 
-            self._in_order = True
+            self.let_in = self._in_order = True
         except smtplib.SMTPResponseException as error:
             reply = Reply(error.smtp_code, t.cast("bytes", error.smtp_error))
             raise self._refused(self._stage, reply) from None
@@ -128,7 +132,7 @@ class SMTPSession(SMTPStream):
 
     def close(self) -> None:
         """Close the socket without a word, and without an effect on a forked twin."""
-        self._in_order = False
+        self.let_in = self._in_order = False
         super().close()
 
     def _greet(self) -> None:
@@ -136,7 +140,9 @@ class SMTPSession(SMTPStream):
         # Nothing learned in plain text counts after STARTTLS.
         self.ehlo_resp = self.helo_resp = None
         self.does_esmtp = False
-        self.ehlo_or_helo_if_needed()
+        reply = self.ehlo()
+        # One that says "not now" knows EHLO.
+        self._expect(*(self.helo() if reply[0] // 100 == 5 else reply))
 
     def _upgrade(self) -> None:
         self._stage = "STARTTLS"
@@ -285,6 +291,7 @@ class SMTPSession(SMTPStream):
             self._reset()
             raise error
 
+        self.taken_at = self.heard_at
         self._in_order = True
 
     def _reset(self) -> None:

@@ -29,6 +29,11 @@ else:
 _CHUNK = 16_384
 # Bytes of one reply, all of its lines: a hundred times the longest that is of use.
 _REPLY = 65_536
+# A connect that is refused is none: nobody listens there.
+_HANG_UPS = (
+    *(EOFError, ssl.SSLEOFError, BrokenPipeError),
+    *(ConnectionAbortedError, ConnectionResetError),
+)
 _REPLY_LINE = re.compile(rb"[2-5][0-9]{2}(?:[ -].*)?\r?")
 
 
@@ -38,8 +43,8 @@ class ConnectionLost(DeliveryError):
     Nothing was delivered: to send the message again can't make two of it.
     """
 
-    # Nothing came in time, while the other cases are a hang-up.
-    timed_out = False
+    # The other side ended a connection that it had accepted.
+    hung_up = False
 
 
 class SMTPStream(SMTP):
@@ -170,7 +175,7 @@ class SMTPStream(SMTP):
                 raise self._lost(error) from None
 
             if not received:
-                raise self._lost("the server closed it")
+                raise self._lost(EOFError("the server closed it"))
 
             self._received += received
 
@@ -204,9 +209,7 @@ class SMTPStream(SMTP):
     def _lost(self, cause: object, reply: Reply | None = None) -> ConnectionLost:
         """Close the connection and make the exception that says why."""
         self.close()
-        timed_out = isinstance(cause, TimeoutError)
-
-        if timed_out:
+        if isinstance(cause, TimeoutError):
             seconds = f"{self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT)"
             cause = f"it took more than {seconds}"
 
@@ -220,7 +223,7 @@ class SMTPStream(SMTP):
 
         text = f"The connection to {self.settings} failed at {place}: {cause}.{remedy}"
         lost = ConnectionLost(text, stage=self._stage, reply=reply)
-        lost.timed_out = timed_out
+        lost.hung_up = isinstance(cause, _HANG_UPS)
         return lost
 
     def _expect(self, code: int, words: bytes) -> None:
