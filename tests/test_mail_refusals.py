@@ -352,8 +352,9 @@ def test_a_greeting_that_is_cut_off_inside_of_tls() -> None:
     authority.issue_cert("localhost").configure_cert(context)
 
     with ScriptedServer(tls=context, implicit=True) as server:
-        server.fail(Stage.GREETING, Fault.DROP)
-        pool = ConnectionPool(server.settings(use_ssl=True, tls_verify=False))
+        server.fail(Stage.GREETING, *[Fault.DROP] * 20)
+        settings = server.settings(use_ssl=True, tls_verify=False, timeout=0.5)
+        pool = ConnectionPool(settings)
 
         with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
             connection.send(make_envelope())
