@@ -37,6 +37,8 @@ class TaskFuture(concurrent.futures.Future[T]):
     index: int = 0
     # The identifier of the thread that runs the task, or its done callbacks.
     thread: int = 0
+    # Whether its scope has put it off until something has happened.
+    held: bool = False
 
     def __init__(
         self,
@@ -113,6 +115,23 @@ class TaskFuture(concurrent.futures.Future[T]):
             self.set_result(result)
             # Another thread may have this identifier later on.
             self.thread = 0
+
+    def drop(self, reason: str) -> None:
+        """Cancel a task that was put off, and have the runner say why.
+
+        :param reason: What has not come about, as part of a sentence.
+        """
+        work: Work | None = self._work
+        self.held = False
+
+        if work is None or self.cancelled():
+            return
+
+        self.cancel()
+        # Those who wait for it are told, and it lets go of its arguments.
+        self.run("inline")
+        task, args, kwargs, _ = work
+        self._context.run(self._runner.drop, task, args, kwargs, reason)
 
     @property
     def task(self) -> t.Any:
