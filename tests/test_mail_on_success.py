@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import typing as t
 
@@ -138,6 +139,10 @@ def test_mail_that_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
 
         assert outbox == []
 
+    def fail_late() -> None:
+        view()
+        raise ZeroDivisionError
+
     with site.mail.record_messages() as outbox:
         site.get(view)
         assert [message.subject for message in outbox] == [*map(str, numbers)]
@@ -147,8 +152,7 @@ def test_mail_that_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
             assert outbox.pop().subject == "99"
 
     with site.mail.record_messages() as outbox:
-        site.app.view_functions.clear()
-        site.app.view_functions["page"] = lambda: [view(), 1 / 0]
+        site.app.view_functions["page"] = fail_late
         assert site.app.test_client().get("/").status_code == 500
         assert outbox == []
 
@@ -169,7 +173,7 @@ def test_without_scope_and_in_blocks(inbox: Mailbox) -> None:
 
         assert inbox.subjects == ["1", "2"]
 
-        with pytest.raises(ZeroDivisionError), open_scope():
+        with contextlib.suppress(ZeroDivisionError), open_scope():
             site.mail.send(site.message(3))
             raise ZeroDivisionError
 
