@@ -139,7 +139,7 @@ def test_mail_that_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
 
         assert outbox == []
 
-    def fail_late() -> None:
+    def fail_late() -> str:
         view()
         raise ZeroDivisionError
 

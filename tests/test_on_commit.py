@@ -381,6 +381,7 @@ def test_commit_by_another_thread(sites: list[Site]) -> None:
 
 
 def race_commit(site: Site) -> None:
+    """Have a thread commit while the scope of a task ends."""
     session = orm.Session(site.engine)
     started = threading.Event()
     ran: list[int] = []
