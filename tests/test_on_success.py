@@ -381,17 +381,30 @@ def test_calls_in_teardown(failed: bool, earlier: bool) -> None:
     assert calls.futures[0].cancelled() == failed
 
 
-def test_handler_after_the_end(make_app: AppFactory) -> None:
-    """A task of a request that has failed already is dropped after it, too."""
-    app, calls = make_app(), Calls()
+@both_ends
+@pytest.mark.parametrize("fails", [False, True])
+def test_calls_in_a_stream(make_app: AppFactory, end: str, fails: bool) -> None:
+    """What a stream puts off waits for its end, as long as it has a context."""
+    app, calls = make_app(APITASK_WAIT=end), Calls()
 
-    with app.test_request_context():
-        with contextlib.suppress(Broken), app.test_request_context():
-            raise Broken
-
+    def stream() -> cabc.Iterator[str]:
+        yield "first"
         calls.put_off()
 
-    assert calls.done == ["task"]
+        if fails:
+            raise Broken
+
+        yield "last"
+        assert calls.done == []
+
+    app.add_url_rule("/", "page", lambda: Response(stream_with_context(stream())))
+    expected = pytest.raises(Broken) if fails else contextlib.nullcontext()
+
+    with expected:
+        get(app)
+
+    assert calls.futures[0].cancelled() == fails
+    assert calls.done == ([] if fails else ["task"])
 
 
 @both_ends
