@@ -20,6 +20,7 @@ from .executor.future import TaskFuture
 from .executor.runner import Runner
 from .executor.task import make_callable
 from .log import log_once
+from .outcome import Judgement
 from .runner import call_observed
 from .runner import PlainRunner
 
@@ -168,7 +169,8 @@ def open_scope(
     frame, scope = enter(max_workers, timeout)
 
     try:
-        yield scope
+        with Judgement(scope):
+            yield scope
     finally:
         leave(frame, scope)
         scope.end()
@@ -241,7 +243,8 @@ def scoped(
             frame, scope = enter(max_workers, timeout)
 
             try:
-                return await view(*args, **kwargs)
+                with Judgement(scope):
+                    return await view(*args, **kwargs)
             finally:
                 if leave(frame, scope, at_close):
                     # On another thread, as the tasks may need the view's event loop.
@@ -254,7 +257,8 @@ def scoped(
         frame, scope = enter(max_workers, timeout)
 
         try:
-            return view(*args, **kwargs)
+            with Judgement(scope):
+                return view(*args, **kwargs)
         finally:
             if leave(frame, scope, at_close):
                 scope.end()
@@ -277,10 +281,17 @@ def _check_view(view: t.Any) -> None:
         )
 
 
-def _find_scope() -> TaskScope | None:
+def find_holder() -> TaskScope | None:
+    """Return the scope with whose success a task may start: in a task, that of it."""
+    return _find_scope(holds=True)
+
+
+def _find_scope(*, holds: bool = False) -> TaskScope | None:
     """Return the scope that a task goes to, and open the request's for the first one.
 
     ``None`` where a task is a plain call.
+
+    :param holds: The task may wait for the success of what it is started in.
     """
     app_context = find_app_context()
 
@@ -288,12 +299,19 @@ def _find_scope() -> TaskScope | None:
         return None
 
     app: Flask = app_context.app
+
+    if holds and "apitask" in app.extensions:
+        request_scope.watch(app)
+
     request_context = find_request_context()
     request = request_context and request_context.request
 
     # The innermost frame counts that is part of this request, and of this app.
     for frame in walk_frames() if current_frame.get() else ():
         if request is None or frame.request is request:
+            if holds and frame.task_of is not None and frame.app is app:
+                return frame.task_of()
+
             if frame.scope is None or frame.app is app:
                 return frame.scope
 
@@ -306,4 +324,8 @@ def _find_scope() -> TaskScope | None:
         return None
 
     scope = request_scope.find_request_scope(request_context)
+
+    if holds:
+        return scope.open_holding(app_context, request_context)
+
     return scope.open(app_context, request_context)

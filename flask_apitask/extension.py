@@ -57,6 +57,8 @@ class ApiTask:
         -   ``APITASK_COPY_G`` (``()``): names that a task finds in its own ``g``, as
             they were when it was started.
         -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
+        -   ``APITASK_MAIL_START`` (``"send"``): when it is sent; ``"success"`` is once
+            the request has succeeded.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
         -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the
             app in one process.
@@ -107,8 +109,11 @@ class ApiTask:
         _unserved.add(app)
         request_started.connect(_warn_of_late_keys, app)
 
+        if reroute is not None and config.mail_start == "success":
+            request_scope.watch(app)
+
         if config.enabled and config.wait == "close":
-            request_scope.answer_first(app)
+            request_scope.watch_responses(app)
 
 
 def _warn_of_late_keys(app: Flask, **extra: object) -> None:

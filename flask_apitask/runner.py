@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 import typing as t
+import weakref
 from types import CoroutineType
 
 from .context import current_frame
@@ -20,9 +21,11 @@ from .own_g import find_copier
 from .own_session import find_changes
 from .shared_body import share_body
 from .shared_body import share_method
+from .signals import task_dropped
 from .signals import task_finished
 from .signals import task_started
 from .task_log import log_callback
+from .task_log import log_drop
 from .task_log import log_failure
 from .task_log import log_timeout
 from .task_log import warn_of_session
@@ -36,13 +39,41 @@ if t.TYPE_CHECKING:
     from flask import Request
 
     from .executor.future import Callback
+    from .executor.pool import ThreadPool
     from .executor.runner import How
     from .executor.runner import TimeoutReport
 
     Fn = cabc.Callable[..., t.Any]
 
 
-class TaskRunner(Runner):
+class PlainRunner(Runner):
+    """Call done callbacks of a task that was a plain call, in its caller's contexts."""
+
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+
+    def call_back(
+        self, callback: Callback, future: concurrent.futures.Future[t.Any]
+    ) -> None:
+        try:
+            callback(future)
+        except BaseException as error:
+            log_callback(self._app, callback, error)
+
+    def drop(
+        self,
+        task: Fn,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        reason: str,
+    ) -> None:
+        """Log that a task is dropped, and tell the receivers of the signal."""
+        log_drop(self._app, task, reason)
+        fields = {"name": task_name(task), "args": args, "kwargs": kwargs}
+        notify(task_dropped, self._app, {**fields, "reason": reason})
+
+
+class TaskRunner(PlainRunner):
     """Call each task of a scope in an app context of its own.
 
     What a task raises is logged, once, before it is raised to the future.
@@ -56,7 +87,7 @@ class TaskRunner(Runner):
     def __init__(
         self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()
     ) -> None:
-        self._app = app
+        super().__init__(app)
         self._frame = Frame(app, None, request)
         self._copier = find_copier(app, copy_g)
 
@@ -65,6 +96,15 @@ class TaskRunner(Runner):
 
         if request is not None:
             share_body(request)
+
+    def make_scope(
+        self, pool: ThreadPool, max_workers: int, timeout: float | None
+    ) -> TaskScope:
+        """Make the scope whose tasks this calls."""
+        scope = TaskScope(pool, max_workers, timeout, self)
+        # Not a cycle through each request.
+        self._frame.task_of = weakref.ref(scope)
+        return scope
 
     def run(
         self,
@@ -130,21 +170,6 @@ class TaskRunner(Runner):
             finally:
                 if own and (changes := find_changes(own)):
                     warn_of_session(self._app, task, changes)
-
-
-class PlainRunner(Runner):
-    """Call done callbacks of a task that was a plain call, in its caller's contexts."""
-
-    def __init__(self, app: Flask) -> None:
-        self._app = app
-
-    def call_back(
-        self, callback: Callback, future: concurrent.futures.Future[t.Any]
-    ) -> None:
-        try:
-            callback(future)
-        except BaseException as error:
-            log_callback(self._app, callback, error)
 
 
 def call_observed(

@@ -31,3 +31,12 @@ its keyword arguments, and:
 -   ``exception``: what the task raised, or ``None``.
 """,
 )
+
+task_dropped: NamedSignal = _signals.signal(
+    "task-dropped",
+    doc="""\
+Sent when a task that was put off is dropped, which then never runs. The sender is the
+:class:`~flask.Flask` app. Keyword arguments: ``name``, ``args``, ``kwargs``, and
+``reason`` as a text.
+""",
+)

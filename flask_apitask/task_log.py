@@ -34,6 +34,12 @@ def log_failure(app: Flask, task: Fn, error: BaseException, duration: float) -> 
     _log_task(app, task_name(task), outcome, task, error=error, duration=duration)
 
 
+def log_drop(app: Flask, task: Fn, reason: str) -> None:
+    """Write an INFO for a task that was put off, and that never runs."""
+    name = task_name(task)
+    _log_task(app, name, f"was dropped: {reason}", task, level=logging.INFO)
+
+
 def log_timeout(app: Flask, report: TimeoutReport) -> None:
     """Write an ERROR for each task that never ran, and a WARNING about the others."""
     for name in report.cancelled:
@@ -83,11 +89,16 @@ def warn_of_session(app: Flask, task: Fn, changes: list[str]) -> None:
 
 
 def _log_task(
-    app: Flask, name: str, outcome: str, task: Fn | None = None, **fields: t.Any
+    app: Flask,
+    name: str,
+    outcome: str,
+    task: Fn | None = None,
+    level: int = logging.ERROR,
+    **fields: t.Any,
 ) -> None:
     text = "Task %r%s %s."
     args = name, _of_request(), outcome
-    _log(app, logging.ERROR, text, *args, fn=task, task=name, **fields)
+    _log(app, level, text, *args, fn=task, task=name, **fields)
 
 
 def _log(

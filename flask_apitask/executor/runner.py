@@ -63,6 +63,16 @@ class Runner:
         except BaseException as error:
             log(_logger, logging.ERROR, "A done callback failed.", error=error)
 
+    def drop(
+        self,
+        task: cabc.Callable[..., t.Any],
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        reason: str,
+    ) -> None:
+        """Say that a task never runs, with the context variables of the task."""
+        log(_logger, logging.INFO, "%r was dropped: %s.", task, reason)
+
     def report(self, report: TimeoutReport) -> None:
         """Say what a scope left behind, in the thread that waited. Never raises."""
         log(_logger, logging.WARNING, "A scope left tasks behind: %s", report)

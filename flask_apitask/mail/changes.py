@@ -9,8 +9,6 @@ import typing as t
 import flask_mail
 from flask import current_app
 
-from ..api import current_scope
-from ..api import run
 from ..exceptions import DeliveryError
 from ..executor.task import task
 from ..log import log_once
@@ -27,6 +25,8 @@ if t.TYPE_CHECKING:
     Call: t.TypeAlias = "tuple[str, list[t.Any], dict[str, t.Any]]"
     # Something that takes part in the sending: its name, and whether it is changed.
     Part: t.TypeAlias = "tuple[tuple[str, ...], object, bool]"
+    # run(), or run_on_success().
+    Start: t.TypeAlias = cabc.Callable[..., t.Any]
 
 
 _CLASSES = {"Connection", "SMTP", "SMTP_SSL"}
@@ -118,8 +118,13 @@ def _is_of(module: t.Any, function: object) -> bool:
     return type(function) is types.FunctionType and function.__globals__ is vars(module)
 
 
-def use_change(app: Flask, change: Change, name: str, value: t.Any) -> t.Any:
-    """Have a task call somebody else's ``send`` or ``connect``, and say so once."""
+def use_change(
+    app: Flask, change: Change, name: str, value: t.Any, start: Start | None
+) -> t.Any:
+    """Have a task call somebody else's ``send`` or ``connect``, and say so once.
+
+    :param start: What starts the task; ``None`` where it is a plain call.
+    """
     log_once(
         app,
         f"mail_{change.name}",
@@ -129,11 +134,11 @@ def use_change(app: Flask, change: Change, name: str, value: t.Any) -> t.Any:
         change.name,
     )
 
-    if current_scope() is None:
+    if start is None:
         return value
 
     how = RecordedConnection if name == "connect" else _send
-    return _InTask(how, change, value)
+    return _InTask(how, start, change, value)
 
 
 class _InTask(functools.partial[t.Any]):
@@ -152,9 +157,12 @@ class RecordedConnection:
 
     host = None
 
-    def __init__(self, change: Change, connect: cabc.Callable[[], t.Any]) -> None:
+    def __init__(
+        self, start: Start, change: Change, connect: cabc.Callable[[], t.Any]
+    ) -> None:
         self.mail = current_app.extensions["mail"]
         self.num_emails = 0
+        self._start = start
         self._change = change
         self._connect = connect
         self._calls: list[Call] | None = None
@@ -165,7 +173,7 @@ class RecordedConnection:
 
     def __exit__(self, *_: object) -> None:
         if self._calls:
-            run(_replay, self._change, self._connect, self._calls)
+            self._start(_replay, self._change, self._connect, self._calls)
 
     def __getattr__(self, name: str) -> t.Any:
         if name.startswith("__"):
@@ -190,11 +198,16 @@ def _freeze(value: t.Any) -> t.Any:
 
 
 def _send(
-    change: Change, send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any
+    start: Start,
+    change: Change,
+    send: cabc.Callable[..., t.Any],
+    *args: t.Any,
+    **kwargs: t.Any,
 ) -> None:
     mail = types.SimpleNamespace(send=send)
+    connect = functools.partial(contextlib.nullcontext, mail)
 
-    with RecordedConnection(change, lambda: contextlib.nullcontext(mail)) as recorded:
+    with RecordedConnection(start, change, connect) as recorded:
         recorded.send(*args, **kwargs)
 
 
