@@ -171,7 +171,7 @@ def open_scope(
         yield scope
     finally:
         leave(frame, scope)
-        scope.end()
+        request_scope.end_scopes(scope)
 
 
 @t.overload
@@ -242,7 +242,7 @@ def scoped(
             finally:
                 if leave(frame, scope, at_close):
                     # On another thread, as the tasks may need the view's event loop.
-                    await asyncio.to_thread(scope.end)
+                    await asyncio.to_thread(request_scope.end_scopes, scope)
 
         return async_view
 
@@ -254,7 +254,7 @@ def scoped(
             return view(*args, **kwargs)
         finally:
             if leave(frame, scope, at_close):
-                scope.end()
+                request_scope.end_scopes(scope)
 
     return sync_view
 

@@ -12,10 +12,8 @@ from .context import current_frame
 from .context import find_request_context
 from .context import Frame
 from .context import is_in_task
-from .context import mix_in
 from .context import walk_frames
 from .executor.scope import TaskScope
-from .own_session import OwnSessions
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
@@ -38,7 +36,7 @@ def enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskSc
     limits = read_limits(max_workers, timeout, config)
 
     if request_context is not None:
-        mix_in(request_context, OwnSessions)
+        request_scope.prepare(request_context, config)
 
     scope = TaskScope(pool, *limits, TaskRunner(app, request, config.copy_g))
     frame = Frame(app, scope, request, current_frame.get())

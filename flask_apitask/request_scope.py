@@ -23,9 +23,12 @@ from .runner import TaskRunner
 if t.TYPE_CHECKING:
     from flask import Flask
     from flask import Response
+    from flask.ctx import RequestContext as _Base
 
     from .config import Config
     from .executor.pool import ThreadPool
+else:
+    _Base = object
 
 # An attribute of what Flask pushes for a request. A copy of the context, in another
 # thread or in the same, has none, and a nested request has its own. So neither sees the
@@ -53,7 +56,7 @@ class RequestScope:
     for the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended")
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "failure")
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -64,6 +67,8 @@ class RequestScope:
         self.ended: bool = False
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
+        # What the end of the request is to raise.
+        self.failure: BaseException | None = None
 
     @property
     def is_used(self) -> bool:
@@ -77,7 +82,7 @@ class RequestScope:
 
         app: Flask = app_context.app
         config, pool = app.extensions["apitask"]
-        mix_in(request_context, OwnSessions)
+        prepare(request_context, config)
         runner = TaskRunner(app, request_context.request, config.copy_g)
 
         with self._lock:
@@ -129,6 +134,12 @@ class RequestScope:
             closing.add(*deferred)
 
         _end_all(now)
+        self.failure = self.failure or _take_failure(now)
+
+    def take_failure(self) -> BaseException | None:
+        """Return what the end of the request is to raise, if anything, and drop it."""
+        failure, self.failure = self.failure, None
+        return failure
 
     def _end_if_late(self) -> None:
         if self.ended:
@@ -141,6 +152,21 @@ class RequestScope:
         error = sys.exc_info()[1]
         is_sent = error is None or isinstance(error, GeneratorExit)
         return closing() if is_sent else None
+
+
+class Propagating(_Base):
+    """A request context whose last pop raises what a task has raised.
+
+    Not a function for ``teardown_request``: before Flask 3.2, one that raises keeps
+    others from being called, and since then Flask raises a group of exceptions.
+    """
+
+    def pop(self, *args: t.Any, **kwargs: t.Any) -> None:
+        super().pop(*args, **kwargs)
+        scope: RequestScope | None = getattr(self, _SCOPE, None)
+
+        if scope is not None:
+            _raise(scope.take_failure())
 
 
 class Closing:
@@ -177,7 +203,7 @@ class Closing:
             scopes, self._scopes = self._scopes, ()
 
         # In a copy, as another thread may be in this one.
-        self._context.copy().run(_end_all, scopes)
+        self._context.copy().run(end_scopes, *scopes)
 
 
 def begin_request() -> None:
@@ -209,6 +235,14 @@ def end_leftovers(error: BaseException | None = None) -> None:
         # An app context may end within a request, and that goes on.
         if scope is not getattr(find_request_context(), _SCOPE, None):
             scope.end()
+
+
+def prepare(request_context: t.Any, config: Config) -> None:
+    """Have the context of a request behave as its tasks need it. Idempotent."""
+    mix_in(request_context, OwnSessions)
+
+    if config.propagate:
+        mix_in(request_context, Propagating)
 
 
 def find_request_scope(request_context: t.Any) -> RequestScope:
@@ -277,6 +311,12 @@ def _close(closings: list[Closing]) -> None:
             closings.remove(closing)
 
 
+def end_scopes(*scopes: TaskScope) -> None:
+    """End scopes in order, and raise what a task has raised if that is configured."""
+    _end_all(scopes)
+    _raise(_take_failure(scopes))
+
+
 def _end_all(scopes: tuple[TaskScope, ...]) -> None:
     """End scopes in order, all of them though one wait is interrupted."""
     for count, scope in enumerate(scopes, 1):
@@ -285,3 +325,16 @@ def _end_all(scopes: tuple[TaskScope, ...]) -> None:
         except BaseException:
             _end_all(scopes[count:])
             raise
+
+
+def _take_failure(scopes: tuple[TaskScope, ...]) -> BaseException | None:
+    return next(filter(None, [scope.take_failure() for scope in scopes]), None)
+
+
+def _raise(failure: BaseException | None) -> None:
+    try:
+        if failure is not None:
+            raise failure
+    finally:
+        # Its traceback refers to this frame: no cycle through it.
+        del failure

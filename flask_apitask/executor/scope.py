@@ -134,6 +134,11 @@ class TaskScope(TaskQueue, concurrent.futures.Executor):
 
         self._drop_requests()
 
+    def take_failure(self) -> BaseException | None:
+        """Return what whoever ends the scope is to raise, if anything, and drop it."""
+        failure, self._runner.failure = self._runner.failure, None
+        return failure
+
     def _give_up(self, timeout: float) -> None:
         """Cancel what is queued, have what runs replaced, and report both."""
         cancelled = self._cancel_queued()
