@@ -56,7 +56,7 @@ class RequestScope:
     for the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "failure")
+    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "raised")
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -68,7 +68,7 @@ class RequestScope:
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
         # What the end of the request is to raise.
-        self.failure: BaseException | None = None
+        self.raised: BaseException | None = None
 
     @property
     def is_used(self) -> bool:
@@ -134,11 +134,11 @@ class RequestScope:
             closing.add(*deferred)
 
         _end_all(now)
-        self.failure = self.failure or _take_failure(now)
+        self.raised = self.raised or _take_raised(now)
 
-    def take_failure(self) -> BaseException | None:
+    def take_raised(self) -> BaseException | None:
         """Return what the end of the request is to raise, if anything, and drop it."""
-        failure, self.failure = self.failure, None
+        failure, self.raised = self.raised, None
         return failure
 
     def _end_if_late(self) -> None:
@@ -166,7 +166,7 @@ class Propagating(_Base):
         scope: RequestScope | None = getattr(self, _SCOPE, None)
 
         if scope is not None:
-            _raise(scope.take_failure())
+            _raise(scope.take_raised())
 
 
 class Closing:
@@ -314,7 +314,7 @@ def _close(closings: list[Closing]) -> None:
 def end_scopes(*scopes: TaskScope) -> None:
     """End scopes in order, and raise what a task has raised if that is configured."""
     _end_all(scopes)
-    _raise(_take_failure(scopes))
+    _raise(_take_raised(scopes))
 
 
 def _end_all(scopes: tuple[TaskScope, ...]) -> None:
@@ -327,8 +327,8 @@ def _end_all(scopes: tuple[TaskScope, ...]) -> None:
             raise
 
 
-def _take_failure(scopes: tuple[TaskScope, ...]) -> BaseException | None:
-    return next(filter(None, [scope.take_failure() for scope in scopes]), None)
+def _take_raised(scopes: tuple[TaskScope, ...]) -> BaseException | None:
+    return next(filter(None, [scope.take_raised() for scope in scopes]), None)
 
 
 def _raise(failure: BaseException | None) -> None:

@@ -120,7 +120,7 @@ class TaskRunner(PlainRunner):
             log_failure(app, task, error, time.monotonic() - started)
 
             if app.extensions["apitask"].config.propagate:
-                self.failure = self.failure or error
+                self.raised = self.raised or error
 
             raise
 

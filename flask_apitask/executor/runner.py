@@ -35,7 +35,7 @@ class Runner:
     """How a scope calls its tasks. This one calls them, and does nothing else."""
 
     # What a task has raised that whoever ends the scope is to raise.
-    failure: BaseException | None = None
+    raised: BaseException | None = None
     # Copies the context variables of whoever starts a task, for the task.
     copy_context: cabc.Callable[[], contextvars.Context]
     copy_context = staticmethod(contextvars.copy_context)

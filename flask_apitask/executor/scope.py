@@ -134,9 +134,9 @@ class TaskScope(TaskQueue, concurrent.futures.Executor):
 
         self._drop_requests()
 
-    def take_failure(self) -> BaseException | None:
+    def take_raised(self) -> BaseException | None:
         """Return what whoever ends the scope is to raise, if anything, and drop it."""
-        failure, self._runner.failure = self._runner.failure, None
+        failure, self._runner.raised = self._runner.raised, None
         return failure
 
     def _give_up(self, timeout: float) -> None:
