@@ -21,6 +21,8 @@ from .executor.scope import TaskScope as TaskScope
 from .executor.task import Task as Task
 from .executor.task import task as task
 from .extension import ApiTask as ApiTask
+from .on_commit import run_on_commit as run_on_commit
+from .on_success import run_on_success as run_on_success
 from .signals import task_finished as task_finished
 from .signals import task_started as task_started
 
@@ -35,6 +37,8 @@ __all__ = [
     "current_scope",
     "open_scope",
     "run",
+    "run_on_commit",
+    "run_on_success",
     "scoped",
     "task",
     "task_finished",

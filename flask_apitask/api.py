@@ -10,6 +10,7 @@ from . import request_scope
 from .block_scope import enter
 from .block_scope import leave
 from .block_scope import read_limits
+from .closing import end_scopes
 from .config import read_wait
 from .context import current_frame
 from .context import find_app_context
@@ -20,6 +21,7 @@ from .executor.future import TaskFuture
 from .executor.runner import Runner
 from .executor.task import make_callable
 from .log import log_once
+from .outcome import Judgement
 from .runner import call_observed
 from .runner import PlainRunner
 
@@ -168,10 +170,11 @@ def open_scope(
     frame, scope = enter(max_workers, timeout)
 
     try:
-        yield scope
+        with Judgement(scope):
+            yield scope
     finally:
         leave(frame, scope)
-        request_scope.end_scopes(scope)
+        end_scopes(scope)
 
 
 @t.overload
@@ -238,11 +241,12 @@ def scoped(
             frame, scope = enter(max_workers, timeout)
 
             try:
-                return await view(*args, **kwargs)
+                with Judgement(scope):
+                    return await view(*args, **kwargs)
             finally:
                 if leave(frame, scope, at_close):
                     # On another thread, as the tasks may need the view's event loop.
-                    await asyncio.to_thread(request_scope.end_scopes, scope)
+                    await asyncio.to_thread(end_scopes, scope)
 
         return async_view
 
@@ -251,10 +255,11 @@ def scoped(
         frame, scope = enter(max_workers, timeout)
 
         try:
-            return view(*args, **kwargs)
+            with Judgement(scope):
+                return view(*args, **kwargs)
         finally:
             if leave(frame, scope, at_close):
-                request_scope.end_scopes(scope)
+                end_scopes(scope)
 
     return sync_view
 
@@ -274,10 +279,17 @@ def _check_view(view: t.Any) -> None:
         )
 
 
-def _find_scope() -> TaskScope | None:
+def find_holder() -> TaskScope | None:
+    """Return the scope with whose success a task may start: in a task, that of it."""
+    return _find_scope(holds=True)
+
+
+def _find_scope(*, holds: bool = False) -> TaskScope | None:
     """Return the scope that a task goes to, and open the request's for the first one.
 
     ``None`` where a task is a plain call.
+
+    :param holds: The task may wait for the success of what it is started in.
     """
     app_context = find_app_context()
 
@@ -291,6 +303,9 @@ def _find_scope() -> TaskScope | None:
     # The innermost frame counts that is part of this request, and of this app.
     for frame in walk_frames() if current_frame.get() else ():
         if request is None or frame.request is request:
+            if holds and frame.task_of is not None and frame.app is app:
+                return frame.task_of()
+
             if frame.scope is None or frame.app is app:
                 return frame.scope
 
@@ -303,4 +318,8 @@ def _find_scope() -> TaskScope | None:
         return None
 
     scope = request_scope.find_request_scope(request_context)
+
+    if holds:
+        return scope.open_holding(app_context, request_context)
+
     return scope.open(app_context, request_context)

@@ -13,11 +13,12 @@ from .context import find_request_context
 from .context import Frame
 from .context import is_in_task
 from .context import walk_frames
-from .executor.scope import TaskScope
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
     from flask import Flask
+
+    from .executor.scope import TaskScope
 
 
 def enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskScope]:
@@ -38,7 +39,8 @@ def enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskSc
     if request_context is not None:
         request_scope.prepare(request_context, config)
 
-    scope = TaskScope(pool, *limits, TaskRunner(app, request, config.copy_g))
+    runner = TaskRunner(app, request, config.copy_g)
+    scope = runner.make_scope(pool, *limits)
     frame = Frame(app, scope, request, current_frame.get())
     current_frame.set(frame)
     return frame, scope
@@ -62,7 +64,7 @@ def leave(frame: Frame, scope: TaskScope, at_close: bool = False) -> bool:
     if context.app is not frame.app:
         return True
 
-    request_scope.answer_first(frame.app)
+    request_scope.watch_responses(frame.app)
     request_scope.find_request_scope(context).defer(scope)
     return False
 

@@ -72,12 +72,14 @@ class Frame:
         call.
     :param request: The request that it is part of, if any. Another request, made within
         it, does not see it.
+    :param task_of: Finds the scope of the task, for as long as that exists.
     """
 
     app: Flask
     scope: TaskScope | None
     request: Request | None
     parent: Frame | None = None
+    task_of: cabc.Callable[[], TaskScope | None] | None = None
 
 
 current_frame: contextvars.ContextVar[Frame | None]

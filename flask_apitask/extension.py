@@ -100,7 +100,7 @@ class ApiTask:
         app.extensions["apitask"] = state
 
         if config.enabled and config.wait == "close":
-            request_scope.answer_first(app)
+            request_scope.watch_responses(app)
 
 
 def _find_reroute() -> cabc.Callable[[Flask, Config], None]:

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 import typing as t
+import weakref
 from types import CoroutineType
 
 from .context import current_frame
@@ -36,6 +37,7 @@ if t.TYPE_CHECKING:
     from flask import Request
 
     from .executor.future import Callback
+    from .executor.pool import ThreadPool
     from .executor.runner import How
     from .executor.runner import TimeoutReport
 
@@ -98,6 +100,15 @@ class TaskRunner(PlainRunner):
 
         if request is not None:
             share_body(request)
+
+    def make_scope(
+        self, pool: ThreadPool, max_workers: int, timeout: float | None
+    ) -> TaskScope:
+        """Make the scope whose tasks this calls."""
+        scope = TaskScope(pool, max_workers, timeout, self)
+        # Not a cycle through each request.
+        self._frame.task_of = weakref.ref(scope)
+        return scope
 
     def run(
         self,

@@ -39,7 +39,7 @@ FOREIGN_PRIVATE_NAMES = {
     " of the request; nothing public takes it away (test_merged_context.py)",
 }
 
-OPTIONAL = {"asyncio", "celery", "flask_debugtoolbar", "flask_mail"}
+OPTIONAL = {"asyncio", "celery", "flask_debugtoolbar", "flask_mail", "sqlalchemy"}
 
 
 def name_of(path: pathlib.Path) -> str:

@@ -4,12 +4,14 @@ import concurrent.futures
 import contextlib
 import typing as t
 
+from .task import task_name
+
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+    from .queue import TaskQueue
     from .runner import How
     from .runner import Runner
-    from .scope import TaskScope
 
 T = t.TypeVar("T")
 Callback: t.TypeAlias = "cabc.Callable[[concurrent.futures.Future[t.Any]], object]"
@@ -43,7 +45,7 @@ class TaskFuture(concurrent.futures.Future[T]):
     def __init__(
         self,
         runner: Runner,
-        scope: TaskScope | None = None,
+        scope: TaskQueue | None = None,
         work: Work | None = None,
     ) -> None:
         # Not by super(), which takes a tenth of the time that this does.
@@ -59,6 +61,7 @@ class TaskFuture(concurrent.futures.Future[T]):
         :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
         :raises TimeoutError: The task is not done by then. It goes on.
         :raises concurrent.futures.CancelledError: It never runs.
+        :raises RuntimeError: It is put off, by :func:`.run_on_success` say.
         """
         try:
             with self._waiting():
@@ -144,5 +147,12 @@ class TaskFuture(concurrent.futures.Future[T]):
         return None if work is None else work[0]
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        if self.held:
+            raise RuntimeError(
+                f"Task {task_name(self.task)!r} is put off, and to wait for it here may"
+                " be to wait for ever: it starts when its request has succeeded, or its"
+                " session has committed. Use add_done_callback()."
+            )
+
         scope = self._scope
         return _NO_WAIT if scope is None else scope.waiting()
