@@ -209,10 +209,9 @@ class Propagating(_Base):
 
     def pop(self, *args: t.Any, **kwargs: t.Any) -> None:
         super().pop(*args, **kwargs)
+        # In Flask 3.2 a task has a copy of the context, without a scope.
         scope: RequestScope | None = getattr(self, _SCOPE, None)
-
-        if scope is not None:
-            raise_error(scope.take_raised())
+        raise_error(None if scope is None else scope.take_raised())
 
 
 def begin_request() -> None:

@@ -20,8 +20,11 @@ CORES = ("executor.*", "mail.envelope", "mail.pool", "mail.smtp")
 
 # What imports these modules, and nothing else does.
 IMPORTERS = {
+    "debugtoolbar": set(),
     "extension": {"__init__"},
     "mail": {"extension"},
+    "testing": set(),
+    "waterfall": {"debugtoolbar"},
 }
 
 # Private names of other packages: which one is used, and why it may be.

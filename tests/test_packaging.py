@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 MODULES = {
     path.relative_to(ROOT).as_posix()
     for path in ROOT.joinpath("flask_apitask").rglob("*")
-    if path.suffix == ".py" or path.name == "py.typed"
+    if path.suffix in {".html", ".py"} or path.name == "py.typed"
 }
 BUILD_SECONDS = 120
 

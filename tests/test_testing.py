@@ -16,6 +16,7 @@ from scopes import Payload
 from flask_apitask import ApiTask
 from flask_apitask import open_scope
 from flask_apitask import run
+from flask_apitask import run_on_success
 from flask_apitask import scoped
 from flask_apitask import task
 from flask_apitask.testing import record_tasks
@@ -125,6 +126,27 @@ def test_record_of_a_cancelled_task(make_app: AppFactory) -> None:
     assert dropped.how == "dropped"
     assert dropped.result is dropped.exception is None
     assert dropped.duration == 0
+
+
+def test_record_of_a_task_that_was_put_off(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that waits for success is dropped where there is none, in its place."""
+    app = make_app()
+    answer(app, lambda: [run_on_success(half, 1), run(half, 2)], "/good")
+    answer(app, lambda: [run_on_success(half, 3), run(half, 4), flask.abort(404)])
+
+    with record_tasks() as tasks:
+        app.test_client().get("/")
+        app.test_client().get("/good")
+
+    found = [(task.args, task.dropped, task.how) for task in tasks]
+    assert found == [
+        ((3,), True, "dropped"),
+        ((4,), False, "thread"),
+        ((1,), False, "thread"),
+        ((2,), False, "thread"),
+    ]
 
 
 def test_record_of_a_task_at_its_deadline(
