@@ -16,7 +16,7 @@ from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
 from .context import walk_frames
-from .exceptions import ScopeClosed
+from .executor.exceptions import ScopeClosed
 from .executor.future import TaskFuture
 from .executor.runner import Runner
 from .executor.task import make_callable

@@ -112,6 +112,17 @@ def test_page_on_the_index(distributions: Distributions) -> None:
     assert {"Framework :: Flask", "Typing :: Typed"} <= classifiers
 
 
+def test_environments_are_explained() -> None:
+    """Each environment of tox stands in the page for contributors."""
+    page = ROOT.joinpath("docs", "contributing.md").read_text("utf-8")
+    sections = re.findall(
+        r"^\[testenv:(.+)\]$", ROOT.joinpath("tox.ini").read_text(), re.M
+    )
+    assert len(sections) > 5
+    assert [name for name in sections if f"`{name}`" not in page] == ["style", "typing"]
+    assert "tox run -e style,typing,py" in page
+
+
 def test_version_is_the_newest_in_the_changes(distributions: Distributions) -> None:
     """The version is that of the newest changes, and says if they are released."""
     changes = ROOT.joinpath("CHANGES.md").read_text("utf-8")

@@ -5,7 +5,7 @@ import time
 import typing as t
 import warnings
 
-from ..exceptions import ScopeClosed
+from .exceptions import ScopeClosed
 from .future import TaskFuture
 from .held import HoldingQueue
 from .overdue import find_overdue
