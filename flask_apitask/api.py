@@ -297,6 +297,10 @@ def _find_scope(*, holds: bool = False) -> TaskScope | None:
         return None
 
     app: Flask = app_context.app
+
+    if holds and "apitask" in app.extensions:
+        request_scope.watch(app)
+
     request_context = find_request_context()
     request = request_context and request_context.request
 

@@ -38,6 +38,10 @@ def read_wait(
     return word
 
 
+def _read_start(key: str, value: object) -> t.Any:
+    return read_wait(key, value, ("send", "success"))
+
+
 def read_count(key: str, value: object) -> int:
     """Read a whole number that is at least 1."""
     number = _number(value)
@@ -151,6 +155,7 @@ class Config:
     copy_g: tuple[str, ...] = _key((), read_names)
     propagate: bool = _key(False, read_flag)
     mail_background: bool = _key(False, read_flag)
+    mail_start: t.Literal["send", "success"] = _key("send", _read_start)
     mail_timeout: float = _key(10.0, read_seconds)
     mail_connections: int = _key(4, read_count)
     mail_keepalive: float = _key(30.0, read_keepalive)

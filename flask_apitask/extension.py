@@ -51,6 +51,8 @@ class ApiTask:
         -   ``APITASK_PROPAGATE`` (``False``): the end of a scope raises what one of its
             tasks has raised; for tests.
         -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
+        -   ``APITASK_MAIL_START`` (``"send"``): when it is sent; ``"success"`` is once
+            the request has succeeded.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
         -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the
             app in one process.
@@ -98,6 +100,9 @@ class ApiTask:
 
         state = request_scope.AppState(config, ThreadPool(config.pool_size))
         app.extensions["apitask"] = state
+
+        if reroute is not None and config.mail_start == "success":
+            request_scope.watch(app)
 
         if config.enabled and config.wait == "close":
             request_scope.watch_responses(app)

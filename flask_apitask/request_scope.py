@@ -131,8 +131,6 @@ class RequestScope:
     ) -> TaskScope | None:
         """Return the scope for tasks that wait for the success of the request."""
         app: Flask = app_context.app
-        watch_exceptions(app)
-        watch_responses(app)
         scope = self.open(app_context, request_context)
 
         if scope is None and self.failure is not None:
@@ -275,15 +273,20 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
     return scope
 
 
+def watch(app: Flask) -> None:
+    """Look at what becomes of the requests of an app. Idempotent."""
+    if "apitask_watched" not in app.extensions:
+        watch_responses(app)
+        watch_exceptions(app)
+        app.extensions["apitask_watched"] = True
+
+
 def watch_exceptions(app: Flask) -> None:
     """Note the exceptions that leave a view, also if an error handler answers.
 
     Flask tells nobody of those that have a handler. So this method is replaced, in apps
     that need it: by the first task that is put off.
     """
-    if "apitask_exceptions" in app.extensions:
-        return
-
     # Another extension may have replaced it, too. No cycle through the app.
     replaced = "handle_user_exception" in vars(app)
     method: t.Any = (app if replaced else type(app)).handle_user_exception
@@ -295,7 +298,6 @@ def watch_exceptions(app: Flask) -> None:
         return method(*args) if replaced else method(app_ref(), *args)
 
     app.handle_user_exception = handle_user_exception  # type: ignore[assignment, method-assign]
-    app.extensions["apitask_exceptions"] = True
     error = sys.exc_info()[1]
     traceback = None if error is None else error.__traceback__
 
@@ -324,13 +326,14 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
     answers_first = app.extensions["apitask"].config.wait == "close"
     is_file, is_stream = response.direct_passthrough, False
 
-    # A task that comes later can't know it, so it doesn't matter to that.
-    if scope.awaits_success:
-        if response.status_code >= 400:
-            scope.failure = f"the response has the status {response.status_code}"
+    status = response.status_code
 
-        # Werkzeug makes a stream of abort(redirect("/")).
-        is_stream = response.status_code < 300 and response.is_streamed and not is_file
+    if status >= 400 and scope.failure is None:
+        scope.failure = f"the response has the status {status}"
+
+    # Werkzeug makes a stream of abort(redirect("/")).
+    if scope.awaits_success and status < 300:
+        is_stream = response.is_streamed and not is_file
 
     # A task may come later, in the body or in a teardown function. But without one a
     # file is best left to the server, which may have its own way to send it.

@@ -9,12 +9,17 @@ from __future__ import annotations
 import collections.abc as cabc
 import typing as t
 
+from sqlalchemy.orm import scoped_session
+from sqlalchemy.orm import Session
+from sqlalchemy.orm import sessionmaker
 from typing_extensions import assert_type
 
 from flask_apitask import ApiTask
 from flask_apitask import current_scope
 from flask_apitask import open_scope
 from flask_apitask import run
+from flask_apitask import run_on_commit
+from flask_apitask import run_on_success
 from flask_apitask import scoped
 from flask_apitask import task
 from flask_apitask import TaskScope
@@ -56,6 +61,17 @@ def results_keep_their_types() -> None:
     assert_type(run(half, 3), TaskFuture[float])
     assert_type(run(fetch, "a"), TaskFuture[bytes])
     assert_type(run(Count()), TaskFuture[int])
+
+
+def what_is_put_off_keeps_its_type(session: Session) -> None:
+    assert_type(run_on_success(half, 3), TaskFuture[float])
+    assert_type(run_on_success(fetch, "a"), TaskFuture[bytes])
+    assert_type(run_on_success(Count()), TaskFuture[int])
+    assert_type(run_on_commit(session, half, 3), TaskFuture[float])
+    assert_type(run_on_commit(session, fetch, "a"), TaskFuture[bytes])
+    assert_type(run_on_commit(scoped_session(sessionmaker()), Count()), TaskFuture[int])
+    run_on_success(double, "1")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    run_on_commit(half, 3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 async def results_can_be_awaited() -> None:

@@ -10,8 +10,6 @@ import typing as t
 import flask_mail
 from flask import current_app
 
-from ..api import current_scope
-from ..api import run
 from ..exceptions import DeliveryError
 from ..executor.task import task
 from ..log import log_once
@@ -26,6 +24,8 @@ if t.TYPE_CHECKING:
 
     # A method, and its arguments.
     Call: t.TypeAlias = "tuple[str, list[t.Any], dict[str, t.Any]]"
+    # run(), or run_on_success().
+    Start: t.TypeAlias = cabc.Callable[..., t.Any]
 
 
 def find_change(mail: object, name: str, suppress: bool) -> str | None:
@@ -75,8 +75,13 @@ def _is_of(module: t.Any, function: object) -> bool:
     return getattr(function, "__globals__", None) is vars(module)
 
 
-def use_change(app: Flask, change: str, name: str, value: t.Any) -> t.Any:
-    """Have a task call somebody else's ``send`` or ``connect``, and say so once."""
+def use_change(
+    app: Flask, change: str, name: str, value: t.Any, start: Start | None
+) -> t.Any:
+    """Have a task call somebody else's ``send`` or ``connect``, and say so once.
+
+    :param start: What starts the task; ``None`` where it is a plain call.
+    """
     log_once(
         app,
         f"mail_{change}",
@@ -86,10 +91,11 @@ def use_change(app: Flask, change: str, name: str, value: t.Any) -> t.Any:
         change,
     )
 
-    if current_scope() is None:
+    if start is None:
         return value
 
-    return functools.partial(RecordedConnection if name == "connect" else _send, value)
+    later = RecordedConnection if name == "connect" else _send
+    return functools.partial(later, start, value)
 
 
 class RecordedConnection:
@@ -99,7 +105,8 @@ class RecordedConnection:
     other ``connect()`` returns there: all of it is theirs, and none of it ours.
     """
 
-    def __init__(self, connect: cabc.Callable[[], t.Any]) -> None:
+    def __init__(self, start: Start, connect: cabc.Callable[[], t.Any]) -> None:
+        self._start = start
         self._connect = connect
         self._calls: list[Call] | None = None
 
@@ -109,7 +116,7 @@ class RecordedConnection:
 
     def __exit__(self, *_: object) -> None:
         if self._calls:
-            run(_replay, self._connect, self._calls)
+            self._start(_replay, self._connect, self._calls)
 
     def __getattr__(self, name: str) -> t.Any:
         if name.startswith("__"):
@@ -132,10 +139,12 @@ def _freeze(value: t.Any) -> t.Any:
     return snapshot(value) if isinstance(value, flask_mail.Message) else value
 
 
-def _send(send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any) -> None:
+def _send(
+    start: Start, send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any
+) -> None:
     mail = types.SimpleNamespace(send=send)
 
-    with RecordedConnection(lambda: contextlib.nullcontext(mail)) as recorded:
+    with RecordedConnection(start, lambda: contextlib.nullcontext(mail)) as recorded:
         recorded.send(*args, **kwargs)
 
 

@@ -9,9 +9,9 @@ import typing as t
 import weakref
 
 import flask_mail
-from flask import current_app
 
 from ..api import current_scope
+from ..api import find_holder
 from ..api import run
 from ..api import warn_without_apitask
 from ..context import find_app_context
@@ -19,7 +19,9 @@ from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
 from ..executor.task import task
 from ..log import log_once
-from ..runner import notify
+from ..on_success import run_on_success
+from .announcing import announce
+from .announcing import Outbox
 from .changes import find_change
 from .changes import use_change
 from .envelope import SMTPSettings
@@ -73,6 +75,12 @@ class ReroutedMail:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        # What decides where a mail goes, and what starts its delivery.
+        on_success = config.mail_start == "success"
+        self.find_scope = find_holder if on_success else current_scope
+        self.start = run_on_success if on_success else run
+        self.on_success: bool = on_success
+        self.outbox = Outbox(on_success)
         # A pool lives while it is in use or has something idle. So nothing is left of
         # the settings of a tenant that sends no more.
         self._pools: Pools = weakref.WeakValueDictionary()
@@ -167,14 +175,16 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
         # Flask-Mail's own send() looks up connect() in turn.
         return connect if name == "connect" else value
 
-    return use_change(app, change, name, value)
+    scope = rerouted.find_scope()
+    return use_change(app, change, name, value, rerouted.start if scope else None)
 
 
 class BackgroundConnection:
     """What ``mail.connect()`` returns, in place of a :class:`flask_mail.Connection`.
 
     In a scope, what is sent is rendered at once, and delivered by one task when the
-    block is left; some megabytes are delivered before that, by one task after another.
+    block is left; some megabytes are delivered before that, by one task after another,
+    unless mail waits for the success of the request.
     Without a scope a message is delivered at once.
     """
 
@@ -196,7 +206,8 @@ class BackgroundConnection:
         # What is suppressed takes no time, and the outbox of a test is in order so.
         if not self.mail.suppress:
             self._pool = self._rerouted.pool(self.mail)
-            self._connection = None if current_scope() else self._pool.connection()
+            scope = self._rerouted.find_scope()
+            self._connection = None if scope else self._pool.connection()
 
         return self
 
@@ -236,7 +247,7 @@ class BackgroundConnection:
         copied = snapshot(message) if listened else None
 
         if self._pool is None:
-            _announce([copied])
+            self._rerouted.outbox.tell(copied)
             return
 
         envelope = render(message, envelope_from)
@@ -246,7 +257,7 @@ class BackgroundConnection:
         if self._connection is not None:
             if failures := _deliver_all(self._connection, self._batch):
                 raise failures[0]
-        elif self._size >= _BATCH:
+        elif self._size >= _BATCH and not self._rerouted.on_success:
             self._begin_delivery(self._pool)
 
     def _begin_delivery(self, pool: ConnectionPool) -> None:
@@ -258,7 +269,8 @@ class BackgroundConnection:
             with contextlib.suppress(concurrent.futures.CancelledError):
                 error = self._delivery.exception()
 
-        self._delivery = run(deliver, pool, self._batch, _is_unreachable(error))
+        give_up = _is_unreachable(error)
+        self._delivery = self._rerouted.start(deliver, pool, self._batch, give_up)
         self._batch, self._size = collections.deque(), 0
 
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
@@ -327,7 +339,7 @@ def _deliver_all(
         # A receiver may send mail, and must not wait for the connection used for this.
         connection.close()
 
-    _announce(delivered)
+    announce(delivered)
     return failures
 
 
@@ -335,12 +347,3 @@ def _is_unreachable(error: BaseException | None) -> bool:
     """Tell whether the server let nobody in, at the last of the messages."""
     last = getattr(error, "failures", ())[-1:] or (error,)
     return isinstance(last[0], DeliveryError) and last[0].stage in OPENING | {None}
-
-
-def _announce(messages: list[flask_mail.Message | None]) -> None:
-    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-
-    for message in messages:
-        if message is not None:
-            # It is delivered: a receiver that fails must not make it a failure.
-            notify(flask_mail.email_dispatched, app, {"message": message})
