@@ -128,17 +128,18 @@ class TaskFuture(concurrent.futures.Future[T]):
 
         :param reason: What has not come about, as part of a sentence.
         """
-        self.held = False
+        work, self._work, self.held = self._work, None, False
 
-        if self._work is None or self.cancelled():
+        if work is None:
             return
 
+        # Somebody may have cancelled it before.
+        reasons = () if self.cancelled() else (reason,)
         self.cancel()
-        # It lets go of its arguments, and those who wait for it are told.
-        work, self._work = self._work, None
+        # Those who wait for it are told.
         self.run("inline")
         run: t.Any = self._context.run
-        run(self._runner.drop, *work, reason)
+        run(self._runner.drop, *work, *reasons)
 
     @property
     def task(self) -> t.Any:
