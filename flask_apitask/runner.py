@@ -70,11 +70,10 @@ class PlainRunner(Runner):
         if reason is not None:
             log_drop(self._app, task, reason)
 
-        if task_dropped.receivers:
-            fields: dict[str, t.Any] = {"name": task_name(task), "submitted": submitted}
-            fields |= {"args": args, "kwargs": kwargs}
-            fields["reason"] = reason or "it was cancelled"
-            notify(task_dropped, self._app, fields)
+        fields: dict[str, t.Any] = {"name": task_name(task), "submitted": submitted}
+        fields |= {"args": args, "kwargs": kwargs}
+        fields["reason"] = reason or "it was cancelled"
+        notify(task_dropped, self._app, fields)
 
 
 class TaskRunner(PlainRunner):

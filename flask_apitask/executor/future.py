@@ -129,10 +129,6 @@ class TaskFuture(concurrent.futures.Future[T]):
         :param reason: What has not come about, as part of a sentence.
         """
         work, self._work, self.held = self._work, None, False
-
-        if work is None:
-            return
-
         # Somebody may have cancelled it before.
         reasons = () if self.cancelled() else (reason,)
         self.cancel()
