@@ -144,8 +144,13 @@ class _MergedTaskContext:
     ) -> None:
         # With the request, pop() would run the teardown_request functions, and close
         # the uploads. Without a pop there would be a reference cycle through the app.
-        self._context._request = None
-        self._context.pop(exc_value)
+        request, self._context._request = self._context._request, None
+
+        try:
+            self._context.pop(exc_value)
+        finally:
+            # What the task has put off goes on with a copy of its context variables.
+            self._context._request = request
 
 
 # Makes an app context of a task's own, under which the request stays visible: its g is

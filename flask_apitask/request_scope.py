@@ -141,6 +141,18 @@ class RequestScope:
 
         return scope
 
+    def note(self, error: BaseException | None) -> None:
+        """Note an exception at the end of the request."""
+        if isinstance(error, GeneratorExit) and self.closing is not None:
+            closing = self.closing()
+
+            # The server closes a generator that has the request's context, read or not.
+            # What watches the stream knows better.
+            if closing is not None and closing.is_stream:
+                return
+
+        self.failure = self.failure or find_failure(error)
+
     def defer(self, scope: TaskScope) -> None:
         """Have a scope end with the response, or now if the request has ended."""
         scope.shutdown(wait=False)
@@ -227,7 +239,7 @@ def end_request(error: BaseException | None = None) -> None:
     scope = find_request_scope(get_request_context())
 
     if error is not None:
-        scope.failure = scope.failure or find_failure(error)
+        scope.note(error)
 
     scope.end()
 
@@ -245,8 +257,7 @@ def end_leftovers(error: BaseException | None = None) -> None:
 
         # An app context may end within a request, and that goes on.
         if scope is not getattr(find_request_context(), _SCOPE, None):
-            failure = find_failure(sys.exc_info()[1] or error)
-            scope.failure = scope.failure or failure
+            scope.note(sys.exc_info()[1] or error)
             scope.end()
 
 

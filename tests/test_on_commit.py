@@ -149,7 +149,7 @@ def test_call_before_the_transaction(sites: list[Site]) -> None:
 ENDS: dict[str, tuple[cabc.Callable[[t.Any], object] | None, str]] = {
     "rollback": (lambda session: session.rollback(), "the session was rolled back"),
     "close": (lambda session: session.close(), "the session was rolled back"),
-    "end": (None, "what it belongs to ended before the commit"),
+    "end": (None, "its scope ended before the commit"),
 }
 
 

@@ -123,9 +123,18 @@ class HoldingQueue(TaskQueue):
         for future in held:
             future.drop(reason)
 
-    def _drop_rest(self) -> None:
-        """Drop what waits for a commit, at the end of the scope."""
-        # Hardly any scope has such tasks, and each comes to its end.
-        if self._held:
-            rest = [future for future, success in self._held.items() if not success]
-            self.drop("what it belongs to ended before the commit", *rest)
+    def _drop_all(self, reason: str, *, for_success: bool) -> None:
+        """Refuse further tasks, and drop what waits for a commit, or for anything."""
+        if self._forked:
+            return
+
+        with self._lock:
+            self._closed = True
+            held = [
+                future
+                for future, is_for_success in self._held.items()
+                if for_success or not is_for_success
+            ]
+
+        if held:
+            self.drop(reason, *held)

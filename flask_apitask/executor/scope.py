@@ -112,7 +112,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
         if cancel_futures:
             self._cancel_queued()
-            self.drop("its scope was shut down", *self._held)
+            self._drop_all("its scope was shut down", for_success=True)
 
         if wait:
             self._join(None)
@@ -124,7 +124,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
         The runner reports what is left behind then.
         """
-        self._drop_rest()
+        self._drop_all("its scope ended before the commit", for_success=False)
 
         if self._join(self._timeout, close=True) and self._timeout is not None:
             self._give_up(self._timeout)
