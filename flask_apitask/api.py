@@ -10,12 +10,13 @@ from . import request_scope
 from .block_scope import enter
 from .block_scope import leave
 from .block_scope import read_limits
+from .closing import end_scopes
 from .config import read_wait
 from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
 from .context import walk_frames
-from .exceptions import ScopeClosed
+from .executor.exceptions import ScopeClosed
 from .executor.future import TaskFuture
 from .executor.runner import Runner
 from .executor.task import make_callable
@@ -173,7 +174,7 @@ def open_scope(
             yield scope
     finally:
         leave(frame, scope)
-        scope.end()
+        end_scopes(scope)
 
 
 @t.overload
@@ -248,7 +249,7 @@ def scoped(
             finally:
                 if leave(frame, scope, at_close):
                     # On another thread, as the tasks may need the view's event loop.
-                    await asyncio.to_thread(scope.end)
+                    await asyncio.to_thread(end_scopes, scope)
 
         return async_view
 
@@ -261,7 +262,7 @@ def scoped(
                 return view(*args, **kwargs)
         finally:
             if leave(frame, scope, at_close):
-                scope.end()
+                end_scopes(scope)
 
     return sync_view
 

@@ -12,9 +12,7 @@ from .context import current_frame
 from .context import find_request_context
 from .context import Frame
 from .context import is_in_task
-from .context import mix_in
 from .context import walk_frames
-from .own_session import OwnSessions
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
@@ -39,7 +37,7 @@ def enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskSc
     limits = read_limits(max_workers, timeout, config)
 
     if request_context is not None:
-        mix_in(request_context, OwnSessions)
+        request_scope.prepare(request_context, config)
 
     runner = TaskRunner(app, request, config.copy_g)
     scope = runner.make_scope(pool, *limits)

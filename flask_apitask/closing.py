@@ -58,7 +58,7 @@ class Closing:
             scope.settle(failure)
 
         # In a copy, as another thread may be in this one.
-        self._context.copy().run(end_all, scopes)
+        self._context.copy().run(end_scopes, *scopes)
 
 
 def close_with(response: Response, closing: Closing) -> None:
@@ -84,6 +84,12 @@ def _close(closings: list[Closing]) -> None:
             closings.remove(closing)
 
 
+def end_scopes(*scopes: TaskScope) -> None:
+    """End scopes in order, and raise what a task has raised if that is configured."""
+    end_all(scopes)
+    raise_error(take_raised(scopes))
+
+
 def end_all(scopes: tuple[TaskScope, ...]) -> None:
     """End scopes in order, all of them though one wait is interrupted."""
     for count, scope in enumerate(scopes, 1):
@@ -92,3 +98,18 @@ def end_all(scopes: tuple[TaskScope, ...]) -> None:
         except BaseException:
             end_all(scopes[count:])
             raise
+
+
+def take_raised(scopes: tuple[TaskScope, ...]) -> BaseException | None:
+    """Return what the end of these scopes is to raise, if anything."""
+    return next(filter(None, [scope.take_raised() for scope in scopes]), None)
+
+
+def raise_error(error: BaseException | None) -> None:
+    """Raise an exception if there is one."""
+    try:
+        if error is not None:
+            raise error
+    finally:
+        # Its traceback refers to this frame: no cycle through it.
+        del error

@@ -171,6 +171,7 @@ class Config:
     timeout: float | None = _key(None, read_timeout)
     wait: t.Literal["teardown", "close"] = _key("teardown", read_wait)
     copy_g: tuple[str, ...] = _key((), read_names)
+    propagate: bool = _key(False, read_flag)
     mail_background: bool = _key(False, read_flag)
     mail_start: t.Literal["send", "success"] = _key("send", _read_start)
     mail_timeout: float = _key(10.0, read_seconds)

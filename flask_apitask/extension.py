@@ -56,6 +56,8 @@ class ApiTask:
             after the response was sent.
         -   ``APITASK_COPY_G`` (``()``): names that a task finds in its own ``g``, as
             they were when it was started.
+        -   ``APITASK_PROPAGATE`` (``False``): the end of a scope raises what one of its
+            tasks has raised; for tests.
         -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
         -   ``APITASK_MAIL_START`` (``"send"``): when it is sent; ``"success"`` is once
             the request has succeeded.

@@ -12,6 +12,8 @@ from flask import request_finished
 from .closing import close_with
 from .closing import Closing
 from .closing import end_all
+from .closing import raise_error
+from .closing import take_raised
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
@@ -25,10 +27,13 @@ from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
     from flask import Response
+    from flask.ctx import RequestContext as _Base
 
     from .config import Config
     from .executor.pool import ThreadPool
     from .executor.scope import TaskScope
+else:
+    _Base = object
 
 # An attribute of what Flask pushes for a request. A copy of the context, in another
 # thread or in the same, has none, and a nested request has its own. So neither sees the
@@ -56,7 +61,15 @@ class RequestScope:
     the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended", "failure")
+    __slots__ = (
+        "_deferred",
+        "_lock",
+        "_scope",
+        "closing",
+        "ended",
+        "failure",
+        "raised",
+    )
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -69,6 +82,8 @@ class RequestScope:
         self.failure: str | None = None
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
+        # What the end of the request is to raise.
+        self.raised: BaseException | None = None
 
     @property
     def awaits_success(self) -> bool:
@@ -92,7 +107,7 @@ class RequestScope:
 
         app: Flask = app_context.app
         config, pool = app.extensions["apitask"]
-        mix_in(request_context, OwnSessions)
+        prepare(request_context, config)
         runner = TaskRunner(app, request_context.request, config.copy_g)
         limits = config.max_workers, config.timeout
 
@@ -175,6 +190,12 @@ class RequestScope:
                 now = ()
 
         end_all(now)
+        self.raised = self.raised or take_raised(now)
+
+    def take_raised(self) -> BaseException | None:
+        """Return what the end of the request is to raise, if anything, and drop it."""
+        error, self.raised = self.raised, None
+        return error
 
     def _end_if_late(self) -> None:
         if self.ended:
@@ -187,6 +208,20 @@ class RequestScope:
         error = sys.exc_info()[1]
         is_sent = error is None or isinstance(error, GeneratorExit)
         return closing() if is_sent else None
+
+
+class Propagating(_Base):
+    """A request context whose last pop raises what a task has raised.
+
+    Not a function for ``teardown_request``: before Flask 3.2, one that raises keeps
+    others from being called, and since then Flask raises a group of exceptions.
+    """
+
+    def pop(self, *args: t.Any, **kwargs: t.Any) -> None:
+        super().pop(*args, **kwargs)
+        # In Flask 3.2 a task has a copy of the context, without a scope.
+        scope: RequestScope | None = getattr(self, _SCOPE, None)
+        raise_error(None if scope is None else scope.take_raised())
 
 
 def begin_request() -> None:
@@ -224,6 +259,14 @@ def end_leftovers(error: BaseException | None = None) -> None:
         if scope is not getattr(find_request_context(), _SCOPE, None):
             scope.note(sys.exc_info()[1] or error)
             scope.end()
+
+
+def prepare(request_context: t.Any, config: Config) -> None:
+    """Have the context of a request behave as its tasks need it. Idempotent."""
+    mix_in(request_context, OwnSessions)
+
+    if config.propagate:
+        mix_in(request_context, Propagating)
 
 
 def find_request_scope(request_context: t.Any) -> RequestScope:

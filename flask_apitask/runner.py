@@ -65,12 +65,17 @@ class PlainRunner(Runner):
         task: Fn,
         args: tuple[t.Any, ...],
         kwargs: dict[str, t.Any],
-        reason: str,
+        submitted: float,
+        reason: str | None = None,
     ) -> None:
         """Log that a task is dropped, and tell the receivers of the signal."""
-        log_drop(self._app, task, reason)
-        fields = {"name": task_name(task), "args": args, "kwargs": kwargs}
-        notify(task_dropped, self._app, {**fields, "reason": reason})
+        if reason is not None:
+            log_drop(self._app, task, reason)
+
+        fields: dict[str, t.Any] = {"name": task_name(task), "submitted": submitted}
+        fields |= {"args": args, "kwargs": kwargs}
+        fields["reason"] = reason or "it was cancelled"
+        notify(task_dropped, self._app, fields)
 
 
 class TaskRunner(PlainRunner):
@@ -126,6 +131,10 @@ class TaskRunner(PlainRunner):
             return self._in_context(task, task, args, kwargs)
         except BaseException as error:
             log_failure(app, task, error, time.monotonic() - started)
+
+            if app.extensions["apitask"].config.propagate:
+                self.raised = self.raised or error
+
             raise
 
     def call_back(
@@ -189,14 +198,18 @@ def call_observed(
 
     if app is not None and (task_started.receivers or task_finished.receivers):
         fields = {"name": task_name(task), "how": how, "submitted": submitted}
-        fields["started"] = time.monotonic()
+        fields |= {"args": args, "kwargs": kwargs, "started": time.monotonic()}
         notify(task_started, app, fields)
-        fields["exception"] = None
+        fields |= {"exception": None, "result": None}
 
     try:
         result = task(*args, **kwargs)
-        is_async = isinstance(result, CoroutineType)
-        return _run_coroutine(app, result) if is_async else result
+
+        if isinstance(result, CoroutineType):
+            result = _run_coroutine(app, result)
+
+        fields["result"] = result
+        return result
     except BaseException as error:
         fields["exception"] = error
         raise

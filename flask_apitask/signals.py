@@ -14,6 +14,7 @@ is the :class:`~flask.Flask` app. Keyword arguments:
 -   ``name``: the task's name, see :func:`.task`.
 -   ``how``: ``"thread"`` on a thread of the pool, ``"inline"`` for a plain call, or
     if no thread was available.
+-   ``args``, ``kwargs``: what the task is called with.
 -   ``submitted``, ``started``: seconds of :func:`time.monotonic`.
 
 Not sent for a plain call outside of any application context. If a receiver raises, the
@@ -29,14 +30,16 @@ its keyword arguments, and:
 
 -   ``finished``: seconds of :func:`time.monotonic`.
 -   ``exception``: what the task raised, or ``None``.
+-   ``result``: what it returned, or ``None``.
 """,
 )
 
 task_dropped: NamedSignal = _signals.signal(
     "task-dropped",
     doc="""\
-Sent when a task that was put off is dropped, which then never runs. The sender is the
-:class:`~flask.Flask` app. Keyword arguments: ``name``, ``args``, ``kwargs``, and
-``reason`` as a text.
+Sent for a task that never runs, as it was put off and is dropped, or as its future was
+cancelled, by whichever thread finds that. The sender is the :class:`~flask.Flask` app.
+Keyword arguments: ``name``, ``args``, ``kwargs`` and ``submitted``, as for
+:data:`task_started`, and ``reason``, part of a sentence.
 """,
 )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import graphlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -20,8 +21,11 @@ CORES = ("executor.*", "mail.envelope", "mail.pool", "mail.smtp")
 
 # What imports these modules, and nothing else does.
 IMPORTERS = {
+    "debugtoolbar": set(),
     "extension": {"__init__"},
     "mail": {"extension"},
+    "testing": set(),
+    "waterfall": {"debugtoolbar"},
 }
 
 # Private names of other packages: which one is used, and why it may be.
@@ -185,3 +189,23 @@ def test_import_leaves_optional_packages_alone(tmp_path: pathlib.Path) -> None:
         timeout=30,
     ).stdout
     assert printed == "set()\n"
+
+
+def test_import_is_light(tmp_path: pathlib.Path) -> None:
+    """Beyond what Flask brings, no module is imported but what futures are made of."""
+    code = (
+        "import flask, sys; before = set(sys.modules); import flask_apitask;"
+        " new = sys.modules.keys() - before;"
+        " print(*sorted(name for name in new if name.split('.')[0] != 'flask_apitask'))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-S", "-W", "error", "-c", code],
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        text=True,
+        timeout=30,
+    ).stdout
+    futures = {"concurrent", "concurrent.futures", "concurrent.futures._base"}
+    assert set(printed.split()) <= futures

@@ -622,7 +622,7 @@ def test_futures_of_dropped_tasks(make_app: AppFactory) -> None:
     app, calls = make_app(), Calls()
     told: list[t.Any] = []
 
-    def receive(sender: Flask, **fields: object) -> None:
+    def receive(sender: Flask, submitted: float, **fields: object) -> None:
         told.append((sender, fields))
 
     @app.get("/")
@@ -641,7 +641,8 @@ def test_futures_of_dropped_tasks(make_app: AppFactory) -> None:
     assert concurrent.futures.wait([dropped], PATIENCE).done == {dropped}
     name, reason = "test_on_success.Calls.note", "the response has the status 404"
     fields = {"name": name, "args": ("dropped",), "kwargs": {}, "reason": reason}
-    assert told == [dropped, (app, fields)]
+    other = {**fields, "args": ("cancelled",), "reason": "it was cancelled"}
+    assert told == [dropped, (app, fields), (app, other)]
     assert cancelled.cancelled()
     told.clear()
     calls.futures.clear()

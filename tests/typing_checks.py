@@ -24,6 +24,8 @@ from flask_apitask import scoped
 from flask_apitask import task
 from flask_apitask import TaskScope
 from flask_apitask.executor.future import TaskFuture
+from flask_apitask.testing import record_tasks
+from flask_apitask.testing import RecordedTask
 
 if t.TYPE_CHECKING:
     from concurrent.futures import Future
@@ -116,3 +118,10 @@ def scopes_are_executors(app: Flask) -> None:
         assert_type(scope, TaskScope)
         assert_type(scope.submit(double, 1), TaskFuture[int])
         assert_type(scope.map(double, [1, 2]), cabc.Iterator[int])
+
+
+def records_are_typed(app: Flask) -> None:
+    with record_tasks(app) as tasks:
+        assert_type(tasks, list[RecordedTask])
+        assert_type(tasks[0].exception, BaseException | None)
+        assert_type(tasks[0].dropped, bool)

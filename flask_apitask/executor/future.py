@@ -99,11 +99,15 @@ class TaskFuture(concurrent.futures.Future[T]):
         A waiting thread may go on as soon as the scope counts the task as done. By then
         nothing here refers to the task or its arguments any more.
         """
-        if not self.set_running_or_notify_cancel():
-            self._work = self._scope = None
-            return
-
         run: t.Any = self._context.run
+
+        if not self.set_running_or_notify_cancel():
+            work, self._work, self._scope = self._work, None, None
+
+            if work is not None:
+                run(self._runner.drop, *work)
+
+            return
 
         try:
             result = run(self._runner.run, *self._work, how)
@@ -124,17 +128,14 @@ class TaskFuture(concurrent.futures.Future[T]):
 
         :param reason: What has not come about, as part of a sentence.
         """
-        work: Work | None = self._work
-        self.held = False
-
-        if work is None or self.cancelled():
-            return
-
+        work, self._work, self.held = self._work, None, False
+        # Somebody may have cancelled it before.
+        reasons = () if self.cancelled() else (reason,)
         self.cancel()
-        # Those who wait for it are told, and it lets go of its arguments.
+        # Those who wait for it are told.
         self.run("inline")
-        task, args, kwargs, _ = work
-        self._context.run(self._runner.drop, task, args, kwargs, reason)
+        run: t.Any = self._context.run
+        run(self._runner.drop, *work, *reasons)
 
     @property
     def task(self) -> t.Any:

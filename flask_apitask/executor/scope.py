@@ -5,7 +5,7 @@ import time
 import typing as t
 import warnings
 
-from ..exceptions import ScopeClosed
+from .exceptions import ScopeClosed
 from .future import TaskFuture
 from .held import HoldingQueue
 from .overdue import find_overdue
@@ -130,6 +130,11 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
             self._give_up(self._timeout)
 
         self._drop_requests()
+
+    def take_raised(self) -> BaseException | None:
+        """Return what whoever ends the scope is to raise, if anything, and drop it."""
+        failure, self._runner.raised = self._runner.raised, None
+        return failure
 
     def _give_up(self, timeout: float) -> None:
         """Cancel what is queued, have what runs replaced, and report both."""
