@@ -91,6 +91,9 @@ class TaskFuture(concurrent.futures.Future[T]):
         import asyncio
 
         # Else it would have to wait until a thread calls it back.
+        if self.cancelled():
+            raise asyncio.CancelledError
+
         if self.done():
             return self.result()
 
