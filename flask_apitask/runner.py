@@ -88,6 +88,7 @@ class TaskRunner(PlainRunner):
     """
 
     copy_context: cabc.Callable[[], contextvars.Context]
+    raised: BaseException | None = None
 
     def __init__(
         self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()

@@ -72,7 +72,7 @@ class Waterfall:
     ) -> None:
         self.begun = begun
         self.view = view
-        self.tasks = sorted(tasks, key=operator.attrgetter("submitted"))
+        self.tasks: list[Span] = sorted(tasks, key=operator.attrgetter("submitted"))
         self.end = end
         self.total: float = (end.finished or end.started) - begun
         on_threads = [task.duration for task in tasks if task.how == "thread"]

@@ -124,8 +124,26 @@ class TaskQueue:
             self._expedite(lacking)
             yield
         finally:
-            with self._lock:
-                self.waiters -= 1
+            self._stop_waiting()
+
+    def _wait_for(self, future: TaskFuture[t.Any]) -> bool:
+        """Queue what counts as waited for until :meth:`_stop_waiting`, if that is open.
+
+        :return: Whether it is open.
+        """
+        with self._lock:
+            if self._closed:
+                return False
+
+            self.waiters += 1
+            lacking = self._add(future)
+
+        self._expedite(lacking)
+        return True
+
+    def _stop_waiting(self) -> None:
+        with self._lock:
+            self.waiters -= 1
 
     def serve(self, how: How) -> None:
         """Run what is queued, and have another thread come if there is more of it.

@@ -97,26 +97,13 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
         """
         work: Work = self._call_back, (fn, *args), {}, time.monotonic()
         future: TaskFuture[None] = TaskFuture(Runner(), self, work)
-
-        if self._forked:
-            return False
-
-        with self._lock:
-            if self._closed:
-                return False
-
-            self.waiters += 1
-            lacking = self._add(future)
-
-        self._expedite(lacking)
-        return True
+        return not self._forked and self._wait_for(future)
 
     def _call_back(self, fn: cabc.Callable[..., object], *args: t.Any) -> None:
         try:
             fn(*args)
         finally:
-            with self._lock:
-                self.waiters -= 1
+            self._stop_waiting()
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the tasks submitted so far are done, however they end.
