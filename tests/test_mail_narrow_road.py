@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import logging
 import os
 import pathlib
@@ -14,6 +15,8 @@ import typing as t
 
 import pytest
 from conftest import wait_until
+from flask import Flask
+from smtp_servers import Certificates
 from smtp_servers import Fault
 from smtp_servers import make_envelope
 from smtp_servers import PATIENCE
@@ -22,6 +25,7 @@ from smtp_servers import Stage
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.mail import pool as pool_module
+from flask_apitask.mail.envelope import SMTPSettings
 from flask_apitask.mail.pool import ConnectionPool
 
 # Seconds of timeout for what is to run into it.
@@ -349,7 +353,7 @@ def test_what_is_idle_already_is_given_back_as_well() -> None:
                     fourth.open()
 
                 assert caught.value.smtp_code == 421
-                assert pool.narrow(fourth, scarce=True)
+                assert pool.narrow(fourth, certain=True, scarce=True)
                 pool.release(fourth)
 
         assert {due for due, _ in pool._idle} != {first_due}
@@ -537,3 +541,129 @@ def test_senders_that_are_refused_at_once(caplog: pytest.LogCaptureFixture) -> N
 
     assert {getattr(error, "smtp_code", None) for error in errors} == {450}
     assert not caplog.records
+
+
+def test_a_sender_is_refused_while_others_are_opened(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What the server allows may be taken by one that isn't through its log-in yet."""
+    caplog.set_level(logging.INFO, "flask_apitask")
+
+    with (
+        ScriptedServer() as server,
+        concurrent.futures.ThreadPoolExecutor(1) as executor,
+    ):
+        pool = ConnectionPool(server.settings(), size=4)
+        server.fail(Stage.MAIL, b"452 4.3.2 too many\r\n")
+        first = pool.acquire()
+        second = executor.submit(send, pool)
+        wait_until(lambda: second.done() or "waiting=1" in f"{pool!r}")
+        first.open()
+        pool.release(first)
+        second.result(PATIENCE)
+        pool.close_idle()
+
+    assert len(server.taken) == 1
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+class Exchange(ScriptedServer):
+    """Takes so many messages at a time, as Microsoft 365 does: three by default."""
+
+    def __init__(self, at_once: int, **options: t.Any) -> None:
+        super().__init__(**options)
+        self._places = threading.Semaphore(at_once)
+        self.full = 0
+
+    def next_fault(self, stage: Stage) -> Fault | bytes | None:
+        if stage is not Stage.DOT:
+            return super().next_fault(stage)
+
+        if not self._places.acquire(blocking=False):
+            self.full += 1
+            return b"432 4.3.2 Concurrent connections limit exceeded.\r\n"
+
+        # As long as it takes a message.
+        self.stopped.wait(0.03)
+        self._places.release()
+        return None
+
+
+def test_messages_that_are_too_many_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A limit that is told at the end of a message is one, and nothing is lost."""
+    caplog.set_level(logging.INFO, "flask_apitask")
+
+    exchange = Exchange(2)
+
+    with exchange as server:
+        pool = ConnectionPool(server.settings(), size=4)
+        send_many(pool, 16, 8)
+        full = exchange.full
+        send_many(pool, 16, 8)
+        pool.close_idle()
+
+    assert len(server.taken) == 32
+    assert 0 < full == exchange.full
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "432 at end of message" in record.getMessage()
+
+
+def test_messages_of_others_are_too_many_at_once() -> None:
+    """They are other processes', say: over the same connection, it is tried again."""
+    limited = b"432 4.3.2 Concurrent connections limit exceeded.\r\n"
+
+    with ScriptedServer() as server:
+        pool = ConnectionPool(server.settings(), size=4)
+        server.fail(Stage.DOT, None, limited, limited, None, limited, limited)
+        send(pool)
+        send(pool)
+        assert server.connects == 1
+        assert len(server.taken) == 2
+        server.fail(Stage.DOT, *[limited] * 20)
+        pool.settings = server.settings(timeout=SHORT)
+
+        with pytest.raises(DeliveryError, match="APITASK_MAIL_CONNECTIONS") as caught:
+            send(pool)
+
+        assert caught.value.smtp_code == 432
+        pool.close_idle()
+
+
+class Exim(ScriptedServer):
+    """Refuses in plain text, and lets in once that was tried again."""
+
+    def _serve(self, session: t.Any) -> None:
+        if session.unwanted:
+            session.encrypt = functools.partial(session.play, Fault.BUSY)
+        else:
+            self.wait_for(lambda: self.connects > 2)
+
+        super()._serve(session)
+
+
+def test_a_limit_that_is_told_in_place_of_tls(tmp_path: pathlib.Path) -> None:
+    """Another connection may be in the middle of its handshake, and not work yet."""
+    certificates = Certificates(tmp_path)
+    tls = certificates.context("localhost")
+
+    with Exim(tls=tls, implicit=True, allowed=1) as server:
+        settings = server.settings(tls_verify=certificates.cafile)
+        pool = ConnectionPool(settings, size=2)
+        send_many(pool, 2, 2)
+        pool.close_idle()
+
+    assert len(server.taken) == 2
+
+
+def test_the_limit_is_told_once_for_an_app(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not told again after a pause, when the pool is another one."""
+    caplog.set_level(logging.INFO, "flask_apitask")
+    app, other = Flask("app"), Flask("other")
+
+    for owner in (app, app, other):
+        ConnectionPool(SMTPSettings(port=1), owner=owner).tell(421, "greeting")
+
+    assert len(caplog.records) == 2
+    ConnectionPool(SMTPSettings(port=2), owner=other).tell(421, "greeting")
+    assert len(caplog.records) == 3

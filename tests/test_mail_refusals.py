@@ -47,6 +47,7 @@ LOG_IN = {"MAIL_USERNAME", "MAIL_PASSWORD"}
 RELAY = {*LOG_IN, "MAIL_SERVER"}
 SENDER = {"MAIL_DEFAULT_SENDER"}
 TLS = {"MAIL_USE_TLS"}
+AT_ONCE = {"APITASK_MAIL_CONNECTIONS"}
 END = "end of message"
 
 # What servers say: Postfix, Exim and Sendmail by their sources, Exchange, Office 365,
@@ -54,6 +55,15 @@ END = "end of message"
 # SendGrid ("SMTP errors and troubleshooting") by their documentation; RFC 3463, 3207,
 # 4954, 1870 and 5321 where they name an example. What it is, and the keys to look at.
 REPLIES: list[tuple[str, str, str, set[str]]] = [
+    # Too many connections
+    (END, "432 4.3.2 Concurrent connections limit exceeded.", "at once", AT_ONCE),
+    (
+        *(END, "432 4.3.2 STOREDRV.ClientSubmit; sender thread limit exceeded"),
+        *("at once", AT_ONCE),
+    ),
+    ("greeting", "450 4.7.0 Too many concurrent connections", "at once", AT_ONCE),
+    ("AUTH", "454 4.7.0 Too many connections", "at once", AT_ONCE),
+    ("AUTH", "432 4.7.12 A password transition is needed", "log-in was", set()),
     # TLS
     ("MAIL", "530 5.7.0 Must issue a STARTTLS command first", "encrypted", TLS),
     ("MAIL", "451 5.7.3 STARTTLS is required to send mail", "encrypted", TLS),
@@ -202,7 +212,7 @@ def test_what_a_reply_means(
     """The text says what failed, if it is for now, and no key but the right ones."""
     text = " ".join(explain(stage, Reply(int(reply[:3]), reply[4:].encode())))
     assert meaning in text
-    assert set(re.findall(r"[A-Z]*MAIL_[A-Z_]+", text)) == keys
+    assert set(re.findall(r"[A-Z_]*MAIL_[A-Z_]+", text)) == keys
     is_temporary = reply[0] == "4" and reply[:3] != "403" and reply[4] != "5"
     assert ("is temporary" in text) is is_temporary
 

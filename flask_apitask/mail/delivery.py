@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # What a server says that has enough connections, before it lets a message in.
 _ENOUGH = {421, 432, 450, 451, 452, 454}
+# What Exchange says at any place, mostly at the end of a message: too many at once.
+_AT_ONCE = 432
 # Seconds until a server that has enough is asked again: at first, and at most. So one
 # that hangs up on a log-in sees it some ten times, which no lock-out minds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
@@ -72,6 +74,8 @@ class PooledConnection(contextlib.AbstractContextManager["PooledConnection"]):
                 session.deliver(envelope)
             except DeliveryError as error:
                 attempts.settle(kept, let_in=error.stage != "MAIL")
+                # A connection that was kept may be dead, which says nothing else.
+                kept = kept and error.smtp_code != _AT_ONCE
 
                 if not kept and attempts.find_limit(session, error):
                     end_all([session])
@@ -113,7 +117,10 @@ class _Attempts:
         certain = _is_for_connection(error)
         scarce = certain and _is_passing(error)
 
-        if not (_may_be_limit(error) and self._pool.narrow(session, scarce=scarce)):
+        if not _may_be_limit(error):
+            return False
+
+        if not self._pool.narrow(session, certain=certain, scarce=scarce):
             return False
 
         cause = error.smtp_code or "a lost connection", str(error.stage)
@@ -140,7 +147,7 @@ class _Attempts:
         if served := self._pool.taken_at > self._began:
             self._began = now
 
-        early = error.stage in {"connect", "greeting"}
+        early = error.stage in {"connect", "greeting", "TLS"}
         hopeful = served or (early and self._pool.opens_others(session))
 
         if not (_is_passing(error) or (hopeful and _may_be_limit(error))):
@@ -163,12 +170,12 @@ def _is_passing(error: DeliveryError) -> bool:
 def _is_for_connection(error: DeliveryError) -> bool:
     """Tell whether a connection did not work, whatever the message is."""
     lost_early = error.stage == "MAIL" and isinstance(error, ConnectionLost)
-    return error.stage in OPENING or lost_early
+    return error.stage in OPENING or lost_early or error.smtp_code == _AT_ONCE
 
 
 def _may_be_limit(error: DeliveryError) -> bool:
     """Tell whether this is how a server may refuse a connection too many."""
-    if error.stage == "MAIL":
+    if error.stage == "MAIL" or error.smtp_code == _AT_ONCE:
         return _is_passing(error)
 
     no_service = error.stage == "greeting" and error.smtp_code == 554

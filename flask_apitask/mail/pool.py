@@ -39,6 +39,8 @@ _LIMIT = (
 # and to start a thread, never for I/O.
 _lock = threading.Lock()
 _pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
+# The servers whose limits an owner of pools was told of: a pool is soon gone.
+_told: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 # Those with idle connections, which live by this alone.
 _idle_pools: set[ConnectionPool] = set()
 # Closes those connections in time. It sleeps on the alarm, which anything may ring, the
@@ -69,14 +71,13 @@ class ConnectionPool:
         *,
         size: int = 4,
         keepalive: float = 30.0,
-        owner: object = logger,
+        owner: object = None,
     ) -> None:
         self.settings = settings
         self.size = size
         # Where a server allows few, another process has its turn before it gives up.
         self.keepalive = min(keepalive, settings.timeout / 2)
-        self._owner = weakref.ref(owner, _wake_closer)
-        self._told = False
+        self._owner = weakref.ref(owner or self, _wake_closer)
         self.reset()
         _pools.add(self)
 
@@ -152,21 +153,24 @@ class ConnectionPool:
         if self._waiting:
             self._waiting[0].notify()
 
-    def narrow(self, session: SMTPSession, *, scarce: bool) -> bool:
+    def narrow(self, session: SMTPSession, *, certain: bool, scarce: bool) -> bool:
         """Do without a connection from now on, if there are others that work.
 
+        :param certain: It is about the connection. If in doubt, one that is being
+            opened is as good: it may have what the server allows.
         :param scarce: Keep none for long, even if not: other processes need it, too.
         """
         with _lock:
-            working = [other for other in self._in_use - {session} if other.let_in]
-            others = len(working) + len(self._idle)
+            others = self._in_use - {session}
+            working = [other for other in others if other.let_in or not certain]
+            count = len(working) + len(self._idle)
             # If it lets nobody in, that is no limit.
-            self._limit = min(self._limit, others) or self.size
+            self._limit = min(self._limit, count) or self.size
 
-            if others or scarce:
+            if count or scarce:
                 self._try_more_at = time.monotonic() + _TRY_MORE_AFTER
 
-            return others > 0
+            return count > 0
 
     def widen(self) -> None:
         """Take that back: it was no limit."""
@@ -179,11 +183,15 @@ class ConnectionPool:
             return any(other.sock for other in self._in_use - {session})
 
     def tell(self, cause: int | str, stage: str) -> None:
-        """Say once that the server has a limit, and by what it was found."""
-        with _lock:
-            told, self._told = self._told, True
+        """Say once for an owner that a server has a limit, and by what it was found."""
+        server = str(self.settings)
 
-        if not told:
+        with _lock:
+            told = _told.setdefault(self._owner() or self, set())
+            is_known = server in told
+            told.add(server)
+
+        if not is_known:
             found = self.size, self.settings, cause, stage
             log(logger, logging.INFO, _LIMIT, *found)
 

@@ -42,6 +42,13 @@ TEMPORARY = "A 4xx reply is temporary: the server may accept the message later."
 # wrong key.
 _CAUSES: list[tuple[str, str, str, str]] = [
     (
+        "greeting EHLO AUTH MAIL RCPT DATA end",
+        r"^4.*\b(too many|concurrent|number of) (\w+ )?(connections|sessions)\b"
+        r"|^432 .*thread limit",
+        "Too many connections are open at once, says {}",
+        "Have fewer in all processes together (APITASK_MAIL_CONNECTIONS).",
+    ),
+    (
         "MAIL RCPT DATA end",
         r"^5\d\d 5\.7\.(2[0-46]|515)\b|^5.*\b(SPF|DKIM|DMARC)\b",
         "The sender's domain failed the checks (SPF, DKIM, DMARC) of {}",
