@@ -200,7 +200,7 @@ class Config:
 
 
 def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> cabc.Iterator[str]:
-    """Say which keys look like ours and are none."""
+    """Say which keys look like ours and are none, or lack the one they are for."""
     names = {field.name.upper(): f"APITASK_{field.name.upper()}" for field in _fields()}
     others = {name: name for name in _FLASK_MAIL}
 
@@ -215,6 +215,10 @@ def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> cabc.Iterator[str]:
             meant = difflib.get_close_matches(name.upper(), known, 1)
             hint = f"Did you mean {known[meant[0]]}?" if meant else "It has no effect."
             yield f"There is no key {key}. {hint}"
+
+    if "APITASK_MAIL_START" in mapping and "APITASK_MAIL_BACKGROUND" not in mapping:
+        needed = "APITASK_MAIL_BACKGROUND = True"
+        yield f"APITASK_MAIL_START has no effect without {needed}."
 
 
 def find_late_keys(

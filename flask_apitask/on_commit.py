@@ -5,6 +5,7 @@ import time
 import typing as t
 
 from .api import current_scope
+from .api import warn_without_apitask
 from .context import find_app_context
 from .context import find_request_context
 from .executor.future import TaskFuture
@@ -232,6 +233,9 @@ class _LoggingRunner(Runner):
     """Call a task, and log what it raises, without an app."""
 
     def run(self, task: t.Any, *args: t.Any) -> t.Any:
+        if (context := find_app_context()) is not None:
+            warn_without_apitask(context.app, "A task was started")
+
         try:
             return Runner.run(self, task, *args)
         except BaseException as error:

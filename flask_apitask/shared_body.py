@@ -11,6 +11,7 @@ from werkzeug.utils import cached_property
 
 from .context import mix_in
 from .context import task_locals
+from .shared_uploads import close_files
 from .shared_uploads import share_files
 from .shared_uploads import SharedFile
 
@@ -68,6 +69,10 @@ class SharedBody(Request):
     def stream(self) -> t.IO[bytes]:
         with vars(self)[_LOCK].taking(self):
             return super().stream
+
+    def close(self) -> None:
+        super().close()
+        close_files(vars(self).get("files") or ())
 
 
 class BodyLock:

@@ -42,21 +42,22 @@ def log_drop(app: Flask, task: Fn, reason: str) -> None:
 
 def log_timeout(app: Flask, report: TimeoutReport) -> None:
     """Write an ERROR for each task that never ran, and a WARNING about the others."""
+    is_key = report.timeout == app.extensions["apitask"].config.timeout
+    source = "APITASK_TIMEOUT" if is_key else "timeout of the scope"
+
     for name in report.cancelled:
-        outcome = (
-            f"was cancelled: not begun within {report.timeout} s (APITASK_TIMEOUT)"
-        )
+        outcome = f"was cancelled: not begun within {report.timeout} s ({source})"
         _log_task(app, name, outcome, duration=0.0)
 
     if report.running:
         _log(
             app,
             logging.WARNING,
-            "The wait for tasks%s is over after %s s (APITASK_TIMEOUT), and %d task(s)"
-            " still run. Such tasks hold %d thread(s) of the app now. These are in:"
-            "\n\n%s",
+            "The wait for tasks%s is over after %s s (%s), and %d task(s) still run."
+            " Such tasks hold %d thread(s) of the app now. These are in:\n\n%s",
             _of_request(),
             report.timeout,
+            source,
             len(report.running),
             report.abandoned,
             "\n".join(f"{name!r}:\n{stack}" for name, stack in report.running),

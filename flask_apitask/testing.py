@@ -10,14 +10,14 @@ import threading
 import typing as t
 
 from blinker import ANY
+from flask import Flask
+from werkzeug.local import LocalProxy
 
 from .signals import task_dropped
 from .signals import task_finished
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
-
-    from flask import Flask
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -57,7 +57,16 @@ def record_tasks(app: Flask | None = None) -> cabc.Iterator[list[RecordedTask]]:
     recorded.
 
     :param app: Record the tasks of this app only.
+    :raises TypeError: ``app`` is no Flask app.
     """
+    sender: t.Any = app
+
+    if isinstance(sender, LocalProxy):
+        sender = sender._get_current_object()
+
+    if not isinstance(sender, Flask | None):
+        raise TypeError(f"record_tasks() takes a Flask app, or nothing, not {app!r}.")
+
     tasks: list[RecordedTask] = []
     # Guards the list.
     lock = threading.Lock()
@@ -75,7 +84,7 @@ def record_tasks(app: Flask | None = None) -> cabc.Iterator[list[RecordedTask]]:
         with lock:
             bisect.insort(tasks, task, key=operator.attrgetter("submitted"))
 
-    sender = ANY if app is None else app
+    sender = sender or ANY
 
     with (
         task_finished.connected_to(note, sender),

@@ -867,13 +867,56 @@ def test_upload_as_text_and_to_write(make_app: AppFactory) -> None:
         upload = request.files["file"]
         assert upload.read() == b"FIRST\n"
         assert upload.fileno() > 0
-        upload.close()
-        assert upload.stream.closed
         return "ok"
 
     body = make_multipart(LINES + bytes(600_000))
     answer = post(app, Wire(body), MULTIPART, len(body))
     assert answer.get_data(as_text=True) == "ok"
+
+
+@pytest.mark.parametrize("size", [0, 600_000])
+def test_upload_that_somebody_closes(make_app: AppFactory, size: int) -> None:
+    """What closes an upload, as text does in the end, takes it from nobody else."""
+    app = make_app()
+    files = []
+
+    def read_text() -> str:
+        with io.TextIOWrapper(request.files["file"].stream) as text:
+            return text.readline()
+
+    @app.post("/")
+    def index() -> str:
+        assert run(read_text).result(PATIENCE) == "first\n"
+        assert read_text() == "first\n"
+        assert run(read_text).result(PATIENCE) == "first\n"
+        files.append(request.files["file"].stream)
+        return "ok"
+
+    body = make_multipart(LINES + bytes(size))
+    answer = post(app, Wire(body), MULTIPART, len(body))
+    assert answer.get_data(as_text=True) == "ok"
+    assert files[0].closed
+
+
+def test_uploads_of_requests_within_a_task(make_app: AppFactory) -> None:
+    """A task that posts uploads to its own app sends each of them from the start."""
+    app = make_app()
+
+    @app.post("/upload")
+    def upload() -> str:
+        run(int)
+        return str(request.files["file"].read(), "ascii")
+
+    @app.post("/")
+    def index() -> list[str]:
+        def post_all() -> list[str]:
+            client = app.test_client()
+            files = [{"file": (io.BytesIO(b"whole"), "file")} for _ in range(20)]
+            return [client.post("/upload", data=data).text for data in files]
+
+        return run(post_all).result(PATIENCE)
+
+    assert app.test_client().post("/").json == ["whole"] * 20
 
 
 def test_upload_of_the_apps_own(make_app: AppFactory) -> None:

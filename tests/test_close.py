@@ -660,7 +660,8 @@ def test_deadline_counts_from_the_close(
     release.set()
     cancelled, running = caplog.records
     assert vars(cancelled)["apitask_endpoint"] == "index"
-    assert cancelled.getMessage().endswith("within 0.01 s (APITASK_TIMEOUT).")
+    source = "timeout of the scope" if per_view else "APITASK_TIMEOUT"
+    assert cancelled.getMessage().endswith(f"within 0.01 s ({source}).")
     assert running.getMessage().startswith("The wait for tasks of GET / is over")
 
 

@@ -796,7 +796,7 @@ def test_report_of_tasks_that_never_ran(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where nothing goes on, there is no WARNING (18)."""
-    app = make_app()
+    app = make_app(APITASK_TIMEOUT=0.5)
 
     with app.app_context():
         TaskRunner(app, None).report(TimeoutReport(0.5, ["a", "b"], [], 0))

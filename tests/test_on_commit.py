@@ -308,6 +308,23 @@ def test_without_scope(
     assert errors[0].startswith("Task 'builtins.int' failed")
 
 
+def test_without_apitask(sites: list[Site], caplog: pytest.LogCaptureFixture) -> None:
+    """In a request of an app without ApiTask, one WARNING says what is missing."""
+    [site] = sites
+
+    with Flask("shop").test_request_context(), orm.Session(site.engine) as session:
+        session.add(Account(name="ada"))
+        run_on_commit(session, site.note, "ada")
+        run_on_commit(session, int)
+        session.commit()
+
+    assert site.seen == [("ada", ["ada"])]
+    assert caplog.messages == [
+        "A task was started in a request of 'shop', which has no ApiTask: it was"
+        " started on the spot. Create one with ApiTask(app), or call its init_app(app)."
+    ]
+
+
 @pytest.mark.parametrize("session", [object(), orm.sessionmaker(), None])
 def test_no_session(session: t.Any) -> None:
     """What is no session is refused, with what would be one."""

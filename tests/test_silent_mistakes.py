@@ -145,6 +145,23 @@ def test_unknown_key(
     assert find_warnings(caplog) == [f"There is no key {key}. {hint}"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "warned"),
+    [({}, True), ({"APITASK_MAIL_BACKGROUND": False}, False)],
+    ids=["forgotten", "off"],
+)
+def test_key_that_needs_another(
+    caplog: pytest.LogCaptureFixture, keys: dict[str, t.Any], warned: bool
+) -> None:
+    """A key for background mail alone is a WARNING: it does not turn that on."""
+    app = Flask("shop")
+    app.config.update(APITASK_MAIL_START="success", **keys)
+    ApiTask(app)
+    needed = "APITASK_MAIL_BACKGROUND = True"
+    expected = f"APITASK_MAIL_START has no effect without {needed}."
+    assert find_warnings(caplog) == [expected] * warned
+
+
 def test_key_that_comes_late(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:

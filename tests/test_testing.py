@@ -191,6 +191,20 @@ def test_records_of_threads_and_of_nested_blocks(make_app: AppFactory) -> None:
     assert [task.args for task in inner] == [(2,)]
 
 
+def test_app_to_record(make_app: AppFactory) -> None:
+    """The current app is an app, and what is none is refused before the block."""
+    app: t.Any = flask.current_app
+
+    with make_app().app_context(), record_tasks(app) as tasks:
+        run(half, 3)
+
+    assert [task.name for task in tasks] == ["numbers.half"]
+    app = make_app().test_client()
+
+    with pytest.raises(TypeError, match=r"takes a Flask app, or nothing, not <Flask"):
+        record_tasks(app).__enter__()
+
+
 def test_nothing_is_kept_of_a_task_that_is_not_recorded(
     make_app: AppFactory, without_gc: None
 ) -> None:

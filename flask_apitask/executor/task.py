@@ -83,7 +83,7 @@ def make_callable(task: t.Any) -> t.Any:
         )
 
     run = functools.partial(task.run)
-    run.task_name = task.name  # type: ignore[attr-defined]
+    run.task_name = str(task.name)  # type: ignore[attr-defined]
 
     if hasattr(task, "exit_grace"):
         run.exit_grace = task.exit_grace  # type: ignore[attr-defined]
@@ -95,8 +95,9 @@ def task_name(task: t.Any) -> str:
     """Return the name a callable was given, or its module and qualified name."""
     task = _unwrap(task, "task_name")
 
-    if hasattr(task, "task_name"):
-        return str(task.task_name)
+    # A mock has every attribute.
+    if isinstance(name := getattr(task, "task_name", None), str):
+        return name
 
     named = task if hasattr(task, "__qualname__") else type(task)
     # A method of a type that is written in C may have no module.
