@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import typing as t
 
 from flask import Flask
 from werkzeug.local import LocalProxy
@@ -12,9 +11,6 @@ from .config import find_mistakes
 from .context import MERGED
 from .executor.pool import ThreadPool
 from .log import log
-
-if t.TYPE_CHECKING:
-    import collections.abc as cabc
 
 
 class ApiTask:
@@ -48,7 +44,8 @@ class ApiTask:
             after the response was sent.
         -   ``APITASK_COPY_G`` (``()``): names that a task finds in its own ``g``, as
             they were when it was started.
-        -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
+        -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail and
+            Flask-Mailman.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
         -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the
             app in one process.
@@ -59,7 +56,7 @@ class ApiTask:
 
         :param app: The app, with its configuration loaded.
         :raises RuntimeError: The app has an :class:`ApiTask` already, or
-            ``APITASK_MAIL_BACKGROUND`` is on and Flask-Mail is not installed.
+            ``APITASK_MAIL_BACKGROUND`` is on and no mail library is installed.
         :raises TypeError: ``app`` is no Flask app.
         :raises ValueError: A key has a value that is not allowed.
         """
@@ -80,7 +77,13 @@ class ApiTask:
         for mistake in find_mistakes(app.config):
             log(app.logger, logging.WARNING, "%s", mistake)
 
-        reroute = _find_reroute() if config.mail_background else None
+        reroute = None
+
+        if config.mail_background:
+            # Only such an app pays for the import.
+            from .mail import find_reroute
+
+            reroute = find_reroute()
 
         # Flask refuses these once the app has served. Then nothing else has been done.
         app.teardown_request(request_scope.end_request)
@@ -99,18 +102,3 @@ class ApiTask:
 
         if config.enabled and config.wait == "close":
             request_scope.answer_first(app)
-
-
-def _find_reroute() -> cabc.Callable[[Flask, Config], None]:
-    try:
-        from .mail import reroute
-    except ImportError as error:
-        if error.name != "flask_mail":
-            raise
-
-        raise RuntimeError(
-            "APITASK_MAIL_BACKGROUND is on, but Flask-Mail is not installed. Install"
-            ' it with: pip install "flask-apitask[mail]"'
-        ) from error
-
-    return reroute

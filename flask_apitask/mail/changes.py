@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import smtplib
 import types
 import typing as t
@@ -15,6 +14,9 @@ from ..api import run
 from ..exceptions import DeliveryError
 from ..executor.task import task
 from ..log import log_once
+from .patches import find_in_class
+from .patches import find_patch
+from .patches import is_of
 from .rendering import snapshot
 from .replies import mask
 
@@ -31,13 +33,10 @@ if t.TYPE_CHECKING:
 def find_change(mail: object, name: str, suppress: bool) -> str | None:
     """Name what somebody has put in place of something of Flask-Mail's, if it is so.
 
-    A function has the globals of its module, whatever it is called. That can be told at
-    any time, so it does not matter who came first, and a patch may be undone.
-
     :param name: ``"send"`` or ``"connect"``, of a ``Mail``.
     :param suppress: Nothing is to be sent, so it does not matter how.
     """
-    if not _is_of(flask_mail, object.__getattribute__(mail, name)):
+    if not is_of(flask_mail, object.__getattribute__(mail, name)):
         return f"{type(mail).__name__}.{name}"
 
     if name == "send":
@@ -45,34 +44,9 @@ def find_change(mail: object, name: str, suppress: bool) -> str | None:
         return None
 
     if suppress:
-        return _find_in_class(flask_mail, "Connection", "configure_host")
+        return find_in_class(flask_mail, "Connection", "configure_host")
 
-    if vars(flask_mail)["smtplib"] is not smtplib:
-        return "flask_mail.smtplib"
-
-    return (
-        _find_in_class(flask_mail, "Connection")
-        or _find_in_class(smtplib, "SMTP")
-        or _find_in_class(smtplib, "SMTP_SSL")
-    )
-
-
-def _find_in_class(module: t.Any, name: str, ignored: str = "") -> str | None:
-    cls = getattr(module, name)
-    full_name = f"{module.__name__}.{name}"
-
-    if not inspect.isclass(cls) or f"{cls.__module__}.{cls.__qualname__}" != full_name:
-        return f"{full_name} (it is {cls!r})"
-
-    for method, function in vars(cls).items():
-        if callable(function) and method != ignored and not _is_of(module, function):
-            return f"{full_name}.{method}"
-
-    return None
-
-
-def _is_of(module: t.Any, function: object) -> bool:
-    return getattr(function, "__globals__", None) is vars(module)
+    return find_patch(flask_mail, "Connection")
 
 
 def use_change(app: Flask, change: str, name: str, value: t.Any) -> t.Any:
