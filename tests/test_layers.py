@@ -30,8 +30,8 @@ FOREIGN_PRIVATE_NAMES = {
     " tells, once a stream has pushed it anew (test_request_scope.py)",
     "_Mail": "what app.extensions['mail'] is, in annotations only",
     "_MailMixin": "where Flask-Mail looks up all that it sends over, whatever stands in"
-    " its place, by whomever (test_mail_flask_mail.py); and where the default backend of"
-    " Flask-Mailman is looked up, whoever was set up first (test_mail_mailman.py)",
+    " its place, by whomever (test_mail_flask_mail.py), and where Flask-Mailman finds"
+    " its default backend, whichever was set up first (test_mail_mailman.py)",
     "_current_frames": "documented by Python: what every thread is doing",
     "_get_current_object": "documented by Werkzeug: the object behind a proxy",
     "_register_atexit": "Python's own thread pool ends by it: atexit comes too late for"

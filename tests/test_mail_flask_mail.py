@@ -992,9 +992,9 @@ def test_import_error_of_another_module_is_not_hidden(
     for module in ADAPTERS:
         monkeypatch.delitem(sys.modules, module, raising=False)
 
-    monkeypatch.setitem(sys.modules, "flask_apitask.mail.pool", None)
+    monkeypatch.setitem(sys.modules, "flask_apitask.mail.rendering", None)
     app = Flask(__name__)
     app.config["APITASK_MAIL_BACKGROUND"] = True
 
-    with pytest.raises(ModuleNotFoundError, match=r"flask_apitask\.mail\.pool"):
+    with pytest.raises(ModuleNotFoundError, match=r"flask_apitask\.mail\.rendering"):
         ApiTask(app)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import typing as t
@@ -132,16 +133,15 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
         Without a scope it is how many were delivered, as in Flask-Mailman.
 
         :raises ValueError: A message has no sender, a bad address, a line break in a
-            header, or text that can't be encoded; it may be a subclass. What comes
-            before it is delivered.
+            header (:exc:`flask_mailman.BadHeaderError`), or text that can't be encoded
+            (:exc:`UnicodeEncodeError`). The messages before it are delivered.
         :raises DeliveryError: Only without a scope: a message was not delivered.
         """
-        with self._lock:
-            if self._block is not None or not email_messages:
-                return sum(map(self._send, email_messages or ()))
+        if not email_messages:
+            return 0
 
-            with self:
-                return sum(map(self._send, email_messages))
+        with self._lock, contextlib.nullcontext() if self._block else self:
+            return sum(map(self._send, email_messages))
 
     def _send(self, email_message: t.Any) -> bool:
         if not email_message.recipients():
@@ -207,5 +207,6 @@ def _forgive(error: DeliveryError, fail_silently: bool) -> None:
     if not fail_silently:
         raise error
 
-    text = "A mail failed, as it may with fail_silently: %s"
-    log(current_app.logger, logging.INFO, text, error)
+    # Without the error itself, whose traceback would keep what the request has used.
+    text = "A mail was not delivered, which fail_silently allows: %s"
+    log(current_app.logger, logging.INFO, text, str(error))

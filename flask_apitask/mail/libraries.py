@@ -26,7 +26,7 @@ def find_reroute() -> cabc.Callable[[Flask, Config], None]:
 
     # To import Flask-Mail changes how any text in UTF-8 is encoded in a mail. That is
     # not to happen to an app that uses the other one.
-    late = "flask_mailman" in sys.modules and "flask_mail" not in sys.modules
+    late = bool(sys.modules.get("flask_mailman")) and not _has_flask_mail()
 
     if not late:
         with _missing("flask_mail"):
@@ -45,6 +45,10 @@ def find_reroute() -> cabc.Callable[[Flask, Config], None]:
         )
 
     return functools.partial(_reroute, seams, late)
+
+
+def _has_flask_mail() -> bool:
+    return sys.modules.get("flask_mail") is not None
 
 
 def _import_flask_mail() -> cabc.Callable[[], None]:
@@ -88,5 +92,5 @@ def _reroute(
 
 def _reroute_late() -> None:
     """Reroute Flask-Mail as well, if somebody has imported it after all."""
-    if "flask_mail" in sys.modules:
+    if _has_flask_mail():
         _import_flask_mail()()

@@ -30,7 +30,12 @@ def render(message: t.Any, mailman: t.Any) -> Envelope:
         )
 
     encoding = message.encoding or mailman.default_charset
-    rendered = message.message()
+
+    try:
+        rendered = message.message()
+        content = rendered.as_bytes(linesep="\r\n")
+    except email.errors.MessageError as error:
+        raise BadHeaderError(str(error)) from error
 
     for part in rendered.walk():
         for name, value in part.items():
@@ -39,16 +44,11 @@ def render(message: t.Any, mailman: t.Any) -> Envelope:
                     f"There is a line break in the header {name!r}, or in its name."
                 )
 
-    try:
-        content = rendered.as_bytes(linesep="\r\n")
-    except email.errors.MessageError as error:
-        # Newer versions of Python find more by themselves.
-        raise BadHeaderError(str(error)) from error
-
     return Envelope(
         sanitize_address(message.from_email, encoding),
         tuple(sanitize_address(each, encoding) for each in message.recipients()),
         content,
         str(rendered["Message-ID"]),
-        tuple(mailman.mail_options),
+        # There are none before Flask-Mailman 1.1.
+        tuple(getattr(mailman, "mail_options", ())),
     )
