@@ -27,6 +27,7 @@ from flask_apitask import run
 from flask_apitask import task_finished
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.mail import sending
+from flask_apitask.mail.flask_mail import find_pool
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -595,6 +596,11 @@ def test_both_libraries_on_one_app(inbox: Mailbox) -> None:
 
     assert app.test_client().get("/").status_code == 200
     assert len(inbox.messages) == 6
+
+    with app.app_context():
+        pool = find_pool(app.extensions["apitask_mail"], app.extensions["mail"])
+        assert flask_mailman.Mail(app).get_connection()._find_pool() is pool
+
     own = [subject for subject in inbox.subjects if subject.startswith("mail ")]
     assert own == ["mail 0", "mail 1", "mail 2"]
 
