@@ -746,6 +746,9 @@ def test_suppressed_mail_is_not_rendered(make_mail_app: MailAppFactory) -> None:
     """What Flask-Mail would not render in a test is not rendered here."""
     app, mail = make_mail_app(TESTING=True)
 
+    with app.test_request_context():
+        mail.send(letter("nobody listens", "jörg@example.org"))
+
     with app.test_request_context(), mail.record_messages() as outbox:
         mail.send(letter("hello", "jörg@example.org"))
 

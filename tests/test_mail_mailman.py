@@ -336,7 +336,10 @@ BAD: list[dict[str, t.Any]] = [
 ]
 
 
-@pytest.mark.parametrize("fields", BAD, ids=ascii)
+BAD_NAMES = [f"{number} {next(iter(fields))}" for number, fields in enumerate(BAD)]
+
+
+@pytest.mark.parametrize("fields", BAD, ids=BAD_NAMES)
 def test_bad_message_is_refused_in_the_view(
     inbox: Mailbox, fields: dict[str, t.Any]
 ) -> None:

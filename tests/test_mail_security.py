@@ -107,7 +107,7 @@ def walk_through(
 ) -> list[Answer]:
     """Sign up, confirm, reset the password, change it, by the links in the mails.
 
-    :param answer_first: Let the server take a mail only after the answer to its request.
+    :param answer_first: Let the server take a mail once its request is answered.
     """
     answers: list[Answer] = []
 

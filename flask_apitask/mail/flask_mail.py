@@ -166,8 +166,12 @@ def find_pool(rerouted: ReroutedMail, mail: flask_mail._Mail) -> ConnectionPool:
 
 @task("flask_mail.send")
 def deliver(pool: ConnectionPool, batch: Batch, give_up: bool) -> None:
-    """Deliver messages in order."""
-    sending.deliver(pool, batch, give_up)
+    """Deliver messages in order.
+
+    :raises DeliveryError: Some were not delivered; the text says which, and why.
+    """
+    if error := sending.deliver(pool, batch, give_up):
+        raise error
 
 
 # The exit of the process waits for it: the timeouts of its connection bound it.

@@ -152,7 +152,10 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
         try:
             t.cast("MailBlock", self._block).send(envelope)
         except DeliveryError as error:
-            _forgive(error, self.fail_silently)
+            if not self.fail_silently:
+                raise
+
+            _log_silenced(error)
             return False
 
         return True
@@ -191,22 +194,21 @@ def deliver(
 ) -> None:
     """Deliver messages in order.
 
-    :param fail_silently: Don't raise what goes wrong.
+    :param fail_silently: Log what goes wrong, and don't raise it.
+    :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
-    try:
-        sending.deliver(pool, batch, give_up)
-    except DeliveryError as error:
-        _forgive(error, fail_silently)
+    if error := sending.deliver(pool, batch, give_up):
+        if not fail_silently:
+            raise error
+
+        _log_silenced(error)
 
 
 # The exit of the process waits for it: the timeouts of its connection bound it.
 deliver.exit_grace = None  # type: ignore[attr-defined]
 
 
-def _forgive(error: DeliveryError, fail_silently: bool) -> None:
-    if not fail_silently:
-        raise error
-
+def _log_silenced(error: DeliveryError) -> None:
     # Without the error itself, whose traceback would keep what the request has used.
     text = "A mail was not delivered, which fail_silently allows: %s"
     log(current_app.logger, logging.INFO, text, str(error))

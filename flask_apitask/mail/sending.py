@@ -103,7 +103,7 @@ class MailBlock:
     some megabytes are delivered before that, by one task after another. Without a scope
     a message is delivered at once.
 
-    :param deliver: The task: :func:`deliver`, by the name that it has for a library.
+    :param deliver: The task, which raises what :func:`deliver` returns.
     """
 
     def __init__(
@@ -156,34 +156,32 @@ class MailBlock:
         self._batch, self._size = collections.deque(), 0
 
 
-def deliver(pool: ConnectionPool, batch: Batch, give_up: bool = False) -> None:
-    """Deliver messages in order.
+def deliver(pool: ConnectionPool, batch: Batch, give_up: bool) -> DeliveryError | None:
+    """Deliver messages in order, and return what went wrong: which ones, and why.
 
     One that is refused does not stop the others. A server that can't be reached does:
     to wait for it once more for each of them would hold the request for minutes.
 
     :param give_up: It could not be reached before.
-    :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
     count = len(batch)
 
     with pool.connection() as connection:
         failures = _deliver_all(connection, batch, give_up)
 
-    if len(failures) == 1:
-        raise failures[0]
+    if len(failures) < 2:
+        return failures[0] if failures else None
 
-    if failures:
-        causes = "\n".join(f"- {error}" for error in failures)
-        raise DeliveryError(
-            f"{len(failures)} of {count} messages were not delivered:\n{causes}",
-            recipients={
-                recipient: reply
-                for error in failures
-                for recipient, reply in error.recipients.items()
-            },
-            failures=tuple(failures),
-        )
+    causes = "\n".join(f"- {error}" for error in failures)
+    return DeliveryError(
+        f"{len(failures)} of {count} messages were not delivered:\n{causes}",
+        recipients={
+            recipient: reply
+            for error in failures
+            for recipient, reply in error.recipients.items()
+        },
+        failures=tuple(failures),
+    )
 
 
 def _deliver_all(
