@@ -400,6 +400,26 @@ def test_message_is_delivered_as_it_was_sent(inbox: Mailbox) -> None:
     assert set(threads) == {threading.current_thread()}
 
 
+def test_long_and_foreign_headers_are_folded(inbox: Mailbox) -> None:
+    """A fold in a header, or a name that is encoded, is no line break."""
+    app, _ = make_app(inbox.port)
+    subject = "Grüße " * 40 + "end"
+
+    with app.test_request_context():
+        message = letter(subject, *[f"a{n}@example.org" for n in range(40)])
+        message.attach("größe.png", b"\x89PNG", "image/png")
+        message.from_email = "Die Größte <shop@example.org>"
+        message.extra_headers["References"] = " ".join(["<a@example.org>"] * 40)
+        assert message.send() == 1
+
+    (arrived,) = inbox.messages
+    # Flask-Mailman itself begins with a fold.
+    assert arrived["Subject"].strip() == subject
+    assert arrived["From"].addresses[0].display_name == "Die Größte"
+    assert [part.get_filename() for part in arrived.iter_attachments()] == ["größe.png"]
+    assert len(inbox.recipients[0]) == 40
+
+
 @pytest.mark.parametrize("where", ["app", "task", "block"])
 def test_without_a_scope_it_is_sent_at_once(inbox: Mailbox, where: str) -> None:
     """Outside of a request and in a task send() delivers, and errors raise."""
