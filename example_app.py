@@ -35,7 +35,7 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.serving import run_simple
 
 from flask_apitask import ApiTask
-from flask_apitask import run
+from flask_apitask import run_on_success
 
 if t.TYPE_CHECKING:
     from flask.typing import ResponseReturnValue
@@ -90,7 +90,8 @@ def signup() -> ResponseReturnValue:
         # Flask-Mail as ever. The flag alone decides whether this line waits.
         mail.send(message)
 
-    run(audit, user_id)
+    # Not if something below fails.
+    run_on_success(audit, user_id)
     request.environ["example.mails"] = len(messages)
     return redirect(url_for(".index", done=1), 303)
 

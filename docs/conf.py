@@ -26,17 +26,21 @@ if "READTHEDOCS" in os.environ:
 intersphinx_mapping = {
     "flask": ("https://flask.palletsprojects.com/", None),
     "python": ("https://docs.python.org/3/", None),
+    "sqlalchemy": ("https://docs.sqlalchemy.org/en/20/", None),
 }
 
 # A misspelled name of our own is an error; one of another project can't be looked up.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(asyncio|concurrent|flask|logging|math|smtplib|threading|time)\..*"),
+    (
+        "py:.*",
+        r"(asyncio|concurrent|flask|logging|math|smtplib|sqlalchemy|threading|time)\..*",
+    ),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.
     (
         "py:class",
-        r"cabc\..*|Flask|P|P\.args|P\.kwargs|F|(flask_apitask\..*\.)?T|TaskFuture|Callback|.*\bT_co",
+        r"cabc\..*|Flask|Sessions|P|P\.args|P\.kwargs|F|(flask_apitask\..*\.)?T|TaskFuture|Callback|.*\bT_co",
     ),
 ]
 

@@ -12,14 +12,13 @@ from .context import current_frame
 from .context import find_request_context
 from .context import Frame
 from .context import is_in_task
-from .context import mix_in
 from .context import walk_frames
-from .executor.scope import TaskScope
-from .own_session import OwnSessions
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
     from flask import Flask
+
+    from .executor.scope import TaskScope
 
 
 def enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskScope]:
@@ -38,18 +37,19 @@ def enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskSc
     limits = read_limits(max_workers, timeout, config)
 
     if request_context is not None:
-        mix_in(request_context, OwnSessions)
+        request_scope.prepare(request_context, config)
 
-    scope = TaskScope(pool, *limits, TaskRunner(app, request, config.copy_g))
+    runner = TaskRunner(app, request, config.copy_g)
+    scope = runner.make_scope(pool, *limits)
     frame = Frame(app, scope, request, current_frame.get())
     current_frame.set(frame)
     return frame, scope
 
 
 def leave(frame: Frame, scope: TaskScope, at_close: bool = False) -> bool:
-    """Leave a block, with those in it that were left open, and say if it ends now.
+    """Leave a block and those left open in it, and return whether its scope ends now.
 
-    :param at_close: Leave it to the end of the response if there is going to be one.
+    :param at_close: End it with the response, if there is going to be one.
     """
     # It is not there where a generator is closed in another context than it ran in.
     if frame in walk_frames():
@@ -57,14 +57,14 @@ def leave(frame: Frame, scope: TaskScope, at_close: bool = False) -> bool:
 
     context = find_request_context()
 
-    # The response is no concern of a function that is called by a task.
+    # A function that is called by a task has nothing to do with the response.
     if not at_close or context is None or is_in_task(context.request):
         return True
 
     if context.app is not frame.app:
         return True
 
-    request_scope.answer_first(frame.app)
+    request_scope.watch_responses(frame.app)
     request_scope.find_request_scope(context).defer(scope)
     return False
 

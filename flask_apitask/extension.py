@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 from flask import Flask
+from flask import request_started
 from werkzeug.local import LocalProxy
 
 from . import request_scope
 from .config import Config
+from .config import find_late_keys
 from .config import find_mistakes
 from .context import MERGED
 from .executor.pool import ThreadPool
 from .log import log
+from .log import log_once
+
+# Those that have had no request yet.
+_unserved: weakref.WeakSet[Flask] = weakref.WeakSet()
 
 
 class ApiTask:
@@ -44,8 +51,12 @@ class ApiTask:
             after the response was sent.
         -   ``APITASK_COPY_G`` (``()``): names that a task finds in its own ``g``, as
             they were when it was started.
+        -   ``APITASK_PROPAGATE`` (``False``): the end of a scope raises what one of its
+            tasks has raised; for tests.
         -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail and
             Flask-Mailman.
+        -   ``APITASK_MAIL_START`` (``"send"``): when it is sent; ``"success"`` is once
+            the request has succeeded.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
         -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the
             app in one process.
@@ -99,6 +110,29 @@ class ApiTask:
 
         state = request_scope.AppState(config, ThreadPool(config.pool_size))
         app.extensions["apitask"] = state
+        _unserved.add(app)
+        request_started.connect(_warn_of_late_keys, app)
+
+        if reroute is not None and config.mail_start == "success":
+            request_scope.watch(app)
 
         if config.enabled and config.wait == "close":
-            request_scope.answer_first(app)
+            request_scope.watch_responses(app)
+
+
+def _warn_of_late_keys(app: Flask, **extra: object) -> None:
+    """Warn in the first request; no other one pays for it, if all apps have served."""
+    request_started.disconnect(_warn_of_late_keys, app)
+    _unserved.discard(app)
+
+    if not _unserved:
+        request_started.disconnect(_warn_of_late_keys)
+
+    for key in find_late_keys(app.config, app.extensions["apitask"].config):
+        log_once(
+            app,
+            key,
+            "%s was changed after ApiTask(app) had read it, which has no effect. Set it"
+            " before that.",
+            key,
+        )

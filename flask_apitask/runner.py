@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 import typing as t
+import weakref
 from types import CoroutineType
 
 from .context import current_frame
@@ -14,13 +15,17 @@ from .context import task_locals
 from .executor.runner import Runner
 from .executor.scope import TaskScope
 from .executor.task import task_name
+from .log import find_logger
 from .log import log
 from .own_g import find_copier
 from .own_session import find_changes
 from .shared_body import share_body
+from .shared_body import share_method
+from .signals import task_dropped
 from .signals import task_finished
 from .signals import task_started
 from .task_log import log_callback
+from .task_log import log_drop
 from .task_log import log_failure
 from .task_log import log_timeout
 from .task_log import warn_of_session
@@ -34,13 +39,46 @@ if t.TYPE_CHECKING:
     from flask import Request
 
     from .executor.future import Callback
+    from .executor.pool import ThreadPool
     from .executor.runner import How
     from .executor.runner import TimeoutReport
 
     Fn = cabc.Callable[..., t.Any]
 
 
-class TaskRunner(Runner):
+class PlainRunner(Runner):
+    """Call done callbacks of a task that was a plain call, in its caller's contexts."""
+
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+
+    def call_back(
+        self, callback: Callback, future: concurrent.futures.Future[t.Any]
+    ) -> None:
+        try:
+            callback(future)
+        except BaseException as error:
+            log_callback(self._app, callback, error)
+
+    def drop(
+        self,
+        task: Fn,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        submitted: float,
+        reason: str | None = None,
+    ) -> None:
+        """Log that a task is dropped, and tell the receivers of the signal."""
+        if reason is not None:
+            log_drop(self._app, task, reason)
+
+        fields: dict[str, t.Any] = {"name": task_name(task), "submitted": submitted}
+        fields |= {"args": args, "kwargs": kwargs}
+        fields["reason"] = reason or "it was cancelled"
+        notify(task_dropped, self._app, fields)
+
+
+class TaskRunner(PlainRunner):
     """Call each task of a scope in an app context of its own.
 
     What a task raises is logged, once, before it is raised to the future.
@@ -54,7 +92,7 @@ class TaskRunner(Runner):
     def __init__(
         self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()
     ) -> None:
-        self._app = app
+        super().__init__(app)
         self._frame = Frame(app, None, request)
         self._copier = find_copier(app, copy_g)
 
@@ -63,6 +101,15 @@ class TaskRunner(Runner):
 
         if request is not None:
             share_body(request)
+
+    def make_scope(
+        self, pool: ThreadPool, max_workers: int, timeout: float | None
+    ) -> TaskScope:
+        """Make the scope whose tasks this calls."""
+        scope = TaskScope(pool, max_workers, timeout, self)
+        # Not a cycle through each request.
+        self._frame.task_of = weakref.ref(scope)
+        return scope
 
     def run(
         self,
@@ -73,6 +120,7 @@ class TaskRunner(Runner):
         how: How,
     ) -> t.Any:
         app, started = self._app, time.monotonic()
+        task = share_method(self._frame.request, task)
 
         try:
             # Most apps have no receivers, and each task pays for a call.
@@ -83,6 +131,10 @@ class TaskRunner(Runner):
             return self._in_context(task, task, args, kwargs)
         except BaseException as error:
             log_failure(app, task, error, time.monotonic() - started)
+
+            if app.extensions["apitask"].config.propagate:
+                self.raised = self.raised or error
+
             raise
 
     def call_back(
@@ -129,21 +181,6 @@ class TaskRunner(Runner):
                     warn_of_session(self._app, task, changes)
 
 
-class PlainRunner(Runner):
-    """Call done callbacks of a task that was a plain call, in its caller's contexts."""
-
-    def __init__(self, app: Flask) -> None:
-        self._app = app
-
-    def call_back(
-        self, callback: Callback, future: concurrent.futures.Future[t.Any]
-    ) -> None:
-        try:
-            callback(future)
-        except BaseException as error:
-            log_callback(self._app, callback, error)
-
-
 def call_observed(
     app: Flask | None,
     how: How,
@@ -161,14 +198,18 @@ def call_observed(
 
     if app is not None and (task_started.receivers or task_finished.receivers):
         fields = {"name": task_name(task), "how": how, "submitted": submitted}
-        fields["started"] = time.monotonic()
+        fields |= {"args": args, "kwargs": kwargs, "started": time.monotonic()}
         notify(task_started, app, fields)
-        fields["exception"] = None
+        fields |= {"exception": None, "result": None}
 
     try:
         result = task(*args, **kwargs)
-        is_async = isinstance(result, CoroutineType)
-        return _run_coroutine(app, result) if is_async else result
+
+        if isinstance(result, CoroutineType):
+            result = _run_coroutine(app, result)
+
+        fields["result"] = result
+        return result
     except BaseException as error:
         fields["exception"] = error
         raise
@@ -187,7 +228,7 @@ def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) ->
         signal.send(app, _async_wrapper=app.ensure_sync, **fields)
     except BaseException as error:
         log(
-            app.logger,
+            find_logger(app),
             logging.ERROR,
             "A receiver of the signal %r failed.",
             signal.name,

@@ -43,9 +43,9 @@ from flask_apitask import ScopeClosed
 from flask_apitask import scoped
 from flask_apitask import TaskScope
 from flask_apitask import wait
+from flask_apitask.closing import Closing
 from flask_apitask.context import MERGED
 from flask_apitask.executor.pool import ThreadPool
-from flask_apitask.request_scope import Closing
 from flask_apitask.request_scope import RequestScope
 
 if t.TYPE_CHECKING:

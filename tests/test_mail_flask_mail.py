@@ -43,6 +43,7 @@ if t.TYPE_CHECKING:
 # The modules that import Flask-Mail.
 ADAPTERS = (
     "flask_apitask.mail",
+    "flask_apitask.mail.announcing",
     "flask_apitask.mail.changes",
     "flask_apitask.mail.flask_mail",
     "flask_apitask.mail.flask_mailman",

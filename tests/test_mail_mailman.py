@@ -622,7 +622,8 @@ def test_both_libraries_on_one_app(inbox: Mailbox) -> None:
 
     with app.app_context():
         pool = find_pool(app.extensions["apitask_mail"], app.extensions["mail"])
-        assert flask_mailman.Mail(app).get_connection()._find_pool() is pool
+        backend = flask_mailman.Mail(app).get_connection()
+        assert backend._make_block(ends=True)._pool is pool
 
     own = [subject for subject in inbox.subjects if subject.startswith("mail ")]
     assert own == ["mail 0", "mail 1", "mail 2"]

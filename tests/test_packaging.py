@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 MODULES = {
     path.relative_to(ROOT).as_posix()
     for path in ROOT.joinpath("flask_apitask").rglob("*")
-    if path.suffix == ".py" or path.name == "py.typed"
+    if path.suffix in {".html", ".py"} or path.name == "py.typed"
 }
 BUILD_SECONDS = 120
 
@@ -110,6 +110,17 @@ def test_page_on_the_index(distributions: Distributions) -> None:
     assert metadata.json["description"] == ROOT.joinpath("README.md").read_text("utf-8")
     classifiers = set(metadata.get_all("Classifier", []))
     assert {"Framework :: Flask", "Typing :: Typed"} <= classifiers
+
+
+def test_environments_are_explained() -> None:
+    """Each environment of tox stands in the page for contributors."""
+    page = ROOT.joinpath("docs", "contributing.md").read_text("utf-8")
+    sections = re.findall(
+        r"^\[testenv:(.+)\]$", ROOT.joinpath("tox.ini").read_text(), re.M
+    )
+    assert len(sections) > 5
+    assert [name for name in sections if f"`{name}`" not in page] == []
+    assert "tox run -e style,typing,py" in page
 
 
 def test_version_is_the_newest_in_the_changes(distributions: Distributions) -> None:

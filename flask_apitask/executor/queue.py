@@ -99,6 +99,16 @@ class TaskQueue:
     def _forked(self) -> bool:
         return self._generation != self._pool.generation
 
+    def _add(self, future: TaskFuture[t.Any]) -> int:
+        """Queue a task, and return how many threads to request. Needs the lock."""
+        self._submitted = future.index = self._submitted + 1
+        self._unfinished += 1
+        self._queue.append(future)
+        # The thread that comes may have done all small tasks by the time that another
+        # one is awake. If not, it calls that.
+        waits = self._requested and self._pool.tasks_are_small
+        return 0 if waits else self._claim_threads(self._max_workers)
+
     @contextlib.contextmanager
     def waiting(self) -> cabc.Iterator[None]:
         """Let a thread that waits for one of the tasks in here have its thread."""

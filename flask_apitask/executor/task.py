@@ -38,16 +38,22 @@ def task(name: str) -> cabc.Callable[[F], F]:
         def send_welcome(user_id): ...
 
     :param name: Low-cardinality: ``"mailer.welcome"``, never with an id in it.
-    :raises TypeError: The name is missing, as in a bare ``@task``, or the function
+    :raises TypeError: The name is missing, as in a bare ``@task``, or what it is for
         can't be named.
     """
-    if not name or callable(name):
+    if not (isinstance(name, str) and name.strip()):  # type: ignore[redundant-expr]
         raise TypeError(
             f"task() takes the task's name first, as in @task('mailer.welcome'),"
             f" not {name!r}."
         )
 
     def decorator(fn: F) -> F:
+        if not callable(fn):
+            raise TypeError(
+                f"task({name!r}) names a function, and not {fn!r}. Put it right above"
+                " the 'def'."
+            )
+
         try:
             fn.task_name = name  # type: ignore[attr-defined]
         except AttributeError:

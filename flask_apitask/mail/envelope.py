@@ -61,6 +61,7 @@ class SMTPSettings:
     :param username: Log in, if there is a password too.
     :param timeout: Seconds that a TCP connect, a TLS handshake, a reply, ``AUTH`` as a
         whole and every 16 KiB of a message may take each.
+    :param timeout_key: The key that the timeout is from, for the texts of errors.
     :param tls_verify: Check the certificate and its host name; the path of a CA file
         to check against that one instead of the system's.
     :param certfile: The path of a certificate to show to the server, with its chain.
@@ -77,6 +78,7 @@ class SMTPSettings:
     username: str | None = dataclasses.field(default=None, repr=False)
     password: str | None = dataclasses.field(default=None, repr=False)
     timeout: float = 10.0
+    timeout_key: str = "APITASK_MAIL_TIMEOUT"
     tls_verify: bool | str = True
     certfile: str | None = None
     keyfile: str | None = None

@@ -8,6 +8,7 @@ import flask_mail
 from flask import current_app
 
 from ..api import warn_without_apitask
+from ..config import is_true
 from ..context import find_app_context
 from ..executor.task import task
 from ..runner import notify
@@ -17,9 +18,9 @@ from .changes import use_change
 from .rendering import check
 from .rendering import render
 from .rendering import snapshot
-from .sending import check_tls
-from .sending import is_true
 from .sending import MailBlock
+from .settings import is_suppressed
+from .settings import read_settings
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -30,7 +31,13 @@ if t.TYPE_CHECKING:
     from .pool import ConnectionPool
     from .rendering import Address
     from .sending import Batch
+    from .sending import Delivery
     from .sending import ReroutedMail
+
+_KEYS = (
+    *("server", "port", "use_tls", "use_ssl", "username", "password"),
+    *("max_emails", "debug"),
+)
 
 
 def reroute() -> None:
@@ -58,8 +65,8 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
 
 
 def _init_app(init_app: cabc.Callable[[Flask], t.Any], app: Flask) -> t.Any:
-    if "apitask_mail" in app.extensions:
-        check_tls(app.config)
+    if rerouted := app.extensions.get("apitask_mail"):
+        read_settings(app.config, rerouted.config)
 
     return init_app(app)
 
@@ -75,14 +82,15 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
     if rerouted is None or state is None:
         return value
 
-    change = find_change(mail, name, bool(state.suppress))
+    change = find_change(mail, name, is_suppressed(state))
 
     if change is None:
         connect = functools.partial(BackgroundConnection, rerouted, state)
         # Flask-Mail's own send() looks up connect() in turn.
         return connect if name == "connect" else value
 
-    return use_change(app, change, name, value)
+    scope = rerouted.find_scope()
+    return use_change(app, change, name, value, rerouted.start if scope else None)
 
 
 class BackgroundConnection:
@@ -102,8 +110,9 @@ class BackgroundConnection:
 
     def __enter__(self) -> te.Self:
         # What is suppressed takes no time, and the outbox of a test is in order so.
-        if not self.mail.suppress:
-            self._block = MailBlock(find_pool(self._rerouted, self.mail), deliver)
+        if not is_suppressed(self.mail):
+            pool = find_pool(self._rerouted, self.mail)
+            self._block = MailBlock(self._rerouted, pool, deliver)
 
         return self
 
@@ -143,7 +152,7 @@ class BackgroundConnection:
         if self._block is not None:
             self._block.send(render(message, envelope_from), then)
         elif then is not None:
-            then()
+            self._rerouted.outbox.tell(then)
 
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
         """Send what the arguments of :class:`flask_mail.Message` say."""
@@ -152,25 +161,17 @@ class BackgroundConnection:
 
 def find_pool(rerouted: ReroutedMail, mail: flask_mail._Mail) -> ConnectionPool:
     """Return the pool for what ``app.extensions["mail"]`` says by now."""
-    return rerouted.pool(
-        host=mail.server,
-        port=mail.port,
-        use_tls=mail.use_tls,
-        use_ssl=mail.use_ssl,
-        username=mail.username,
-        password=mail.password,
-        max_messages=int(mail.max_emails or 0) or None,
-        debug=int(mail.debug),
-    )
+    keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in _KEYS}
+    return rerouted.pool(keys)
 
 
 @task("flask_mail.send")
-def deliver(pool: ConnectionPool, batch: Batch, give_up: bool) -> None:
+def deliver(pool: ConnectionPool, batch: Batch, before: Delivery) -> None:
     """Deliver messages in order.
 
     :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
-    if error := sending.deliver(pool, batch, give_up):
+    if error := sending.deliver(pool, batch, before):
         raise error
 
 

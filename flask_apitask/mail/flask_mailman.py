@@ -17,15 +17,14 @@ from flask import current_app
 from flask_mailman.backends import smtp  # type: ignore[import-untyped]
 
 from ..api import warn_without_apitask
-from ..config import read_seconds
+from ..config import is_true
 from ..exceptions import DeliveryError
 from ..executor.task import task
 from ..log import log
 from ..log import log_once
 from . import sending
 from .mailman_rendering import render
-from .patches import find_patch
-from .sending import is_true
+from .patches import find_parts
 from .sending import MailBlock
 
 if t.TYPE_CHECKING:
@@ -36,6 +35,7 @@ if t.TYPE_CHECKING:
 
     from .pool import ConnectionPool
     from .sending import Batch
+    from .sending import Delivery
     from .sending import ReroutedMail
 
 # What MAIL_BACKEND is for the backend of Flask-Mailman in whose place ours comes.
@@ -44,6 +44,11 @@ _SMTP = (
     "flask_mailman.backends.smtp",
     "flask_mailman.backends.smtp.EmailBackend",
     smtp.EmailBackend,
+)
+
+_KEYS = (
+    *("port", "use_tls", "use_ssl", "username", "password"),
+    *("timeout", "ssl_certfile", "ssl_keyfile"),
 )
 
 _get_connection = flask_mailman._MailMixin.get_connection
@@ -79,17 +84,18 @@ def _find_backend(app: Flask) -> type[EmailBackend] | None:
 
         return None
 
-    if (patch := find_patch(smtp, "EmailBackend")) is None:
-        return EmailBackend
+    for part in find_parts(smtp, "EmailBackend"):
+        if part.is_changed:
+            log_once(
+                app,
+                f"mail_{part}",
+                "Flask-Mailman is changed: %s. That sends the mail of this app, then,"
+                " and not in the background; the APITASK_MAIL_* keys have no effect.",
+                part,
+            )
+            return None
 
-    log_once(
-        app,
-        f"mail_{patch}",
-        "Flask-Mailman is changed: %s. That sends the mail of this app, then, and not"
-        " in the background; the APITASK_MAIL_* keys have no effect.",
-        patch,
-    )
-    return None
+    return EmailBackend
 
 
 class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
@@ -107,10 +113,8 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
             if self._block is not None:
                 return False
 
-            delivery = functools.partial(deliver, self.fail_silently)
-            self._block = MailBlock(self._find_pool(), delivery)
-            # It may never be closed, so nothing is collected.
-            self._block.limit = 0
+            # It may never be closed.
+            self._block = self._make_block(ends=False)
             return True
 
     def close(self) -> None:
@@ -123,8 +127,7 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
 
     def __enter__(self) -> te.Self:
         with self._lock:
-            self.open()
-            t.cast("MailBlock", self._block).limit = sending.BATCH
+            self._block = self._block or self._make_block(ends=True)
             return self
 
     def send_messages(self, email_messages: cabc.Sequence[t.Any]) -> int:
@@ -160,7 +163,7 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
 
         return True
 
-    def _find_pool(self) -> ConnectionPool:
+    def _make_block(self, *, ends: bool) -> MailBlock:
         rerouted: ReroutedMail | None = current_app.extensions.get("apitask_mail")
 
         if rerouted is None:
@@ -170,34 +173,22 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
                 " be 'smtp', which goes by it."
             )
 
-        timeout = {}
-
-        if self.timeout is not None:
-            timeout["timeout"] = read_seconds("MAIL_TIMEOUT", self.timeout)
-
-        return rerouted.pool(
-            host=self.host,
-            port=self.port,
-            use_tls=self.use_tls,
-            use_ssl=self.use_ssl,
-            username=self.username,
-            password=self.password,
-            certfile=self.ssl_certfile,
-            keyfile=self.ssl_keyfile,
-            **timeout,
-        )
+        keys = {f"MAIL_{name.upper()}": getattr(self, name) for name in _KEYS}
+        pool = rerouted.pool({**keys, "MAIL_SERVER": self.host})
+        delivery = functools.partial(deliver, self.fail_silently)
+        return MailBlock(rerouted, pool, delivery, ends)
 
 
 @task("flask_mailman.send")
 def deliver(
-    fail_silently: bool, pool: ConnectionPool, batch: Batch, give_up: bool
+    fail_silently: bool, pool: ConnectionPool, batch: Batch, before: Delivery
 ) -> None:
     """Deliver messages in order.
 
     :param fail_silently: Log what goes wrong, and don't raise it.
     :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
-    if error := sending.deliver(pool, batch, give_up):
+    if error := sending.deliver(pool, batch, before):
         if not fail_silently:
             raise error
 

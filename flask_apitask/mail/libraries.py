@@ -6,8 +6,8 @@ import sys
 import typing as t
 
 from ..log import log_once
-from .sending import check_tls
 from .sending import ReroutedMail
+from .settings import read_settings
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -71,7 +71,8 @@ def _reroute(
     seams: list[cabc.Callable[[], None]], late: bool, app: Flask, config: Config
 ) -> None:
     """Send the mail of an app in the background of its requests."""
-    check_tls(app.config)
+    # What can't be used is told here, and not by the first mail.
+    read_settings(app.config, config)
 
     if config.mail_tls_verify is False:
         log_once(

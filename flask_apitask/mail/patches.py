@@ -1,43 +1,59 @@
 from __future__ import annotations
 
-import inspect
 import smtplib
+import types
 import typing as t
 
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
 
-def find_patch(module: t.Any, name: str) -> str | None:
-    """Name what stands in place of a class that sends, or of what it sends by.
+_CLASSES = {"Connection", "EmailBackend", "SMTP", "SMTP_SSL"}
 
-    A function has the globals of its module, whatever it is called. That can be told at
-    any time, so it does not matter who came first, and a patch may be undone.
+
+class Part(t.NamedTuple):
+    """Something that takes part in the sending."""
+
+    path: tuple[str, ...]
+    value: object
+    is_changed: bool
+
+    def __str__(self) -> str:
+        shown = f" (it is {self.value!r})" if self.path[-1] in _CLASSES else ""
+        return ".".join(self.path) + shown
+
+
+def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
+    """Yield a class that sends, and what it sends by.
 
     :param module: The module of the class, which imports :mod:`smtplib`.
     """
-    if vars(module)["smtplib"] is not smtplib:
-        return f"{module.__name__}.smtplib"
-
-    return (
-        find_in_class(module, name)
-        or find_in_class(smtplib, "SMTP")
-        or find_in_class(smtplib, "SMTP_SSL")
-    )
+    library = vars(module)["smtplib"]
+    yield Part((module.__name__, "smtplib"), library, library is not smtplib)
+    yield from find_in_class(module, name)
+    yield from find_in_class(smtplib, "SMTP")
+    yield from find_in_class(smtplib, "SMTP_SSL")
 
 
-def find_in_class(module: t.Any, name: str, ignored: str = "") -> str | None:
-    """Name what stands in place of a class, or of a method other than the ignored."""
-    cls = getattr(module, name)
-    full_name = f"{module.__name__}.{name}"
+def find_in_class(module: t.Any, name: str, ignored: str = "") -> cabc.Iterator[Part]:
+    """Yield a class, and its methods other than the ignored.
 
-    if not inspect.isclass(cls) or f"{cls.__module__}.{cls.__qualname__}" != full_name:
-        return f"{full_name} (it is {cls!r})"
+    A function has the globals of its module, whatever it is called. That can be told at
+    any time, so it does not matter who came first, and a patch may be undone.
+    """
+    cls, path = getattr(module, name), (module.__name__, name)
+
+    # A proxy says that it is what it stands for, but not to type().
+    if type(cls) is not type or (cls.__module__, cls.__qualname__) != path:
+        yield Part(path, cls, True)
+        return
+
+    yield Part(path, cls, False)
 
     for method, function in vars(cls).items():
-        if callable(function) and method != ignored and not is_of(module, function):
-            return f"{full_name}.{method}"
-
-    return None
+        if callable(function) and method != ignored:
+            yield Part((*path, method), function, not is_of(module, function))
 
 
 def is_of(module: t.Any, function: object) -> bool:
     """Tell whether a function was written in a module."""
-    return getattr(function, "__globals__", None) is vars(module)
+    return type(function) is types.FunctionType and function.__globals__ is vars(module)

@@ -3,21 +3,27 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import math
 import typing as t
 import weakref
 
 from ..api import current_scope
+from ..api import find_holder
 from ..api import run
+from ..config import refuse
 from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
-from .envelope import SMTPSettings
+from ..on_success import run_on_success
+from .announcing import Outbox
 from .pool import find_pool
+from .settings import read_settings
 from .smtp import OPENING
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from ..config import Config
+    from ..executor.future import TaskFuture
     from .delivery import PooledConnection
     from .envelope import Envelope
     from .pool import ConnectionPool
@@ -26,6 +32,8 @@ if t.TYPE_CHECKING:
     # What to deliver, and what to call once it is.
     Then: t.TypeAlias = cabc.Callable[[], object] | None
     Batch: t.TypeAlias = collections.deque[tuple[Envelope, Then]]
+    Delivery: t.TypeAlias = TaskFuture[None] | None
+    Deliver: t.TypeAlias = cabc.Callable[[ConnectionPool, Batch, Delivery], None]
 
 # Bytes of rendered messages with which a block begins to deliver while it is open.
 BATCH = 4 * 1024 * 1024
@@ -35,37 +43,34 @@ class ReroutedMail:
     """The way that the mail of one app takes: its configuration and its connections."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self.config = config
+        # What decides where a mail goes, and what starts its delivery.
+        on_success = config.mail_start == "success"
+        self.find_scope = find_holder if on_success else current_scope
+        self.start = run_on_success if on_success else run
+        self.on_success: bool = on_success
+        self.outbox = Outbox(on_success)
         # A pool lives while it is in use or has something idle. So nothing is left of
         # the settings of a tenant that sends no more.
         self._pools: Pools = weakref.WeakValueDictionary()
 
-    def pool(self, **settings: t.Any) -> ConnectionPool:
+    def pool(self, keys: cabc.Mapping[str, t.Any]) -> ConnectionPool:
         """Return the pool for what a library says of its mail server by now.
 
-        :param settings: Fields of :class:`.SMTPSettings`, as configuration has them: an
-            environment variable makes a flag text, and a password a number.
+        :param keys: As in the configuration of the app.
         :raises ValueError: The settings can't be used, or a file not be read.
         """
-        config = self._config
-        made: dict[str, t.Any] = {
-            "timeout": config.mail_timeout,
-            "tls_verify": config.mail_tls_verify,
-        }
-        made |= settings
+        config, server = self.config, keys["MAIL_SERVER"]
 
-        for name in ("use_tls", "use_ssl"):
-            made[name] = is_true(made[name])
+        if not server:
+            # It is no mistake at start-up: an app that sends nothing needs none.
+            raise refuse("MAIL_SERVER", server, "the name of a mail server")
 
-        for name in ("username", "password"):
-            made[name] = None if made[name] is None else str(made[name])
-
-        made["port"] = int(made["port"] or 0)
-        checked = SMTPSettings(**made)
-        checked.tls_context()
+        settings = read_settings(keys, config)
+        settings.tls_context()
         return find_pool(
             self._pools,
-            checked,
+            settings,
             size=config.mail_connections,
             # None is kept where no thread could close it in time.
             keepalive=config.mail_keepalive if threads_enabled() else 0,
@@ -73,52 +78,34 @@ class ReroutedMail:
         )
 
 
-def is_true(value: object) -> bool:
-    """Read a flag of a mail library, even if an environment variable made it text."""
-    if isinstance(value, str):
-        return value.strip().lower() not in {"", "0", "false", "no", "none", "off"}
-
-    return bool(value)
-
-
-def check_tls(config: cabc.Mapping[str, t.Any]) -> None:
-    """Refuse both kinds of TLS at once.
-
-    :raises ValueError: The text names the keys, and the usual port of each.
-    """
-    use_tls, use_ssl = config.get("MAIL_USE_TLS"), config.get("MAIL_USE_SSL")
-
-    if is_true(use_tls) and is_true(use_ssl):
-        raise ValueError(
-            f"MAIL_USE_TLS is {use_tls!r} and MAIL_USE_SSL is {use_ssl!r}, but only one"
-            " can be: STARTTLS, mostly on port 587, or TLS from the start, mostly on"
-            " port 465."
-        )
-
-
 class MailBlock:
     """Messages that go over one connection, in order.
 
     In a scope they are collected, and delivered by one task at the end of the block;
-    some megabytes are delivered before that, by one task after another. Without a scope
-    a message is delivered at once.
+    some megabytes are delivered before that, by one task after another, unless mail
+    waits for the success of the request. Without a scope a message is delivered at
+    once.
 
     :param deliver: The task, which raises what :func:`deliver` returns.
+    :param ends: It ends for sure. Else nothing is collected: a task delivers each.
     """
 
     def __init__(
         self,
+        rerouted: ReroutedMail,
         pool: ConnectionPool,
-        deliver: cabc.Callable[[ConnectionPool, Batch, bool], None],
+        deliver: Deliver,
+        ends: bool = True,
     ) -> None:
-        self.limit = BATCH
+        self._rerouted = rerouted
         self._pool = pool
         self._deliver = deliver
         # What each message goes over, without a scope.
-        self._connection = None if current_scope() else pool.connection()
+        self._connection = None if rerouted.find_scope() else pool.connection()
         self._batch: Batch = collections.deque()
         self._size = 0
-        self._delivery: concurrent.futures.Future[None] | None = None
+        self._limit = 0.0 if not ends else math.inf if rerouted.on_success else BATCH
+        self._delivery: Delivery = None
 
     def send(self, envelope: Envelope, then: Then = None) -> None:
         """Deliver a message, or have it delivered.
@@ -132,7 +119,7 @@ class MailBlock:
         if self._connection is not None:
             if failures := _deliver_all(self._connection, self._batch):
                 raise failures[0]
-        elif self._size >= self.limit:
+        elif self._size >= self._limit:
             self._begin_delivery()
 
     def end(self) -> None:
@@ -144,26 +131,27 @@ class MailBlock:
 
     def _begin_delivery(self) -> None:
         """Have a task deliver the batch, once the one before is through."""
-        error: BaseException | None = None
+        if not self._rerouted.on_success:
+            # So that little is held at a time.
+            _find_error(self._delivery)
 
-        if self._delivery is not None:
-            # It is cancelled if the time of the request is up.
-            with contextlib.suppress(concurrent.futures.CancelledError):
-                error = self._delivery.exception()
-
-        give_up = _is_unreachable(error)
-        self._delivery = run(self._deliver, self._pool, self._batch, give_up)
+        self._delivery = self._rerouted.start(
+            self._deliver, self._pool, self._batch, self._delivery
+        )
         self._batch, self._size = collections.deque(), 0
 
 
-def deliver(pool: ConnectionPool, batch: Batch, give_up: bool) -> DeliveryError | None:
+def deliver(
+    pool: ConnectionPool, batch: Batch, before: Delivery
+) -> DeliveryError | None:
     """Deliver messages in order, and return what went wrong: which ones, and why.
 
     One that is refused does not stop the others. A server that can't be reached does:
     to wait for it once more for each of them would hold the request for minutes.
 
-    :param give_up: It could not be reached before.
+    :param before: The delivery of those before them, which has to be through.
     """
+    give_up = _is_unreachable(_find_error(before))
     count = len(batch)
 
     with pool.connection() as connection:
@@ -216,6 +204,17 @@ def _deliver_all(
         then()
 
     return failures
+
+
+def _find_error(delivery: Delivery) -> BaseException | None:
+    """Wait for a delivery, and return what went wrong."""
+    # One of a scope around this one may wait for its success.
+    if delivery is not None and not delivery.held:
+        # It is cancelled if the time of the request is up.
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            return delivery.exception()
+
+    return None
 
 
 def _is_unreachable(error: BaseException | None) -> bool:
