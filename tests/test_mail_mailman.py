@@ -173,9 +173,10 @@ def test_what_is_left_as_it_is(tmp_path: pathlib.Path) -> None:
         flask_mailman.Mail().get_connection()
 
 
-def test_a_test_has_its_outbox() -> None:
+@pytest.mark.parametrize("start", ["send", "success"])
+def test_a_test_has_its_outbox(start: str) -> None:
     """With TESTING a mail is in the outbox when send() returns, whoever came first."""
-    app, mail = make_app(25, mail_first=False, TESTING=True)
+    app, mail = make_app(25, mail_first=False, TESTING=True, APITASK_MAIL_START=start)
 
     @app.get("/")
     def view() -> str:
@@ -292,6 +293,116 @@ def test_a_connection_that_is_never_closed_loses_nothing(inbox: Mailbox) -> None
     assert inbox.subjects == subjects
     connection.close()
     connection.close()
+
+
+@pytest.mark.parametrize("how", ["block", "open"])
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_large_block_gives_up_once(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    how: str,
+    silent: bool,
+) -> None:
+    """A server that can't be reached costs one timeout, silent or not."""
+    monkeypatch.setattr(sending, "BATCH", 1)
+    caplog.set_level(logging.INFO)
+
+    with ScriptedServer() as server:
+        app, mail = make_app(server.port, APITASK_MAIL_TIMEOUT=SHORT)
+        server.fail(Stage.GREETING, *[Fault.SILENCE] * 4)
+
+        with app.test_request_context(), open_scope():
+            connection = mail.get_connection(fail_silently=silent)
+
+            if how == "open":
+                connection.open()
+
+            with connection:
+                for _ in range(4):
+                    letter(connection=connection).send()
+
+    assert server.connects == 1
+    assert caplog.text.count("It was not tried.") == 3
+    assert {r.levelname for r in caplog.records} == {"INFO" if silent else "ERROR"}
+
+
+@pytest.mark.parametrize("end", ["teardown", "close"])
+@pytest.mark.parametrize("status", [200, 302, 400, 503])
+def test_mail_that_waits_for_success(
+    inbox: Mailbox, caplog: pytest.LogCaptureFixture, end: str, status: int
+) -> None:
+    """Mail is delivered if the request has succeeded, and else dropped with an INFO."""
+    app, mail = make_app(inbox.port, APITASK_MAIL_START="success", APITASK_WAIT=end)
+    caplog.set_level(logging.INFO)
+
+    @app.get("/")
+    def view() -> tuple[str, int]:
+        assert letter("one").send() == 1
+
+        with mail.get_connection() as connection:
+            assert connection.send_messages([letter("two"), letter("three")]) == 2
+
+        assert run(lambda: letter("four").send()).result() == 1
+
+        with pytest.raises(ValueError, match="newlines"):
+            letter("a\nb").send()
+
+        assert not inbox.messages
+        return "", status
+
+    response = app.test_client().get("/", buffered=True)
+    assert response.status_code == status
+    expected = ["four", "one", "three", "two"] if status < 400 else []
+    assert sorted(inbox.subjects) == expected
+    text = "Task 'flask_mailman.send' of GET / was dropped: the response has the status"
+    told = [r.getMessage() for r in caplog.records if "drop" in r.getMessage()]
+    assert told == ([] if expected else [f"{text} {status}."] * 3)
+
+
+def test_open_waits_for_nothing_that_waits_for_success(inbox: Mailbox) -> None:
+    """After open() the order is kept, with one thread, and whether closed or not."""
+    app, mail = make_app(inbox.port, APITASK_MAIL_START="success", APITASK_POOL_SIZE=1)
+    subjects = [str(number) for number in range(5)]
+
+    @app.get("/")
+    def view() -> str:
+        connection = mail.get_connection()
+        connection.open()
+
+        for subject in subjects:
+            letter(subject, connection=connection).send()
+
+        with open_scope():
+            # Its success comes first.
+            letter("inner", connection=connection).send()
+            assert not inbox.messages
+
+        assert inbox.subjects == ["inner"]
+        return ""
+
+    assert app.test_client().get("/").status_code == 200
+    assert inbox.subjects == ["inner", *subjects]
+
+
+def test_a_large_block_is_held_until_success(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that would begin to deliver while it is open does not."""
+    monkeypatch.setattr(sending, "BATCH", 1)
+    app, mail = make_app(inbox.port, APITASK_MAIL_START="success")
+
+    with app.app_context(), open_scope():
+        with mail.get_connection() as connection:
+            connection.send_messages([letter("one"), letter("two")])
+
+        assert not inbox.messages
+
+    assert inbox.subjects == ["one", "two"]
+
+    with app.app_context():
+        # Where there is no scope, it is sent at once.
+        letter("three").send()
+        assert inbox.subjects[2:] == ["three"]
 
 
 def test_a_block_that_raises_delivers_what_was_sent(inbox: Mailbox) -> None:
@@ -500,7 +611,9 @@ def test_its_own_timeout_and_options() -> None:
         server.fail(Stage.GREETING, Fault.SILENCE)
 
         with app.app_context():
-            with pytest.raises(DeliveryError, match=r"more than 0\.3 s"):
+            with pytest.raises(
+                DeliveryError, match=r"more than 0\.3 s \(MAIL_TIMEOUT\)"
+            ):
                 letter().send()
 
             server.fail(Stage.GREETING, Fault.SILENCE)

@@ -146,10 +146,17 @@ def walk_through(
     return answers
 
 
-@pytest.mark.parametrize("wait", ["teardown", "close"])
+@pytest.mark.parametrize(
+    ("wait", "start"),
+    [("teardown", "send"), ("close", "send"), ("teardown", "success")],
+)
 @pytest.mark.parametrize("library", ["flask_mail", "flask_mailman"])
 def test_flows_of_flask_security(
-    make_app: cabc.Callable[..., Flask], inbox: Mailbox, library: str, wait: str
+    make_app: cabc.Callable[..., Flask],
+    inbox: Mailbox,
+    library: str,
+    wait: str,
+    start: str,
 ) -> None:
     """Registration, confirmation, reset and change are as without us.
 
@@ -170,7 +177,8 @@ def test_flows_of_flask_security(
     def note(sender: Flask, name: str, how: str, **_: t.Any) -> None:
         tasks.append((name, how))
 
-    app = make_app(mail_class, APITASK_MAIL_BACKGROUND=True, APITASK_WAIT=wait)
+    config = {"APITASK_WAIT": wait, "APITASK_MAIL_START": start}
+    app = make_app(mail_class, APITASK_MAIL_BACKGROUND=True, **config)
 
     with task_finished.connected_to(note, app):
         assert walk_through(app.test_client(), inbox, wait == "close") == expected

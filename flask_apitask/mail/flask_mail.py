@@ -7,8 +7,6 @@ import typing as t
 import flask_mail
 from flask import current_app
 
-from ..api import warn_without_apitask
-from ..config import is_true
 from ..context import find_app_context
 from ..executor.task import task
 from ..runner import notify
@@ -18,6 +16,7 @@ from .changes import use_change
 from .rendering import check
 from .rendering import render
 from .rendering import snapshot
+from .sending import find_rerouted
 from .sending import MailBlock
 from .settings import is_suppressed
 from .settings import read_settings
@@ -73,11 +72,8 @@ def _init_app(init_app: cabc.Callable[[Flask], t.Any], app: Flask) -> t.Any:
 
 def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -> t.Any:
     """Return what sends for an app in place of ``connect`` or ``send``."""
-    rerouted: ReroutedMail | None = app.extensions.get("apitask_mail")
+    rerouted = find_rerouted(app)
     state: flask_mail._Mail | None = app.extensions.get("mail")
-
-    if rerouted is None and is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
-        warn_without_apitask(app, "A mail was sent")
 
     if rerouted is None or state is None:
         return value

@@ -16,8 +16,6 @@ import flask_mailman  # type: ignore[import-untyped]
 from flask import current_app
 from flask_mailman.backends import smtp  # type: ignore[import-untyped]
 
-from ..api import warn_without_apitask
-from ..config import is_true
 from ..exceptions import DeliveryError
 from ..executor.task import task
 from ..log import log
@@ -25,6 +23,7 @@ from ..log import log_once
 from . import sending
 from .mailman_rendering import render
 from .patches import find_parts
+from .sending import find_rerouted
 from .sending import MailBlock
 
 if t.TYPE_CHECKING:
@@ -75,13 +74,7 @@ def _find_backend(app: Flask) -> type[EmailBackend] | None:
     """Return our backend if it comes in place of the default one of an app."""
     mailman = app.extensions.get("mailman")
 
-    if mailman is None or mailman.backend not in _SMTP:
-        return None
-
-    if "apitask_mail" not in app.extensions:
-        if is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
-            warn_without_apitask(app, "A mail was sent")
-
+    if mailman is None or mailman.backend not in _SMTP or not find_rerouted(app):
         return None
 
     for part in find_parts(smtp, "EmailBackend"):
@@ -182,10 +175,10 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
 @task("flask_mailman.send")
 def deliver(
     fail_silently: bool, pool: ConnectionPool, batch: Batch, before: Delivery
-) -> None:
+) -> DeliveryError | None:
     """Deliver messages in order.
 
-    :param fail_silently: Log what goes wrong, and don't raise it.
+    :param fail_silently: Log what goes wrong and return it, and don't raise it.
     :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
     if error := sending.deliver(pool, batch, before):
@@ -193,6 +186,8 @@ def deliver(
             raise error
 
         _log_silenced(error)
+
+    return error
 
 
 # The exit of the process waits for it: the timeouts of its connection bound it.

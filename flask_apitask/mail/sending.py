@@ -10,6 +10,8 @@ import weakref
 from ..api import current_scope
 from ..api import find_holder
 from ..api import run
+from ..api import warn_without_apitask
+from ..config import is_true
 from ..config import refuse
 from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
@@ -22,6 +24,8 @@ from .smtp import OPENING
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+    from flask import Flask
+
     from ..config import Config
     from ..executor.future import TaskFuture
     from .delivery import PooledConnection
@@ -32,8 +36,10 @@ if t.TYPE_CHECKING:
     # What to deliver, and what to call once it is.
     Then: t.TypeAlias = cabc.Callable[[], object] | None
     Batch: t.TypeAlias = collections.deque[tuple[Envelope, Then]]
-    Delivery: t.TypeAlias = TaskFuture[None] | None
-    Deliver: t.TypeAlias = cabc.Callable[[ConnectionPool, Batch, Delivery], None]
+    Delivery: t.TypeAlias = TaskFuture[DeliveryError | None] | None
+    Deliver: t.TypeAlias = cabc.Callable[
+        [ConnectionPool, Batch, Delivery], DeliveryError | None
+    ]
 
 # Bytes of rendered messages with which a block begins to deliver while it is open.
 BATCH = 4 * 1024 * 1024
@@ -78,6 +84,16 @@ class ReroutedMail:
         )
 
 
+def find_rerouted(app: Flask) -> ReroutedMail | None:
+    """Return the way of an app's mail; ``None`` if its library is left as it is."""
+    rerouted: ReroutedMail | None = app.extensions.get("apitask_mail")
+
+    if rerouted is None and is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
+        warn_without_apitask(app, "A mail was sent")
+
+    return rerouted
+
+
 class MailBlock:
     """Messages that go over one connection, in order.
 
@@ -86,7 +102,7 @@ class MailBlock:
     waits for the success of the request. Without a scope a message is delivered at
     once.
 
-    :param deliver: The task, which raises what :func:`deliver` returns.
+    :param deliver: The task, which raises or returns what :func:`deliver` returns.
     :param ends: It ends for sure. Else nothing is collected: a task delivers each.
     """
 
@@ -212,7 +228,7 @@ def _find_error(delivery: Delivery) -> BaseException | None:
     if delivery is not None and not delivery.held:
         # It is cancelled if the time of the request is up.
         with contextlib.suppress(concurrent.futures.CancelledError):
-            return delivery.exception()
+            return delivery.exception() or delivery.result()
 
     return None
 
