@@ -629,6 +629,9 @@ def test_its_own_timeout_and_options() -> None:
             with pytest.raises(ValueError, match="an option"):
                 letter().send()
 
+    with pytest.raises(ValueError, match=r"^MAIL_TIMEOUT is 'soon', but must be"):
+        make_app(25, MAIL_TIMEOUT="soon")
+
 
 @pytest.mark.parametrize("kind", ["MAIL_USE_TLS", "MAIL_USE_SSL"])
 def test_client_certificate(tmp_path: pathlib.Path, kind: str) -> None:
