@@ -7,10 +7,8 @@ import time
 import typing as t
 
 from . import request_scope
-from .block_scope import enter
-from .block_scope import leave
+from .block_scope import Block
 from .block_scope import read_limits
-from .closing import end_scopes
 from .config import read_wait
 from .context import current_frame
 from .context import find_app_context
@@ -21,9 +19,9 @@ from .executor.future import TaskFuture
 from .executor.runner import Runner
 from .executor.task import make_callable
 from .log import log_once
-from .outcome import Judgement
 from .runner import call_observed
 from .runner import PlainRunner
+from .watching import watch
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -167,14 +165,8 @@ def open_scope(
     :raises ValueError: A limit is not a positive number.
     :raises RuntimeError: There is no app context, or no :class:`ApiTask` on its app.
     """
-    frame, scope = enter(max_workers, timeout)
-
-    try:
-        with Judgement(scope):
-            yield scope
-    finally:
-        leave(frame, scope)
-        end_scopes(scope)
+    with Block(max_workers, timeout) as scope:
+        yield scope
 
 
 @t.overload
@@ -236,33 +228,18 @@ def scoped(
     _check_view(view)
 
     if inspect.iscoroutinefunction(view):
-        # Only an app with such a view needs it, and it takes long to import.
-        import asyncio
 
         @functools.wraps(view)
         async def async_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
-            frame, scope = enter(max_workers, timeout)
-
-            try:
-                with Judgement(scope):
-                    return await view(*args, **kwargs)
-            finally:
-                if leave(frame, scope, at_close):
-                    # On another thread, as the tasks may need the view's event loop.
-                    await asyncio.to_thread(end_scopes, scope)
+            async with Block(max_workers, timeout, at_close):
+                return await view(*args, **kwargs)
 
         return async_view
 
     @functools.wraps(view)
     def sync_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
-        frame, scope = enter(max_workers, timeout)
-
-        try:
-            with Judgement(scope):
-                return view(*args, **kwargs)
-        finally:
-            if leave(frame, scope, at_close):
-                end_scopes(scope)
+        with Block(max_workers, timeout, at_close):
+            return view(*args, **kwargs)
 
     return sync_view
 
@@ -302,7 +279,7 @@ def _find_scope(*, holds: bool = False) -> TaskScope | None:
     app: Flask = app_context.app
 
     if holds and "apitask" in app.extensions:
-        request_scope.watch(app)
+        watch(app)
 
     request_context = find_request_context()
     request = request_context and request_context.request

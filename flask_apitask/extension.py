@@ -15,6 +15,8 @@ from .context import MERGED
 from .executor.pool import ThreadPool
 from .log import log
 from .log import log_once
+from .watching import watch
+from .watching import watch_responses
 
 # Those that have had no request yet.
 _unserved: weakref.WeakSet[Flask] = weakref.WeakSet()
@@ -114,10 +116,10 @@ class ApiTask:
         request_started.connect(_warn_of_late_keys, app)
 
         if reroute is not None and config.mail_start == "success":
-            request_scope.watch(app)
+            watch(app)
 
         if config.enabled and config.wait == "close":
-            request_scope.watch_responses(app)
+            watch_responses(app)
 
 
 def _warn_of_late_keys(app: Flask, **extra: object) -> None:

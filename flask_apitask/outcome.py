@@ -6,9 +6,8 @@ from werkzeug.exceptions import HTTPException
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
-    from types import TracebackType
 
-    from .executor.scope import TaskScope
+_NOT_ENDED: t.Final = "it was left before its end"
 
 
 def find_failure(error: BaseException | None) -> str | None:
@@ -30,26 +29,6 @@ def find_failure(error: BaseException | None) -> str | None:
         return _NOT_ENDED
 
     return f"{type(error).__name__} was raised"
-
-
-_NOT_ENDED: t.Final = "it was left before its end"
-
-
-class Judgement:
-    """Settle a scope when a block is left, by whether that raises."""
-
-    def __init__(self, scope: TaskScope) -> None:
-        self._scope = scope
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._scope.settle(find_failure(error))
 
 
 class WatchedBody:

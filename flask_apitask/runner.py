@@ -145,9 +145,14 @@ class TaskRunner(PlainRunner):
             return
 
         # It was added late, or the task was cancelled, by a thread that may serve a
-        # request. What is bound to that thread is not for others.
-        with TaskScope(self._app.extensions["apitask"].pool, 1) as scope:
+        # request, and may hold a lock. What is bound to that thread is not for others.
+        scope = None if self._frame.task_of is None else self._frame.task_of()
+
+        if scope is None or not scope.call_back(self._call_back, callback, future):
+            # The scope has ended. Only the exit of the process waits for this.
+            scope = TaskScope(self._app.extensions["apitask"].pool, 1)
             scope.submit(self._call_back, callback, future)
+            scope.shutdown(wait=False)
 
     def report(self, report: TimeoutReport) -> None:
         log_timeout(self._app, report)

@@ -90,6 +90,13 @@ class TaskFuture(concurrent.futures.Future[T]):
         # Only a coroutine gets here, and asyncio takes long to import.
         import asyncio
 
+        # Else it would have to wait until a thread calls it back.
+        if self.cancelled():
+            raise asyncio.CancelledError
+
+        if self.done():
+            return self.result()
+
         with self._waiting():
             return (yield from asyncio.wrap_future(self).__await__())
 

@@ -9,12 +9,15 @@ from .exceptions import ScopeClosed
 from .future import TaskFuture
 from .held import HoldingQueue
 from .overdue import find_overdue
+from .runner import Runner
 from .runner import TimeoutReport
 from .task import make_callable
 from .task import task_name
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
+
+    from .future import Work
 
 
 P = t.ParamSpec("P")
@@ -83,6 +86,37 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
         finally:
             # The traceback of what failed inline refers to this frame: no cycle.
             del future
+
+    def call_back(self, fn: cabc.Callable[..., object], *args: t.Any) -> bool:
+        """Call a function on a thread of the pool, and wait for it as for a task.
+
+        Whoever asks for that may wait for it, in ways of its own. So this counts as a
+        thread that waits.
+
+        :return: ``False`` if the scope has ended, and nothing is called.
+        """
+        work: Work = self._call_back, (fn, *args), {}, time.monotonic()
+        future: TaskFuture[None] = TaskFuture(Runner(), self, work)
+
+        if self._forked:
+            return False
+
+        with self._lock:
+            if self._closed:
+                return False
+
+            self.waiters += 1
+            lacking = self._add(future)
+
+        self._expedite(lacking)
+        return True
+
+    def _call_back(self, fn: cabc.Callable[..., object], *args: t.Any) -> None:
+        try:
+            fn(*args)
+        finally:
+            with self._lock:
+                self.waiters -= 1
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the tasks submitted so far are done, however they end.
