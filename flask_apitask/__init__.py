@@ -16,7 +16,8 @@
 :class:`ApiTask` sets an app up. :func:`run` starts a task on a thread, and the request
 waits for its tasks before its response is finalized. :func:`wait`, :func:`scoped`,
 :func:`open_scope` and :func:`current_scope` are for when that is not enough. With
-``APITASK_MAIL_BACKGROUND`` on, what Flask-Mail sends is sent by such tasks.
+``APITASK_MAIL_BACKGROUND`` on, what Flask-Mail and Flask-Mailman send is sent by such
+tasks.
 """
 
 from __future__ import annotations

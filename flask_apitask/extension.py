@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import typing as t
 import weakref
 
 from flask import Flask
@@ -18,10 +17,6 @@ from .log import log
 from .log import log_once
 from .watching import watch
 from .watching import watch_responses
-
-if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
 
 # Those that have had no request yet.
 _unserved: weakref.WeakSet[Flask] = weakref.WeakSet()
@@ -60,7 +55,8 @@ class ApiTask:
             they were when it was started.
         -   ``APITASK_PROPAGATE`` (``False``): the end of a scope raises what one of its
             tasks has raised; for tests.
-        -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
+        -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail and
+            Flask-Mailman.
         -   ``APITASK_MAIL_START`` (``"send"``): when it is sent; ``"success"`` is once
             the request has succeeded.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
@@ -73,7 +69,7 @@ class ApiTask:
 
         :param app: The app, with its configuration loaded.
         :raises RuntimeError: The app has an :class:`ApiTask` already, or
-            ``APITASK_MAIL_BACKGROUND`` is on and Flask-Mail is not installed.
+            ``APITASK_MAIL_BACKGROUND`` is on and no mail library is installed.
         :raises TypeError: ``app`` is no Flask app.
         :raises ValueError: A key has a value that is not allowed.
         """
@@ -94,7 +90,13 @@ class ApiTask:
         for mistake in find_mistakes(app.config):
             log(app.logger, logging.WARNING, "%s", mistake)
 
-        reroute = _find_reroute() if config.mail_background else None
+        reroute = None
+
+        if config.mail_background:
+            # Only such an app pays for the import.
+            from .mail import find_reroute
+
+            reroute = find_reroute()
 
         # Flask refuses these once the app has served. Then nothing else has been done.
         app.teardown_request(request_scope.end_request)
@@ -136,18 +138,3 @@ def _warn_of_late_keys(app: Flask, **extra: object) -> None:
             " before that.",
             key,
         )
-
-
-def _find_reroute() -> cabc.Callable[[Flask, Config], None]:
-    try:
-        from .mail import reroute
-    except ImportError as error:
-        if error.name != "flask_mail":
-            raise
-
-        raise RuntimeError(
-            "APITASK_MAIL_BACKGROUND is on, but Flask-Mail is not installed. Install"
-            ' it with: pip install "flask-apitask[mail]"'
-        ) from error
-
-    return reroute

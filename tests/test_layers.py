@@ -34,7 +34,8 @@ FOREIGN_PRIVATE_NAMES = {
     " tells, once a stream has pushed it anew (test_request_scope.py)",
     "_Mail": "what app.extensions['mail'] is, in annotations only",
     "_MailMixin": "where Flask-Mail looks up all that it sends over, whatever stands in"
-    " its place, by whomever (test_mail_flask_mail.py)",
+    " its place, by whomever (test_mail_flask_mail.py), and where Flask-Mailman finds"
+    " its default backend, whichever was set up first (test_mail_mailman.py)",
     "_cached_data": "whether Werkzeug has kept a body; to ask for it would read it"
     " (test_bodies.py)",
     "_current_frames": "documented by Python: what every thread is doing",
@@ -45,7 +46,14 @@ FOREIGN_PRIVATE_NAMES = {
     " of the request; nothing public takes it away (test_merged_context.py)",
 }
 
-OPTIONAL = {"asyncio", "celery", "flask_debugtoolbar", "flask_mail", "sqlalchemy"}
+OPTIONAL = {
+    "asyncio",
+    "celery",
+    "flask_debugtoolbar",
+    "flask_mail",
+    "flask_mailman",
+    "sqlalchemy",
+}
 
 
 def name_of(path: pathlib.Path) -> str:

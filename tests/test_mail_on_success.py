@@ -16,7 +16,7 @@ from flask_apitask import ApiTask
 from flask_apitask import open_scope
 from flask_apitask import run
 from flask_apitask import run_on_success
-from flask_apitask.mail import flask_mail as mail_module
+from flask_apitask.mail import sending
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -113,7 +113,7 @@ def test_mail_is_checked_and_rendered_at_the_call(inbox: Mailbox) -> None:
 
 def test_large_blocks_are_held(inbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that would begin to deliver while it is open does not."""
-    monkeypatch.setattr(mail_module, "_BATCH", 1)
+    monkeypatch.setattr(sending, "BATCH", 1)
     site = Site(inbox.port)
 
     def view() -> None:

@@ -4,20 +4,16 @@ import concurrent.futures
 import typing as t
 import weakref
 
-import flask_mail
-from flask import current_app
-
 from ..api import find_holder
 from ..executor.task import task
 from ..on_success import run_on_success
-from ..runner import notify
 
 if t.TYPE_CHECKING:
-    from flask import Flask
+    import collections.abc as cabc
 
     from ..executor.scope import TaskScope
 
-    Message: t.TypeAlias = flask_mail.Message | None
+    Announce: t.TypeAlias = cabc.Callable[[], object]
 
 
 class Outbox:
@@ -33,29 +29,21 @@ class Outbox:
             TaskScope, concurrent.futures.Future[None]
         ] = weakref.WeakKeyDictionary()
 
-    def tell(self, message: Message) -> None:
+    def tell(self, announce: Announce) -> None:
         scope = find_holder() if self._on_success else None
 
         if scope is None:
-            announce([message])
+            announce()
         else:
             last = self._last.get(scope)
-            self._last[scope] = run_on_success(_tell_next, last, message)
+            self._last[scope] = run_on_success(_tell_next, last, announce)
 
 
 @task("flask_mail.send")
-def _tell_next(last: concurrent.futures.Future[None] | None, message: Message) -> None:
+def _tell_next(
+    last: concurrent.futures.Future[None] | None, announce: Announce
+) -> None:
     if last is not None:
         concurrent.futures.wait([last])
 
-    announce([message])
-
-
-def announce(messages: list[Message]) -> None:
-    """Tell the receivers of Flask-Mail's signal of what they are to be told of."""
-    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-
-    for message in messages:
-        if message is not None:
-            # It is delivered: a receiver that fails must not make it a failure.
-            notify(flask_mail.email_dispatched, app, {"message": message})
+    announce()

@@ -12,6 +12,10 @@ from flask import current_app
 from ..exceptions import DeliveryError
 from ..executor.task import task
 from ..log import log_once
+from .patches import find_in_class
+from .patches import find_parts
+from .patches import is_of
+from .patches import Part
 from .rendering import snapshot
 from .replies import mask
 
@@ -23,13 +27,8 @@ if t.TYPE_CHECKING:
 
     # A method, and its arguments.
     Call: t.TypeAlias = "tuple[str, list[t.Any], dict[str, t.Any]]"
-    # Something that takes part in the sending: its name, and whether it is changed.
-    Part: t.TypeAlias = "tuple[tuple[str, ...], object, bool]"
     # run(), or run_on_success().
     Start: t.TypeAlias = cabc.Callable[..., t.Any]
-
-
-_CLASSES = {"Connection", "SMTP", "SMTP_SSL"}
 
 
 class Change:
@@ -43,19 +42,19 @@ class Change:
         # But for the method itself, which the task has.
         other = "send" if method == "connect" else "connect"
         self._find_parts = functools.partial(_find_parts, mail, suppress, other)
-        self._changed = [part[:2] for part in self._find_parts() if part[2]]
+        self._changed = [part for part in self._find_parts() if part.is_changed]
 
     def check(self) -> None:
         """Refuse to send by anything else, such as Flask-Mail after the end of a mock.
 
         :raises DeliveryError: It is not there any more.
         """
-        found = {name: value for name, value, _ in self._find_parts()}
+        found = {part.path: part.value for part in self._find_parts()}
 
-        for name, value in self._changed:
-            if found.get(name) is not value:
+        for path, value, _ in self._changed:
+            if found.get(path) is not value:
                 raise DeliveryError(
-                    f"Nothing was sent: {'.'.join(name)} was changed as the message was"
+                    f"Nothing was sent: {'.'.join(path)} was changed as the message was"
                     " sent in the request, and the change was undone before a task had"
                     " used it. Undo a patch after the tasks of the request."
                 )
@@ -64,16 +63,12 @@ class Change:
 def find_change(mail: object, name: str, suppress: bool) -> Change | None:
     """Find what somebody has put in place of something of Flask-Mail's, if it is so.
 
-    A function has the globals of its module, whatever it is called. That can be told at
-    any time, so it does not matter who came first, and a patch may be undone.
-
     :param name: ``"send"`` or ``"connect"``, of a ``Mail``.
     :param suppress: Nothing is to be sent, so it does not matter how.
     """
-    for part, value, is_changed in _find_parts(mail, suppress, name):
-        if is_changed:
-            shown = f" (it is {value!r})" if part[-1] in _CLASSES else ""
-            return Change(mail, name, suppress, ".".join(part) + shown)
+    for part in _find_parts(mail, suppress, name):
+        if part.is_changed:
+            return Change(mail, name, suppress, str(part))
 
         if name == "send":
             # It calls connect().
@@ -86,36 +81,13 @@ def _find_parts(mail: object, suppress: bool, name: str) -> cabc.Iterator[Part]:
     # As it is there, not bound to anything.
     holders = mail, *type(mail).__mro__
     method = next(vars(h)[name] for h in holders if name in vars(h))
-    yield (type(mail).__name__, name), method, not _is_of(flask_mail, method)
+    path = type(mail).__name__, name
+    yield Part(path, method, not is_of(flask_mail, method))
 
     if suppress:
-        yield from _find_in_class(flask_mail, "Connection", "configure_host")
-        return
-
-    library = vars(flask_mail)["smtplib"]
-    yield ("flask_mail", "smtplib"), library, library is not smtplib
-    yield from _find_in_class(flask_mail, "Connection")
-    yield from _find_in_class(smtplib, "SMTP")
-    yield from _find_in_class(smtplib, "SMTP_SSL")
-
-
-def _find_in_class(module: t.Any, name: str, ignored: str = "") -> cabc.Iterator[Part]:
-    cls, path = getattr(module, name), (module.__name__, name)
-
-    # A proxy says that it is what it stands for, but not to type().
-    if type(cls) is not type or (cls.__module__, cls.__qualname__) != path:
-        yield path, cls, True
-        return
-
-    yield path, cls, False
-
-    for method, function in vars(cls).items():
-        if callable(function) and method != ignored:
-            yield (*path, method), function, not _is_of(module, function)
-
-
-def _is_of(module: t.Any, function: object) -> bool:
-    return type(function) is types.FunctionType and function.__globals__ is vars(module)
+        yield from find_in_class(flask_mail, "Connection", "configure_host")
+    else:
+        yield from find_parts(flask_mail, "Connection")
 
 
 def use_change(

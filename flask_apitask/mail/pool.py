@@ -144,7 +144,7 @@ class ConnectionPool:
 
         raise DeliveryError(
             f"No connection to {self.settings} was free, and it was silent for"
-            f" {self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT): all"
+            f" {self.settings.timeout:g} s ({self.settings.timeout_key}): all"
             f" {len(self._in_use)} are in use and {len(self._waiting) - 1} more wait."
             " Allow more (APITASK_MAIL_CONNECTIONS), or send less at once."
         )

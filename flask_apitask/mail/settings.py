@@ -3,8 +3,8 @@ from __future__ import annotations
 import typing as t
 
 from ..config import read_flag
+from ..config import read_seconds
 from ..config import read_whole
-from ..config import refuse
 from .envelope import SMTPSettings
 
 if t.TYPE_CHECKING:
@@ -12,24 +12,9 @@ if t.TYPE_CHECKING:
 
     from ..config import Config
 
-_KEYS = ("server", "port", "use_tls", "use_ssl", "username", "password", "debug")
-
-
-def settings_of(mail: t.Any, config: Config) -> SMTPSettings:
-    """Read what ``app.extensions["mail"]`` says by now.
-
-    :raises ValueError: As :func:`read_settings`, or there is no server.
-    """
-    if not mail.server:
-        # It is no mistake at start-up: an app that sends nothing needs none.
-        raise refuse("MAIL_SERVER", mail.server, "the name of a mail server")
-
-    keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in _KEYS}
-    return read_settings({**keys, "MAIL_MAX_EMAILS": mail.max_emails}, config)
-
 
 def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSettings:
-    """Read the keys of Flask-Mail: text too, as environment variables bring it.
+    """Read the keys of a mail library: text too, as environment variables bring it.
 
     :raises ValueError: A value is not allowed. The text names the key, the value and
         what is allowed.
@@ -51,6 +36,8 @@ def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSetting
     debug = int(debug) if isinstance(debug, bool) else debug
     text = "True, False, or a whole number of at least 0"
     username, password = keys.get("MAIL_USERNAME"), keys.get("MAIL_PASSWORD")
+    # This is Flask-Mailman's, as the keys of the certificate are.
+    timeout = keys.get("MAIL_TIMEOUT")
     return SMTPSettings(
         host=keys.get("MAIL_SERVER", "127.0.0.1"),
         port=read_whole("MAIL_PORT", port, "a port from 1 to 65535", 0, 65_535),
@@ -59,8 +46,15 @@ def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSetting
         # Environment variables bring numbers where they look like some.
         username=None if username is None else str(username),
         password=None if password is None else str(password),
-        timeout=config.mail_timeout,
+        timeout=(
+            config.mail_timeout
+            if timeout is None
+            else read_seconds("MAIL_TIMEOUT", timeout)
+        ),
+        timeout_key="APITASK_MAIL_TIMEOUT" if timeout is None else "MAIL_TIMEOUT",
         tls_verify=config.mail_tls_verify,
+        certfile=keys.get("MAIL_SSL_CERTFILE"),
+        keyfile=keys.get("MAIL_SSL_KEYFILE"),
         max_messages=read_whole(
             "MAIL_MAX_EMAILS", most, "a whole number, or None for no limit", 0
         )

@@ -281,7 +281,8 @@ class SMTPSession(SMTPStream):
             raise DeliveryUnknown(
                 f"The message may or may not have been delivered: {lost} The server had"
                 " all of it by then, so it is not sent again. Look for it in the"
-                " server's log, and give a slow server longer (APITASK_MAIL_TIMEOUT).",
+                " server's log, and give a slow server longer"
+                f" ({self.settings.timeout_key}).",
                 stage=self._stage,
             ) from None
 

@@ -210,8 +210,8 @@ class SMTPStream(SMTP):
         """Close the connection and make the exception that says why."""
         self.close()
         if isinstance(cause, TimeoutError):
-            seconds = f"{self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT)"
-            cause = f"it took more than {seconds}"
+            key = self.settings.timeout_key
+            cause = f"it took more than {self.settings.timeout:g} s ({key})"
 
         place, remedy = PLACES.get(self._stage, (self._stage, ""))
 
