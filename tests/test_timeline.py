@@ -51,7 +51,7 @@ def test_bars_show_what_the_text_says(way: str) -> None:
 
 @needs_chromium
 def test_picture_is_readable_on_a_phone() -> None:
-    """At 360 pixels all text is inside and large enough; it is light on dark, or dark."""
+    """At 360 pixels all text is inside and large enough, light on dark or dark."""
     with start_chromium() as browser:
         browser.resize(360, 480)
         browser.open(PICTURE.as_uri())
