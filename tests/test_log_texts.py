@@ -3,7 +3,6 @@ from __future__ import annotations
 import ast
 import pathlib
 import re
-import textwrap
 
 import pytest
 
@@ -61,10 +60,11 @@ PATTERNS = [re.compile(to_pattern(text)) for text in TEXTS if is_sentence(text)]
 
 
 def find_blocks(name: str) -> list[str]:
-    """Return the lines of the text blocks of a page."""
+    """Return the paragraphs of the text blocks of a page, each as one line."""
     page = ROOT.joinpath("docs", name).read_text("utf-8")
     blocks = re.findall(r"^.{0,4}```text\n(.*?)^ *```$", page, re.M | re.S)
-    return [line for block in blocks for line in textwrap.dedent(block).splitlines()]
+    texts = [text for block in blocks for text in re.split(r"\n\s*\n", block)]
+    return [" ".join(text.split()) for text in texts]
 
 
 def is_known(text: str) -> bool:

@@ -36,6 +36,14 @@ def test_links_lead_somewhere(page: pathlib.Path) -> None:
             assert anchor in find_anchors(target), name + anchor
 
 
+def test_hidden_code_is_hidden_everywhere() -> None:
+    """A code host hides HTML comments, and shows the other kind of MyST's."""
+    shown = [
+        page.name for page in PAGES if re.search("^%", page.read_text("utf-8"), re.M)
+    ]
+    assert shown == []
+
+
 def test_readme_is_rendered_on_a_package_index() -> None:
     """The index's own renderer has nothing to say of it, and leaves no markup."""
     markdown = pytest.importorskip("readme_renderer.markdown")
