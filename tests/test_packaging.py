@@ -68,19 +68,27 @@ def test_wheel_holds_the_package_only(distributions: Distributions) -> None:
     assert names == MODULES
 
 
-def test_sdist_holds_what_builds_the_wheel(distributions: Distributions) -> None:
-    """An sdist has the package and what it is built from, and nothing else."""
+def test_sdist_holds_what_is_needed_to_test_it(distributions: Distributions) -> None:
+    """An sdist has the package, its tests, its documentation and how to run them."""
     names = {name for name in distributions.sdist if ".egg-info/" not in name}
-    assert names - MODULES == {
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("tests", "docs", "benchmarks")
+        for path in ROOT.joinpath(folder).rglob("[!.]*.*")
+        if path.suffix != ".pyc" and path.is_file()
+    }
+    assert MODULES | sources < names
+    assert names - MODULES - sources == {
         "CHANGES.md",
         "LICENSE.txt",
         "MANIFEST.in",
         "PKG-INFO",
         "README.md",
+        "example_app.py",
         "pyproject.toml",
         "setup.cfg",
+        "tox.ini",
     }
-    assert MODULES < names
 
 
 def test_wheel_holds_the_license(distributions: Distributions) -> None:
