@@ -41,7 +41,7 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.serving import run_simple
 
 from flask_apitask import ApiTask
-from flask_apitask import run
+from flask_apitask import run_on_success
 from flask_apitask import task
 
 if t.TYPE_CHECKING:
@@ -99,7 +99,8 @@ def signup() -> ResponseReturnValue:
         # Flask-Mail as ever. The flag alone decides whether this line waits.
         mail.send(message)
 
-    run(audit, user_id, request.remote_addr)
+    # Not if something below fails.
+    run_on_success(audit, user_id, request.remote_addr)
     request.environ["example.mails"] = len(messages)
     return redirect(url_for(".index", done=1), 303)
 

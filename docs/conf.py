@@ -27,6 +27,7 @@ intersphinx_mapping = {
     "celery": ("https://docs.celeryq.dev/en/stable/", None),
     "flask": ("https://flask.palletsprojects.com/", None),
     "python": ("https://docs.python.org/3/", None),
+    "sqlalchemy": ("https://docs.sqlalchemy.org/en/20/", None),
 }
 
 # A misspelled name of our own is an error; one of another project can't be looked up.
@@ -34,13 +35,14 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(asyncio|celery|concurrent|flask|fnmatch|logging|math|smtplib|threading|time)\..*",
+        r"(asyncio|celery|concurrent|flask|fnmatch|logging|math|smtplib|sqlalchemy)\..*"
+        r"|(threading|time)\..*",
     ),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.
     (
         "py:class",
-        r"cabc\..*|Flask|P|P\.args|P\.kwargs|F|(flask_apitask\..*\.)?T|TaskFuture|Callback|.*\bT_co",
+        r"cabc\..*|Flask|Sessions|P|P\.args|P\.kwargs|F|(flask_apitask\..*\.)?T|TaskFuture|Callback|.*\bT_co",
     ),
 ]
 

@@ -8,21 +8,21 @@ import typing as t
 
 from . import request_scope
 from . import routes
-from .block_scope import enter
-from .block_scope import leave
+from .block_scope import Block
 from .block_scope import read_limits
 from .config import read_wait
 from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
 from .context import walk_frames
-from .exceptions import ScopeClosed
+from .executor.exceptions import ScopeClosed
 from .executor.future import TaskFuture
 from .executor.runner import Runner
 from .executor.task import make_callable
 from .log import log_once
 from .runner import call_observed
 from .runner import PlainRunner
+from .watching import watch
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -60,12 +60,12 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     """Start a task that the current request, or ``with`` block, waits for.
 
     It runs on a thread, in an app context of its own, with the caller's request and
-    context variables. What it raises is logged and kept in the future; the response
-    is not touched.
+    context variables. An exception is logged and kept in the future, and the response
+    is not affected.
 
     Where there is no scope (outside of a request, inside another task, after the
     request's scope was ended) the task is called here and now, in the caller's own
-    context, and what it raises goes to the caller.
+    context, and an exception is raised to the caller.
 
     Not for work that must survive the process, be retried, or take longer than the
     client cares to wait: that belongs in a task queue, to which :data:`APITASK_ROUTES`
@@ -76,9 +76,9 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     :param kwargs: Its keyword arguments; none is taken by :func:`run` itself.
     :raises TypeError: ``task`` can't be called, or it is routed to Celery, and JSON
         can't carry an argument exactly.
-    :return: The :class:`concurrent.futures.Future` of what the task returns, finished
-        already after a plain call. An ``async def`` view may ``await`` it. That of a
-        task that goes to Celery is of its :class:`celery.result.AsyncResult`.
+    :return: The :class:`concurrent.futures.Future` of the task's result, which is done
+        after a plain call. An ``async def`` view may ``await`` it. That of a task that
+        goes to Celery is of its :class:`celery.result.AsyncResult`.
     """
     if routes.router is not None:
         task, args, kwargs = routes.router(task, args, kwargs)
@@ -109,7 +109,7 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
 def warn_without_apitask(app: Flask, what: str = "run() was called") -> None:
     """Log a WARNING, once, in a request of an app that has no :class:`ApiTask`.
 
-    :param what: What has been done on the spot therefore.
+    :param what: What was done on the spot for that reason.
     """
     request_context = None if "apitask" in app.extensions else find_request_context()
 
@@ -128,13 +128,13 @@ def warn_without_apitask(app: Flask, what: str = "run() was called") -> None:
 def wait(timeout: float | None = None) -> None:
     """Block until the tasks that the current scope was given so far are done.
 
-    A barrier, not an end: more can be started after it. What the tasks raised is in
-    their futures and in the log, and is not raised here. Does nothing where there is
-    no scope. Not needed at the end of a view: the request waits by itself.
+    More tasks can be started after it. Exceptions of the tasks are in their futures and
+    in the log, and are not raised here. Does nothing where there is no scope. Not
+    needed at the end of a view: the request waits by itself.
 
     :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
     :raises TimeoutError: Some are not done yet; they go on.
-    :raises TypeError: ``timeout`` is no number.
+    :raises TypeError: ``timeout`` is not a number.
     """
     if not isinstance(timeout, int | float | None):
         raise TypeError(
@@ -160,25 +160,20 @@ def current_scope() -> TaskScope | None:
 def open_scope(
     *, max_workers: int | None = None, timeout: float | None = None
 ) -> cabc.Iterator[TaskScope]:
-    """Open a scope for a block: in a command, a script, or a part of a view.
+    """Open a scope for a block: in a command, a script, or part of a view.
 
     The tasks started in the block are done when it is left, whether it raises or not.
-    Scopes nest: a task belongs to the innermost, and each waits for its own.
+    Scopes nest: a task belongs to the innermost, and each waits for its own tasks.
 
-    :param max_workers: Most tasks that run at once, ``None`` for
+    :param max_workers: The most tasks that run at once, ``None`` for
         :data:`APITASK_MAX_WORKERS`.
     :param timeout: Seconds that the end of the block waits, ``None`` for
         :data:`APITASK_TIMEOUT`, :data:`math.inf` for as long as it takes.
     :raises ValueError: A limit is not a positive number.
     :raises RuntimeError: There is no app context, or no :class:`ApiTask` on its app.
     """
-    frame, scope = enter(max_workers, timeout)
-
-    try:
+    with Block(max_workers, timeout) as scope:
         yield scope
-    finally:
-        leave(frame, scope)
-        scope.end()
 
 
 @t.overload
@@ -204,19 +199,22 @@ def scoped(
 ) -> t.Any:
     """Give one view, or any function, a scope of its own.
 
-    Its tasks are done when it returns, not only at the end of the request. Use it with
-    ``APITASK_ENABLED = False`` to have scopes where you say, or for limits of its own.
-    It goes below the route decorator, which registers what stands below it::
+    Its tasks are done when it returns, not just at the end of the request. Use it with
+    ``APITASK_ENABLED = False`` to have scopes only where you want them, or to set other
+    limits. Put it below the route decorator, which registers the function below it::
 
         @app.post("/signup")
         @scoped(max_workers=2, timeout=5.0)
         def signup(): ...
 
-    Above it, it has no effect: the app has the view without it. This is wrong::
+    Above it, it has no effect: the app has registered the view without it. This is
+    wrong::
 
         @scoped(max_workers=2, timeout=5.0)
         @app.post("/signup")
         def signup(): ...
+
+    In a class-based view, put it in ``decorators``, or on a method.
 
     :param view: A function, sync or ``async def``.
     :param max_workers: As for :func:`open_scope`.
@@ -224,7 +222,7 @@ def scoped(
     :param wait: When to wait for the tasks: ``"return"``, or ``"close"`` for after the
         response to the request was sent, where there is a request.
     :raises TypeError: ``view`` is not a function, or it is a generator function.
-    :raises ValueError: A limit is not a positive number, or ``wait`` is another word.
+    :raises ValueError: A limit is not a positive number, or ``wait`` is something else.
     """
     read_limits(max_workers, timeout)
     at_close = read_wait("wait", wait, ("return", "close")) == "close"
@@ -237,31 +235,18 @@ def scoped(
     _check_view(view)
 
     if inspect.iscoroutinefunction(view):
-        # Only an app with such a view needs it, and it takes long to import.
-        import asyncio
 
         @functools.wraps(view)
         async def async_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
-            frame, scope = enter(max_workers, timeout)
-
-            try:
+            async with Block(max_workers, timeout, at_close):
                 return await view(*args, **kwargs)
-            finally:
-                if leave(frame, scope, at_close):
-                    # On another thread, as the tasks may need the view's event loop.
-                    await asyncio.to_thread(scope.end)
 
         return async_view
 
     @functools.wraps(view)
     def sync_view(*args: t.Any, **kwargs: t.Any) -> t.Any:
-        frame, scope = enter(max_workers, timeout)
-
-        try:
+        with Block(max_workers, timeout, at_close):
             return view(*args, **kwargs)
-        finally:
-            if leave(frame, scope, at_close):
-                scope.end()
 
     return sync_view
 
@@ -276,15 +261,22 @@ def _check_view(view: t.Any) -> None:
 
     if inspect.isgeneratorfunction(view) or inspect.isasyncgenfunction(view):
         raise TypeError(
-            f"scoped() can't wait for {view!r}: a generator begins when it is left."
+            f"scoped() can't wait for {view!r}: its body runs after it has returned."
             " Use 'with open_scope()' in it."
         )
 
 
-def _find_scope() -> TaskScope | None:
+def find_holder() -> TaskScope | None:
+    """Return the scope with whose success a task may start: in a task, that of it."""
+    return _find_scope(holds=True)
+
+
+def _find_scope(*, holds: bool = False) -> TaskScope | None:
     """Return the scope that a task goes to, and open the request's for the first one.
 
     ``None`` where a task is a plain call.
+
+    :param holds: The task may wait for the success of what it is started in.
     """
     app_context = find_app_context()
 
@@ -292,12 +284,19 @@ def _find_scope() -> TaskScope | None:
         return None
 
     app: Flask = app_context.app
+
+    if holds and "apitask" in app.extensions:
+        watch(app)
+
     request_context = find_request_context()
     request = request_context and request_context.request
 
     # The innermost frame counts that is part of this request, and of this app.
     for frame in walk_frames() if current_frame.get() else ():
         if request is None or frame.request is request:
+            if holds and frame.task_of is not None and frame.app is app:
+                return frame.task_of()
+
             if frame.scope is None or frame.app is app:
                 return frame.scope
 
@@ -310,4 +309,8 @@ def _find_scope() -> TaskScope | None:
         return None
 
     scope = request_scope.find_request_scope(request_context)
+
+    if holds:
+        return scope.open_holding(app_context, request_context)
+
     return scope.open(app_context, request_context)

@@ -5,6 +5,7 @@ import typing as t
 from flask import current_app
 
 from . import request_scope
+from .closing import end_scopes
 from .config import Config
 from .config import read_count
 from .config import read_timeout
@@ -12,61 +13,92 @@ from .context import current_frame
 from .context import find_request_context
 from .context import Frame
 from .context import is_in_task
-from .context import mix_in
 from .context import walk_frames
-from .executor.scope import TaskScope
-from .own_session import OwnSessions
+from .outcome import find_failure
 from .runner import TaskRunner
+from .watching import watch_responses
 
 if t.TYPE_CHECKING:
     from flask import Flask
 
-
-def enter(max_workers: int | None, timeout: float | None) -> tuple[Frame, TaskScope]:
-    """Open the scope of a ``with`` block, or of a decorated function."""
-    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-
-    if "apitask" not in app.extensions:
-        raise RuntimeError(
-            f"There is no 'ApiTask' on the current Flask app {app.name!r}. Create one"
-            " with ApiTask(app), or call its init_app(app)."
-        )
-
-    config, pool = app.extensions["apitask"]
-    request_context = find_request_context()
-    request = request_context and request_context.request
-    limits = read_limits(max_workers, timeout, config)
-
-    if request_context is not None:
-        mix_in(request_context, OwnSessions)
-
-    scope = TaskScope(pool, *limits, TaskRunner(app, request, config.copy_g))
-    frame = Frame(app, scope, request, current_frame.get())
-    current_frame.set(frame)
-    return frame, scope
+    from .executor.scope import TaskScope
 
 
-def leave(frame: Frame, scope: TaskScope, at_close: bool = False) -> bool:
-    """Leave a block, with those in it that were left open, and say if it ends now.
+class Block:
+    """Gives a block of code, or a function, a scope, and waits for it at the end.
 
-    :param at_close: Leave it to the end of the response if there is going to be one.
+    :param at_close: End the scope with the response, if there is going to be one.
     """
-    # It is not there where a generator is closed in another context than it ran in.
-    if frame in walk_frames():
-        current_frame.set(frame.parent)
 
-    context = find_request_context()
+    def __init__(
+        self, max_workers: int | None, timeout: float | None, at_close: bool = False
+    ) -> None:
+        self._limits = max_workers, timeout
+        self._at_close = at_close
 
-    # The response is no concern of a function that is called by a task.
-    if not at_close or context is None or is_in_task(context.request):
-        return True
+    def __enter__(self) -> TaskScope:
+        app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
 
-    if context.app is not frame.app:
-        return True
+        if "apitask" not in app.extensions:
+            raise RuntimeError(
+                f"There is no 'ApiTask' on the current Flask app {app.name!r}. Create"
+                " one with ApiTask(app), or call its init_app(app)."
+            )
 
-    request_scope.answer_first(frame.app)
-    request_scope.find_request_scope(context).defer(scope)
-    return False
+        config, pool = app.extensions["apitask"]
+        request_context = find_request_context()
+        request = request_context and request_context.request
+        limits = read_limits(*self._limits, config)
+
+        if request_context is not None:
+            request_scope.prepare(request_context, config)
+
+        runner = TaskRunner(app, request, config.copy_g)
+        self._scope = runner.make_scope(pool, *limits)
+        self._frame = Frame(app, self._scope, request, current_frame.get())
+        current_frame.set(self._frame)
+        return self._scope
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, traceback: object
+    ) -> None:
+        if self._leave(error):
+            end_scopes(self._scope)
+
+    async def __aenter__(self) -> TaskScope:
+        return self.__enter__()
+
+    async def __aexit__(
+        self, kind: object, error: BaseException | None, traceback: object
+    ) -> None:
+        if self._leave(error):
+            # Only an app with such a view needs it, and it takes long to import.
+            import asyncio
+
+            # On another thread, as the tasks may need the view's event loop.
+            await asyncio.to_thread(end_scopes, self._scope)
+
+    def _leave(self, error: BaseException | None) -> bool:
+        """Leave the block and those left open in it; return whether it ends now."""
+        frame = self._frame
+        self._scope.settle(find_failure(error))
+
+        # It is not there where a generator is closed in another context than it ran in.
+        if frame in walk_frames():
+            current_frame.set(frame.parent)
+
+        context = find_request_context()
+
+        # A function that is called by a task has nothing to do with the response.
+        if not self._at_close or context is None or is_in_task(context.request):
+            return True
+
+        if context.app is not frame.app:
+            return True
+
+        watch_responses(frame.app)
+        request_scope.find_request_scope(context).defer(self._scope)
+        return False
 
 
 def read_limits(

@@ -14,8 +14,19 @@ if t.TYPE_CHECKING:
 
 Routes: t.TypeAlias = tuple[tuple[str, str], ...]
 
-_TRUE: t.Final = frozenset({"true", "1", "yes", "on"})
-_FALSE: t.Final = frozenset({"false", "0", "no", "off"})
+_TRUE: t.Final = frozenset({"true", "t", "yes", "y", "on", "1"})
+_FALSE: t.Final = frozenset({"false", "f", "no", "n", "off", "0"})
+# The keys of Flask-Mail, which people take for ours.
+_FLASK_MAIL: t.Final = (
+    *("MAIL_SERVER", "MAIL_PORT", "MAIL_USE_TLS", "MAIL_USE_SSL", "MAIL_DEBUG"),
+    *("MAIL_USERNAME", "MAIL_PASSWORD", "MAIL_DEFAULT_SENDER", "MAIL_MAX_EMAILS"),
+    *("MAIL_SUPPRESS_SEND", "MAIL_ASCII_ATTACHMENTS"),
+)
+
+
+def is_true(value: object) -> bool:
+    """Tell whether a flag is on, of which nobody knows yet if its value is allowed."""
+    return isinstance(value, int | str) and str(value).strip().lower() in _TRUE
 
 
 def read_flag(key: str, value: object, allowed: str = "True or False") -> bool:
@@ -40,12 +51,23 @@ def read_wait(
     return word
 
 
+def _read_start(key: str, value: object) -> t.Any:
+    return read_wait(key, value, ("send", "success"))
+
+
 def read_count(key: str, value: object) -> int:
     """Read a whole number that is at least 1."""
+    return read_whole(key, value, "a whole number of at least 1", 1)
+
+
+def read_whole(
+    key: str, value: object, allowed: str, least: int, most: float = math.inf
+) -> int:
+    """Read a whole number within limits."""
     number = _number(value)
 
-    if not (number >= 1 and number.is_integer()):
-        raise refuse(key, value, "a whole number of at least 1")
+    if not (least <= number <= most and number.is_integer()):
+        raise refuse(key, value, allowed)
 
     return int(number)
 
@@ -179,7 +201,9 @@ class Config:
     timeout: float | None = _key(None, read_timeout)
     wait: t.Literal["teardown", "close"] = _key("teardown", read_wait)
     copy_g: tuple[str, ...] = _key((), read_names)
+    propagate: bool = _key(False, read_flag)
     mail_background: bool = _key(False, read_flag)
+    mail_start: t.Literal["send", "success"] = _key("send", _read_start)
     mail_timeout: float = _key(10.0, read_seconds)
     mail_connections: int = _key(4, read_count)
     mail_keepalive: float = _key(30.0, read_keepalive)
@@ -216,21 +240,42 @@ class Config:
 
 
 def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> cabc.Iterator[str]:
-    """Say which keys look like ours and are none."""
-    names = [field.name for field in _fields()]
+    """Say which keys look like ours and are none, or lack the one they are for."""
+    names = {field.name.upper(): f"APITASK_{field.name.upper()}" for field in _fields()}
+    others = {name: name for name in _FLASK_MAIL}
 
     for key in map(str, mapping):
-        name = key.removeprefix("APITASK_").lower()
+        name = key.removeprefix("APITASK_")
 
         if key.startswith("APITASK_") and name not in names:
             # Hardly any app needs it.
             import difflib
 
-            meant = difflib.get_close_matches(name, names, 1)
-            hint = (
-                f"Did you mean APITASK_{meant[0].upper()}?" if meant else "Remove it."
-            )
+            known = {**names, **others}
+            meant = difflib.get_close_matches(name.upper(), known, 1)
+            hint = f"Did you mean {known[meant[0]]}?" if meant else "It has no effect."
             yield f"There is no key {key}. {hint}"
+
+    if "APITASK_MAIL_START" in mapping and "APITASK_MAIL_BACKGROUND" not in mapping:
+        needed = "APITASK_MAIL_BACKGROUND = True"
+        yield f"APITASK_MAIL_START has no effect without {needed}."
+
+
+def find_late_keys(
+    mapping: cabc.Mapping[str, t.Any], config: Config
+) -> cabc.Iterator[str]:
+    """Yield the keys that have other values now than when a configuration was read."""
+    for field in _fields():
+        key, known = f"APITASK_{field.name.upper()}", getattr(config, field.name)
+        value = mapping.get(key, field.default)
+
+        try:
+            is_late = value != known and field.metadata["read"](key, value) != known
+        except ValueError:
+            is_late = True
+
+        if is_late:
+            yield key
 
 
 def _fields() -> tuple[dataclasses.Field[t.Any], ...]:

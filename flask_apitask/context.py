@@ -22,7 +22,7 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED: t.Final = hasattr(AppContext, "has_request")
 
-# What is behind the proxies. They raise a RuntimeError where there is nothing.
+# The objects behind the proxies. These raise a RuntimeError where there is none.
 _app_ctx: t.Any = flask.globals.app_ctx
 _request_ctx: t.Any = _app_ctx if MERGED else flask.globals.request_ctx
 get_app_context: cabc.Callable[[], t.Any] = _app_ctx._get_current_object
@@ -52,7 +52,7 @@ def find_request_context() -> t.Any | None:
 
 
 def is_pushed_again(request_context: t.Any) -> bool:
-    """Return whether a request that was torn down is going to be torn down once more.
+    """Return whether a request that was torn down will be torn down once more.
 
     Before Flask 3.2, :func:`flask.stream_with_context` pushes the context again for the
     body. A thread that outlives the request sees a context that is not pushed; and the
@@ -72,12 +72,14 @@ class Frame:
         call.
     :param request: The request that it is part of, if any. Another request, made within
         it, does not see it.
+    :param task_of: Finds the scope of the task, for as long as that exists.
     """
 
     app: Flask
     scope: TaskScope | None
     request: Request | None
     parent: Frame | None = None
+    task_of: cabc.Callable[[], TaskScope | None] | None = None
 
 
 current_frame: contextvars.ContextVar[Frame | None]
@@ -104,7 +106,7 @@ def is_in_task(request: Request | None) -> bool:
 
 
 def mix_in(instance: t.Any, mixin: t.Any) -> None:
-    """Have an object behave as a class says, beside its own class. Idempotent."""
+    """Make an object an instance of a class, besides its own. Idempotent."""
     if not isinstance(instance, mixin):
         base: t.Any = type(instance)
         instance.__class__ = _mix(mixin, base)
@@ -142,8 +144,13 @@ class _MergedTaskContext:
     ) -> None:
         # With the request, pop() would run the teardown_request functions, and close
         # the uploads. Without a pop there would be a reference cycle through the app.
-        self._context._request = None
-        self._context.pop(exc_value)
+        request, self._context._request = self._context._request, None
+
+        try:
+            self._context.pop(exc_value)
+        finally:
+            # What the task has put off goes on with a copy of its context variables.
+            self._context._request = request
 
 
 # Makes an app context of a task's own, under which the request stays visible: its g is

@@ -2,19 +2,28 @@ from __future__ import annotations
 
 import logging
 import typing as t
+import weakref
 
 from flask import Flask
+from flask import request_started
 from werkzeug.local import LocalProxy
 
 from . import request_scope
 from .config import Config
+from .config import find_late_keys
 from .config import find_mistakes
 from .context import MERGED
 from .executor.pool import ThreadPool
 from .log import log
+from .log import log_once
+from .watching import watch
+from .watching import watch_responses
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
+
+# Those that have had no request yet.
+_unserved: weakref.WeakSet[Flask] = weakref.WeakSet()
 
 
 class ApiTask:
@@ -48,7 +57,12 @@ class ApiTask:
             after the response was sent.
         -   ``APITASK_COPY_G`` (``()``): names that a task finds in its own ``g``, as
             they were when it was started.
-        -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail.
+        -   ``APITASK_PROPAGATE`` (``False``): the end of a scope raises what one of its
+            tasks has raised; for tests.
+        -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail and
+            Flask-Mailman.
+        -   ``APITASK_MAIL_START`` (``"send"``): when it is sent; ``"success"`` is once
+            the request has succeeded.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
         -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the
             app in one process.
@@ -68,7 +82,7 @@ class ApiTask:
 
         :param app: The app, with its configuration loaded.
         :raises RuntimeError: The app has an :class:`ApiTask` already, or
-            ``APITASK_MAIL_BACKGROUND`` is on and Flask-Mail is not installed, or
+            ``APITASK_MAIL_BACKGROUND`` is on and no mail library is installed, or
             ``APITASK_ROUTES`` names Celery, which is not installed.
         :raises TypeError: ``app`` is no Flask app.
         :raises ValueError: A key has a value that is not allowed, or two functions
@@ -91,7 +105,14 @@ class ApiTask:
         for mistake in find_mistakes(app.config):
             log(app.logger, logging.WARNING, "%s", mistake)
 
-        reroute = _find_reroute() if config.mail_background else None
+        reroute = None
+
+        if config.mail_background:
+            # Only such an app pays for the import.
+            from .mail import find_reroute
+
+            reroute = find_reroute()
+
         use_celery = _find_use_celery() if config.uses_celery else None
 
         # Flask refuses these once the app has served. Then nothing else has been done.
@@ -111,24 +132,32 @@ class ApiTask:
 
         state = request_scope.AppState(config, ThreadPool(config.pool_size))
         app.extensions["apitask"] = state
+        _unserved.add(app)
+        request_started.connect(_warn_of_late_keys, app)
+
+        if reroute is not None and config.mail_start == "success":
+            watch(app)
 
         if config.enabled and config.wait == "close":
-            request_scope.answer_first(app)
+            watch_responses(app)
 
 
-def _find_reroute() -> cabc.Callable[[Flask, Config], None]:
-    try:
-        from .mail import reroute
-    except ImportError as error:
-        if error.name != "flask_mail":
-            raise
+def _warn_of_late_keys(app: Flask, **extra: object) -> None:
+    """Warn in the first request; no other one pays for it, if all apps have served."""
+    request_started.disconnect(_warn_of_late_keys, app)
+    _unserved.discard(app)
 
-        raise RuntimeError(
-            "APITASK_MAIL_BACKGROUND is on, but Flask-Mail is not installed. Install"
-            ' it with: pip install "flask-apitask[mail]"'
-        ) from error
+    if not _unserved:
+        request_started.disconnect(_warn_of_late_keys)
 
-    return reroute
+    for key in find_late_keys(app.config, app.extensions["apitask"].config):
+        log_once(
+            app,
+            key,
+            "%s was changed after ApiTask(app) had read it, which has no effect. Set it"
+            " before that.",
+            key,
+        )
 
 
 def _find_use_celery() -> cabc.Callable[[Flask, Config], None]:

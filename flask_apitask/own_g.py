@@ -23,7 +23,7 @@ _copied: contextvars.ContextVar[dict[str, t.Any]] = contextvars.ContextVar(
 
 
 def find_copier(app: Flask, names: tuple[str, ...]) -> GCopier | None:
-    """Return what copies these names and the locale of Flask-Babel, if there is any."""
+    """Return what copies these names and Flask-Babel's locale, if there are any."""
     # Other libraries go by that name, too.
     has_babel = "babel" in app.extensions and "flask_babel" in sys.modules
     return GCopier(names, has_babel) if names or has_babel else None
@@ -46,7 +46,7 @@ class GCopier:
         return context
 
     def put(self) -> None:
-        """Put on the task's ``g`` what was found on its caller's."""
+        """Put on the task's ``g`` the values that were found on its caller's."""
         for name, value in _copied.get({}).items():
             setattr(g, name, value)
 
@@ -64,10 +64,10 @@ class GCopier:
 
 
 def _copy_babel() -> SimpleNamespace:
-    """Copy what Flask-Babel keeps, and have it decided now what it has not yet.
+    """Copy the state of Flask-Babel, and call the selectors that it has not called yet.
 
-    Its selectors may look at the user, the view's arguments or what else is on ``g``.
-    The caller may have set less of that than it will: for it nothing is decided.
+    They may look at the user, the view's arguments or anything else on ``g``. The
+    caller may not have set all of that yet, so their results are not kept for it.
     """
     babel = sys.modules["flask_babel"]
     kept = g.get(_BABEL)

@@ -42,9 +42,11 @@ class OwnSessions(_Base):
             t.cast("t.Any", shared).accessed = True
             session = type(shared).__new__(type(shared))
             vars(session).update(vars(shared))
-            # In one step, as the view may write; and nothing takes it for a change.
-            dict.update(session, copy.deepcopy(dict(shared)))
-            own[_SESSION] = session, copy.deepcopy(dict(session))
+            # The view may write: its items are had in one step.
+            copies = {key: _copy_twice(value) for key, value in dict(shared).items()}
+            # Nothing takes it for a change.
+            dict.update(session, {key: value for key, (value, _) in copies.items()})
+            own[_SESSION] = session, {key: first for key, (_, first) in copies.items()}
 
         return own[_SESSION][0]
 
@@ -58,6 +60,36 @@ def find_changes(own: dict[object, t.Any]) -> list[str]:
 
     A task that has not looked at the session has none.
     """
-    now, before = own.get(_SESSION, ({}, {}))
-    changed = [key for key, value in now.items() if (key, value) not in before.items()]
-    return [*changed, *(key for key in before if key not in now)]
+    session, first = own.get(_SESSION, ({}, {}))
+    now = dict(session)
+    changed = (
+        key
+        for key, value in now.items()
+        if key not in first or not _is_same(value, first[key])
+    )
+    return [*changed, *(key for key in first if key not in now)]
+
+
+def _copy_twice(value: t.Any) -> tuple[t.Any, t.Any]:
+    """Copy a value for a task, and again to compare that with at the end.
+
+    A value that can't be copied is the view's own. One that doesn't equal its copy is
+    known by its identity alone.
+    """
+    own = _copy(value)
+    first = own if own is value else _copy(own)
+    return own, first if _is_same(own, first) else own
+
+
+def _copy(value: t.Any) -> t.Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
+
+
+def _is_same(value: object, first: object) -> bool:
+    try:
+        return value is first or bool(value == first)
+    except Exception:
+        return False

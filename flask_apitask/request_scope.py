@@ -1,31 +1,34 @@
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import sys
 import threading
 import typing as t
-import weakref
 
-from flask import got_request_exception
-from flask import request_finished
-
+from .closing import Closing
+from .closing import end_all
+from .closing import raise_error
+from .closing import take_raised
 from .context import find_request_context
 from .context import get_app_context
 from .context import get_request_context
 from .context import is_pushed_again
 from .context import MERGED
 from .context import mix_in
-from .executor.scope import TaskScope
+from .outcome import find_failure
 from .own_session import OwnSessions
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
+    import weakref
+
     from flask import Flask
-    from flask import Response
+    from flask.ctx import RequestContext as _Base
 
     from .config import Config
     from .executor.pool import ThreadPool
+    from .executor.scope import TaskScope
+else:
+    _Base = object
 
 # An attribute of what Flask pushes for a request. A copy of the context, in another
 # thread or in the same, has none, and a nested request has its own. So neither sees the
@@ -33,8 +36,6 @@ if t.TYPE_CHECKING:
 _SCOPE: t.Final = "_flask_apitask_scope"
 # An attribute of an app context, before Flask 3.2: the scopes of requests that use it.
 _LEFTOVERS: t.Final = "_flask_apitask_leftovers"
-# An attribute of a response: what is waited for when it is closed.
-_CLOSINGS: t.Final = "_flask_apitask_closings"
 
 
 class AppState(t.NamedTuple):
@@ -48,12 +49,20 @@ class RequestScope:
     """The scope of a request: a handle, which makes the scope for the first task.
 
     Several threads may share the context of a request, so one of them may open the
-    scope while another ends the request. A thread that opens it looks after that
-    whether the request has ended, and one that ends the request says so before it looks
-    for the scope. So at least one of them sees the other, and the scope is ended.
+    scope while another ends the request. A thread that opens it then checks whether the
+    request has ended, and one that ends the request sets that flag before it looks for
+    the scope. So at least one of them sees the other, and the scope is ended.
     """
 
-    __slots__ = ("_deferred", "_lock", "_scope", "closing", "ended")
+    __slots__ = (
+        "_deferred",
+        "_lock",
+        "_scope",
+        "closing",
+        "ended",
+        "failure",
+        "raised",
+    )
 
     def __init__(self) -> None:
         # Guards the scope and the deferred ones. Most requests have none.
@@ -62,8 +71,22 @@ class RequestScope:
         # Scopes of views that were left, but that end with the response.
         self._deferred: tuple[TaskScope, ...] = ()
         self.ended: bool = False
+        # Why the request has not succeeded, as far as that is known.
+        self.failure: str | None = None
         # The response holds it: it is gone if that was thrown away.
         self.closing: weakref.ref[Closing] | None = None
+        # What the end of the request is to raise.
+        self.raised: BaseException | None = None
+
+    @property
+    def awaits_success(self) -> bool:
+        """Whether a task waits for the success of the request."""
+        return self._scope is not None and self._scope.awaits_success
+
+    @property
+    def defers(self) -> bool:
+        """Whether there are scopes that end with the response."""
+        return bool(self._deferred)
 
     @property
     def is_used(self) -> bool:
@@ -77,13 +100,13 @@ class RequestScope:
 
         app: Flask = app_context.app
         config, pool = app.extensions["apitask"]
-        mix_in(request_context, OwnSessions)
+        prepare(request_context, config)
         runner = TaskRunner(app, request_context.request, config.copy_g)
+        limits = config.max_workers, config.timeout
 
         with self._lock:
             if self._scope is None:
-                limits = config.max_workers, config.timeout
-                self._scope = TaskScope(pool, *limits, runner)
+                self._scope = runner.make_scope(pool, *limits)
 
                 if not MERGED:
                     # In tests, many requests may come in one app context.
@@ -95,6 +118,33 @@ class RequestScope:
 
         self._end_if_late()
         return scope
+
+    def open_holding(
+        self, app_context: t.Any, request_context: t.Any
+    ) -> TaskScope | None:
+        """Return the scope for tasks that wait for the success of the request."""
+        app: Flask = app_context.app
+        scope = self.open(app_context, request_context)
+
+        if scope is None and self.failure is not None:
+            # What comes after a request that has failed is dropped as well.
+            runner = TaskRunner(app, request_context.request)
+            scope = runner.make_scope(app.extensions["apitask"].pool, 1, None)
+            scope.settle(self.failure)
+
+        return scope
+
+    def note(self, error: BaseException | None) -> None:
+        """Note an exception at the end of the request."""
+        if isinstance(error, GeneratorExit) and self.closing is not None:
+            closing = self.closing()
+
+            # The server closes a generator that has the request's context, read or not.
+            # What watches the stream knows better.
+            if closing is not None and closing.is_stream:
+                return
+
+        self.failure = self.failure or find_failure(error)
 
     def defer(self, scope: TaskScope) -> None:
         """Have a scope end with the response, or now if the request has ended."""
@@ -119,16 +169,26 @@ class RequestScope:
 
         now: tuple[TaskScope, ...] = () if scope is None else (scope,)
         closing = None if self.closing is None else self._find_closing(self.closing)
+        is_later = closing is not None and (closing.answers_first or closing.is_stream)
+
+        if scope is not None and (self.failure is not None or not is_later):
+            scope.settle(self.failure)
 
         if closing is None:
             now = deferred + now
-        elif closing.answers_first:
-            closing.add(*deferred, *now)
-            now = ()
         else:
-            closing.add(*deferred)
+            closing.add(*deferred, *(now if is_later else ()))
 
-        _end_all(now)
+            if closing.answers_first:
+                now = ()
+
+        end_all(now)
+        self.raised = self.raised or take_raised(now)
+
+    def take_raised(self) -> BaseException | None:
+        """Return what the end of the request is to raise, if anything, and drop it."""
+        error, self.raised = self.raised, None
+        return error
 
     def _end_if_late(self) -> None:
         if self.ended:
@@ -143,41 +203,18 @@ class RequestScope:
         return closing() if is_sent else None
 
 
-class Closing:
-    """What is waited for when the server closes a response.
+class Propagating(_Base):
+    """A request context whose last pop raises what a task has raised.
 
-    :param answers_first: The request's own scope ends here, too.
+    Not a function for ``teardown_request``: before Flask 3.2, one that raises keeps
+    others from being called, and since then Flask raises a group of exceptions.
     """
 
-    def __init__(self, answers_first: bool) -> None:
-        self.answers_first = answers_first
-        # Flask pops the request's contexts before. What is logged finds them here.
-        self._context = contextvars.copy_context()
-        # Guards the others: a scope may come while another thread closes.
-        self._lock = threading.Lock()
-        self._scopes: tuple[TaskScope, ...] = ()
-        self._closed = False
-
-    def add(self, *scopes: TaskScope) -> None:
-        """Have scopes ended at the close, or now if that was before."""
-        for scope in scopes:
-            scope.shutdown(wait=False)
-
-        with self._lock:
-            self._scopes += scopes
-            closed = self._closed
-
-        if closed:
-            self.close()
-
-    def close(self) -> None:
-        """End the scopes, each once."""
-        with self._lock:
-            self._closed = True
-            scopes, self._scopes = self._scopes, ()
-
-        # In a copy, as another thread may be in this one.
-        self._context.copy().run(_end_all, scopes)
+    def pop(self, *args: t.Any, **kwargs: t.Any) -> None:
+        super().pop(*args, **kwargs)
+        # In Flask 3.2 a task has a copy of the context, without a scope.
+        scope: RequestScope | None = getattr(self, _SCOPE, None)
+        raise_error(None if scope is None else scope.take_raised())
 
 
 def begin_request() -> None:
@@ -192,7 +229,12 @@ def begin_request() -> None:
 
 def end_request(error: BaseException | None = None) -> None:
     """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
-    find_request_scope(get_request_context()).end()
+    scope = find_request_scope(get_request_context())
+
+    if error is not None:
+        scope.note(error)
+
+    scope.end()
 
 
 def end_leftovers(error: BaseException | None = None) -> None:
@@ -208,7 +250,16 @@ def end_leftovers(error: BaseException | None = None) -> None:
 
         # An app context may end within a request, and that goes on.
         if scope is not getattr(find_request_context(), _SCOPE, None):
+            scope.note(sys.exc_info()[1] or error)
             scope.end()
+
+
+def prepare(request_context: t.Any, config: Config) -> None:
+    """Have the context of a request behave as its tasks need it. Idempotent."""
+    mix_in(request_context, OwnSessions)
+
+    if config.propagate:
+        mix_in(request_context, Propagating)
 
 
 def find_request_scope(request_context: t.Any) -> RequestScope:
@@ -224,64 +275,3 @@ def find_request_scope(request_context: t.Any) -> RequestScope:
         scope.ended = not is_pushed_again(request_context)
 
     return scope
-
-
-def answer_first(app: Flask) -> None:
-    """Have the app's responses wait for tasks when they are closed. Idempotent."""
-    request_finished.connect(_hook_response, app)
-    got_request_exception.connect(_unhook_response, app)
-
-
-def _hook_response(app: Flask, response: Response, **extra: object) -> None:
-    """Have a response wait when it is closed; for :data:`flask.request_finished`."""
-    scope = find_request_scope(find_request_context())
-    answers_first = app.extensions["apitask"].config.wait == "close"
-
-    # A task may come later, in the body or in a teardown function. But without one a
-    # file is best left to the server, which may have its own way to send it.
-    if scope.is_used or (answers_first and not response.direct_passthrough):
-        closing = Closing(answers_first)
-        _close_with(response, closing)
-        scope.closing = weakref.ref(closing)
-
-
-def _unhook_response(app: Flask, **extra: object) -> None:
-    """Expect another response; for :data:`flask.got_request_exception`."""
-    request_context = find_request_context()
-
-    # Others send this signal too, wherever they are.
-    if request_context is not None:
-        find_request_scope(request_context).closing = None
-
-
-def _close_with(response: Response, closing: Closing) -> None:
-    """Have a response wait when the server closes it."""
-    # Else the server is given the body alone, and closes that alone.
-    response.direct_passthrough = False
-    closings: list[Closing] | None = vars(response).get(_CLOSINGS)
-
-    # Some apps answer with one object for ever: it is hooked once.
-    if closings is None:
-        closings = vars(response)[_CLOSINGS] = []
-        response.call_on_close(lambda: _close(closings))
-
-    closings.append(closing)
-
-
-def _close(closings: list[Closing]) -> None:
-    for closing in tuple(closings):
-        closing.close()
-
-        # Another thread may close the same object, as the response to its own request.
-        with contextlib.suppress(ValueError):
-            closings.remove(closing)
-
-
-def _end_all(scopes: tuple[TaskScope, ...]) -> None:
-    """End scopes in order, all of them though one wait is interrupted."""
-    for count, scope in enumerate(scopes, 1):
-        try:
-            scope.end()
-        except BaseException:
-            _end_all(scopes[count:])
-            raise

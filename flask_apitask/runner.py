@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 import typing as t
+import weakref
 from types import CoroutineType
 
 from flask import current_app
@@ -16,13 +17,17 @@ from .context import task_locals
 from .executor.runner import Runner
 from .executor.scope import TaskScope
 from .executor.task import task_name
+from .log import find_logger
 from .log import log
 from .own_g import find_copier
 from .own_session import find_changes
 from .shared_body import share_body
+from .shared_body import share_method
+from .signals import task_dropped
 from .signals import task_finished
 from .signals import task_started
 from .task_log import log_callback
+from .task_log import log_drop
 from .task_log import log_failure
 from .task_log import log_timeout
 from .task_log import warn_of_session
@@ -36,10 +41,43 @@ if t.TYPE_CHECKING:
     from flask import Request
 
     from .executor.future import Callback
+    from .executor.pool import ThreadPool
     from .executor.runner import How
     from .executor.runner import TimeoutReport
 
     Fn = cabc.Callable[..., t.Any]
+
+
+class PlainRunner(Runner):
+    """Call done callbacks of a task that was a plain call, in its caller's contexts."""
+
+    def __init__(self, app: Flask) -> None:
+        self._app = app
+
+    def call_back(
+        self, callback: Callback, future: concurrent.futures.Future[t.Any]
+    ) -> None:
+        try:
+            callback(future)
+        except BaseException as error:
+            log_callback(self._app, callback, error)
+
+    def drop(
+        self,
+        task: Fn,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        submitted: float,
+        reason: str | None = None,
+    ) -> None:
+        """Log that a task is dropped, and tell the receivers of the signal."""
+        if reason is not None:
+            log_drop(self._app, task, reason)
+
+        fields: dict[str, t.Any] = {"name": task_name(task), "submitted": submitted}
+        fields |= {"args": args, "kwargs": kwargs}
+        fields["reason"] = reason or "it was cancelled"
+        notify(task_dropped, self._app, fields)
 
 
 class HandsOver:
@@ -61,7 +99,7 @@ class HandsOver:
         return self.hand_over(app, "thread", time.monotonic(), args, kwargs)
 
 
-class TaskRunner(Runner):
+class TaskRunner(PlainRunner):
     """Call each task of a scope in an app context of its own.
 
     What a task raises is logged, once, before it is raised to the future.
@@ -71,11 +109,12 @@ class TaskRunner(Runner):
     """
 
     copy_context: cabc.Callable[[], contextvars.Context]
+    raised: BaseException | None = None
 
     def __init__(
         self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()
     ) -> None:
-        self._app = app
+        super().__init__(app)
         self._frame = Frame(app, None, request)
         self._copier = find_copier(app, copy_g)
 
@@ -84,6 +123,15 @@ class TaskRunner(Runner):
 
         if request is not None:
             share_body(request)
+
+    def make_scope(
+        self, pool: ThreadPool, max_workers: int, timeout: float | None
+    ) -> TaskScope:
+        """Make the scope whose tasks this calls."""
+        scope = TaskScope(pool, max_workers, timeout, self)
+        # Not a cycle through each request.
+        self._frame.task_of = weakref.ref(scope)
+        return scope
 
     def run(
         self,
@@ -94,6 +142,7 @@ class TaskRunner(Runner):
         how: How,
     ) -> t.Any:
         app, started = self._app, time.monotonic()
+        task = share_method(self._frame.request, task)
 
         try:
             # Most apps have no receivers, and each task pays for a call.
@@ -104,6 +153,10 @@ class TaskRunner(Runner):
             return self._in_context(task, task, args, kwargs)
         except BaseException as error:
             log_failure(app, task, error, time.monotonic() - started)
+
+            if app.extensions["apitask"].config.propagate:
+                self.raised = self.raised or error
+
             raise
 
     def call_back(
@@ -114,9 +167,14 @@ class TaskRunner(Runner):
             return
 
         # It was added late, or the task was cancelled, by a thread that may serve a
-        # request. What is bound to that thread is not for others.
-        with TaskScope(self._app.extensions["apitask"].pool, 1) as scope:
+        # request, and may hold a lock. What is bound to that thread is not for others.
+        scope = None if self._frame.task_of is None else self._frame.task_of()
+
+        if scope is None or not scope.call_back(self._call_back, callback, future):
+            # The scope has ended. Only the exit of the process waits for this.
+            scope = TaskScope(self._app.extensions["apitask"].pool, 1)
             scope.submit(self._call_back, callback, future)
+            scope.shutdown(wait=False)
 
     def report(self, report: TimeoutReport) -> None:
         log_timeout(self._app, report)
@@ -150,21 +208,6 @@ class TaskRunner(Runner):
                     warn_of_session(self._app, task, changes)
 
 
-class PlainRunner(Runner):
-    """Call done callbacks of a task that was a plain call, in its caller's contexts."""
-
-    def __init__(self, app: Flask) -> None:
-        self._app = app
-
-    def call_back(
-        self, callback: Callback, future: concurrent.futures.Future[t.Any]
-    ) -> None:
-        try:
-            callback(future)
-        except BaseException as error:
-            log_callback(self._app, callback, error)
-
-
 def call_observed(
     app: Flask | None,
     how: How,
@@ -186,14 +229,18 @@ def call_observed(
 
     if app is not None and (task_started.receivers or task_finished.receivers):
         fields = {"name": task_name(task), "how": how, "submitted": submitted}
-        fields["started"] = time.monotonic()
+        fields |= {"args": args, "kwargs": kwargs, "started": time.monotonic()}
         notify(task_started, app, fields)
-        fields["exception"] = None
+        fields |= {"exception": None, "result": None}
 
     try:
         result = task(*args, **kwargs)
-        is_async = isinstance(result, CoroutineType)
-        return _run_coroutine(app, result) if is_async else result
+
+        if isinstance(result, CoroutineType):
+            result = _run_coroutine(app, result)
+
+        fields["result"] = result
+        return result
     except BaseException as error:
         fields["exception"] = error
         raise
@@ -212,7 +259,7 @@ def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) ->
         signal.send(app, _async_wrapper=app.ensure_sync, **fields)
     except BaseException as error:
         log(
-            app.logger,
+            find_logger(app),
             logging.ERROR,
             "A receiver of the signal %r failed.",
             signal.name,

@@ -43,7 +43,7 @@ class SharedFile(io.BufferedIOBase):
         task = task_locals.get()
 
         with self._lock:
-            self._file.seek(self._position if task is None else task.get(id(self), 0))
+            self._file.seek(self._position if task is None else task.get(self, 0))
 
             try:
                 yield self._file
@@ -51,7 +51,7 @@ class SharedFile(io.BufferedIOBase):
                 if task is None:
                     self._position = self._file.tell()
                 else:
-                    task[id(self)] = self._file.tell()
+                    task[self] = self._file.tell()
 
     read: t.Any = _at_own_position("read")
     read1: t.Any = _at_own_position("read")
@@ -70,6 +70,9 @@ class SharedFile(io.BufferedIOBase):
         return t.cast("int", self._file.fileno())
 
     def close(self) -> None:
+        """Do nothing: text that is read from it closes it in the end, for all."""
+
+    def close_for_all(self) -> None:
         self._file.close()
         super().close()
 
@@ -89,3 +92,10 @@ def share_files(files: t.Any) -> None:
         # An app may have Werkzeug write uploads to other files. Those are left alone.
         if isinstance(upload.stream, tempfile.SpooledTemporaryFile):
             upload.stream = SharedFile(upload.stream)
+
+
+def close_files(files: t.Any) -> None:
+    """Close uploads at the end of their request."""
+    for _, upload in iter_multi_items(files):
+        if isinstance(upload.stream, SharedFile):
+            upload.stream.close_for_all()

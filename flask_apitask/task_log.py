@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 import typing as t
 from types import CodeType
 
@@ -11,8 +10,10 @@ from flask import has_request_context
 from flask import request
 
 from .executor.task import task_name
+from .log import find_logger
 from .log import log
 from .log import log_once
+from .log import PACKAGE
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -22,8 +23,6 @@ if t.TYPE_CHECKING:
     from .executor.runner import TimeoutReport
 
     Fn = cabc.Callable[..., t.Any]
-
-_PACKAGE: t.Final = os.path.dirname(__file__)
 
 
 def log_failure(app: Flask, task: Fn, error: BaseException, duration: float) -> None:
@@ -35,23 +34,30 @@ def log_failure(app: Flask, task: Fn, error: BaseException, duration: float) -> 
     _log_task(app, task_name(task), outcome, task, error=error, duration=duration)
 
 
+def log_drop(app: Flask, task: Fn, reason: str) -> None:
+    """Write an INFO for a task that was put off, and that never runs."""
+    name = task_name(task)
+    _log_task(app, name, f"was dropped: {reason}", task, level=logging.INFO)
+
+
 def log_timeout(app: Flask, report: TimeoutReport) -> None:
-    """Write an ERROR for each task that never ran, and a WARNING for the others."""
+    """Write an ERROR for each task that never ran, and a WARNING about the others."""
+    is_key = report.timeout == app.extensions["apitask"].config.timeout
+    source = "APITASK_TIMEOUT" if is_key else "timeout of the scope"
+
     for name in report.cancelled:
-        outcome = (
-            f"was cancelled: not begun within {report.timeout} s (APITASK_TIMEOUT)"
-        )
+        outcome = f"was cancelled: not begun within {report.timeout} s ({source})"
         _log_task(app, name, outcome, duration=0.0)
 
     if report.running:
         _log(
             app,
             logging.WARNING,
-            "The wait for tasks%s is over after %s s (APITASK_TIMEOUT), and %d task(s)"
-            " still run. Such tasks hold %d thread(s) of the app now. These are in:"
-            "\n\n%s",
+            "The wait for tasks%s is over after %s s (%s), and %d task(s) still run."
+            " Such tasks hold %d thread(s) of the app now. These are in:\n\n%s",
             _of_request(),
             report.timeout,
+            source,
             len(report.running),
             report.abandoned,
             "\n".join(f"{name!r}:\n{stack}" for name, stack in report.running),
@@ -70,7 +76,7 @@ def log_callback(app: Flask, callback: Fn, error: BaseException) -> None:
 
 
 def warn_of_session(app: Flask, task: Fn, changes: list[str]) -> None:
-    """Write a WARNING, once, of what a task has changed in its session."""
+    """Write a WARNING, once, about a task's changes to its session."""
     log_once(
         app,
         "session",
@@ -84,11 +90,16 @@ def warn_of_session(app: Flask, task: Fn, changes: list[str]) -> None:
 
 
 def _log_task(
-    app: Flask, name: str, outcome: str, task: Fn | None = None, **fields: t.Any
+    app: Flask,
+    name: str,
+    outcome: str,
+    task: Fn | None = None,
+    level: int = logging.ERROR,
+    **fields: t.Any,
 ) -> None:
     text = "Task %r%s %s."
     args = name, _of_request(), outcome
-    _log(app, logging.ERROR, text, *args, fn=task, task=name, **fields)
+    _log(app, level, text, *args, fn=task, task=name, **fields)
 
 
 def _log(
@@ -101,7 +112,8 @@ def _log(
 ) -> None:
     """Log something, with the place of a function, and with the endpoint."""
     fields["endpoint"] = request.endpoint if has_request_context() else None
-    log(app.logger, level, text, *args, place=_find_place(app, fn), **fields)
+    place = _find_place(app, fn)
+    log(find_logger(app), level, text, *args, place=place, **fields)
 
 
 def _of_request() -> str:
@@ -127,7 +139,7 @@ def _find_place(app: Flask, fn: Fn | None) -> CodeType | None:
             None if found is None else getattr(inspect.unwrap(found), "__code__", None)
         )
 
-        if isinstance(code, CodeType) and not code.co_filename.startswith(_PACKAGE):
+        if isinstance(code, CodeType) and not code.co_filename.startswith(PACKAGE):
             return code
 
     return None

@@ -107,6 +107,15 @@ class Chromium:
         command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": parameters}
         self._command("POST", f"{self._session}/goog/cdp/execute", command)
 
+    def prefer(self, scheme: str) -> None:
+        """Ask pages for ``"light"`` or ``"dark"`` colours."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        command = {
+            "cmd": "Emulation.setEmulatedMedia",
+            "params": {"features": features},
+        }
+        self._command("POST", f"{self._session}/goog/cdp/execute", command)
+
     def evaluate(self, expression: str) -> t.Any:
         """Return the value of an expression in JavaScript."""
         script = {"script": f"return {expression}", "args": []}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import os
 import pathlib
+import tempfile
 import threading
 import time
 import typing as t
@@ -11,6 +12,7 @@ import brokers
 import flask
 import pytest
 from flask import Flask
+from postgres import Postgres
 
 from flask_apitask import ApiTask
 from flask_apitask import context
@@ -107,6 +109,35 @@ def without_gc() -> cabc.Iterator[None]:
     gc.disable()
     yield
     gc.enable()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> cabc.Iterator[Postgres]:
+    """Run PostgreSQL for the whole session, where it can be had."""
+    if not Postgres.is_installed():
+        missing = "PostgreSQL is not installed (Debian: postgresql)"
+
+        if os.environ.get("APITASK_REQUIRE_SERVICES") == "1":
+            pytest.fail(missing)
+
+        pytest.skip(missing)
+
+    # Not in pytest's own folder, which nobody else may enter.
+    with (
+        tempfile.TemporaryDirectory(prefix="postgres-") as folder,
+        Postgres(pathlib.Path(folder)) as running,
+    ):
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
+    """Return where the database is."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'site.db'}"
+
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.url
 
 
 @pytest.fixture(autouse=True)

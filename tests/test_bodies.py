@@ -59,20 +59,20 @@ class Wire(io.RawIOBase):
         self._body = io.BytesIO(body)
         self._part = len(body) // 8 + 1
         self._end = end
-        self._came = threading.Condition()
+        self.came = threading.Condition()
         self.readers: set[int] = set()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: t.Any) -> int:
-        with self._came:
+        with self.came:
             first = not self.readers
             self.readers.add(threading.get_ident())
-            self._came.notify_all()
+            self.came.notify_all()
 
             if first:
-                self._came.wait_for(lambda: len(self.readers) > 1, MOMENT)
+                self.came.wait_for(lambda: len(self.readers) > 1, MOMENT)
 
             part = self._body.read(min(self._part, len(buffer)))
 
@@ -210,6 +210,25 @@ def test_body_that_two_ask_for_at_once(
     assert len(wire.readers) == 1
 
 
+@pytest.mark.parametrize("method", ["get_data", "get_json"])
+def test_method_of_the_request_as_a_task(make_app: AppFactory, method: str) -> None:
+    """A method that was looked up before the first task is one that shares, too."""
+    app = make_app()
+    body = json.dumps(ORDER).encode()
+    wire = Wire(body)
+
+    @app.post("/")
+    def index() -> str:
+        read = getattr(request, method)
+        tasks = [run(read), run(read), run(getattr(request, method))]
+        found = [*(task.result(PATIENCE) for task in tasks), getattr(request, method)()]
+        assert found == [body if method == "get_data" else ORDER] * 4
+        return "ok"
+
+    assert post(app, wire, "application/json", len(body)).data == b"ok"
+    assert len(wire.readers) == 1
+
+
 def test_form_and_files_at_once(make_app: AppFactory) -> None:
     """Fields and uploads of one body are parsed once, whoever asks for which."""
     app = make_app()
@@ -341,6 +360,301 @@ def test_view_that_reads_the_stream(make_app: AppFactory) -> None:
     )
     assert sum(lengths) == 5000
     assert len(lengths) > 5
+
+
+READ_BY = "{} reads request.stream by itself"
+REMEDY = "Read the body with request.get_data() in the view before run()"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_stream_that_the_view_reads_by_itself(
+    make_app: AppFactory, name: str, when: str, chunked: bool
+) -> None:
+    """A task that asks for such a body gets an error that says what to do."""
+    read, kind, body, _ = CASES[name]
+    app = make_app()
+    errors: list[str] = []
+
+    @app.post("/")
+    def index() -> bytes:
+        if when == "after":
+            run(int)
+
+        start = request.stream.read(2)
+        errors.extend(str(run(read).exception(PATIENCE)) for _ in range(2))
+        stream = run(lambda: request.stream).exception(PATIENCE)
+        return start + request.stream.read() + str(stream).encode()
+
+    length = None if chunked else len(body)
+    answer = post(app, Wire(body), kind, length).get_data()
+    assert answer.startswith(body + READ_BY.format("The view").encode())
+    assert len(errors) == 2
+    assert all(READ_BY.format("The view") in error for error in errors)
+    assert all(REMEDY in error for error in errors)
+
+
+def test_rest_of_a_stream_passes_for_nothing(make_app: AppFactory) -> None:
+    """What a view gets after it has read a part of the stream is for it alone."""
+    app = make_app()
+
+    @app.post("/")
+    def index() -> bytes:
+        start = request.stream.read(2)
+        assert isinstance(run(request.get_data).exception(PATIENCE), RuntimeError)
+        rest = request.get_data()
+        assert request.get_data() == rest
+        assert isinstance(run(request.get_data).exception(PATIENCE), RuntimeError)
+        return start + b"|" + rest
+
+    assert post(app, Wire(b"x" * 99), "text/plain", 99).data == b"xx|" + b"x" * 97
+
+
+def test_stream_that_a_task_reads_by_itself(make_app: AppFactory) -> None:
+    """A task may have it, too, and then it is the view that gets the error."""
+    app = make_app()
+
+    def read() -> bytes:
+        return b"".join(iter(lambda: request.stream.read(10), b""))
+
+    @app.post("/")
+    def index() -> bytes:
+        whole = run(read).result(PATIENCE)
+
+        with pytest.raises(RuntimeError, match=READ_BY.format("A task")):
+            request.get_data()
+
+        with pytest.raises(RuntimeError, match=READ_BY.format("A task")):
+            request.stream  # noqa: B018
+
+        return whole
+
+    assert post(app, Wire(b"x" * 99), "text/plain", 99).data == b"x" * 99
+
+
+def test_stream_after_the_body_was_read(make_app: AppFactory) -> None:
+    """It is at its end for the one who read the body, and whole for all others."""
+    app = make_app()
+
+    def read() -> bytes:
+        return request.stream.read(9) + request.stream.read()
+
+    def read_twice() -> tuple[bytes, bytes]:
+        return request.get_data(), request.stream.read()
+
+    @app.post("/<who>")
+    def index(who: str) -> str:
+        if who == "view-before":
+            request.get_data()
+
+        run(int)
+
+        if who == "view":
+            request.get_data()
+        elif who == "task":
+            assert run(read_twice).result(PATIENCE) == (body, b"")
+
+        start = request.stream.read(9)
+        # Werkzeug parses what it has kept, by way of another stream.
+        assert run(read_form).result(PATIENCE) == {"a": "x" * 97}
+        assert [run(read).result(PATIENCE) for _ in range(2)] == [body] * 2
+        whole = start + request.stream.read()
+        assert request.get_data() == body
+        return whole.decode()
+
+    body = b"a=" + b"x" * 97
+    client = app.test_client()
+
+    for who, whole in [("view-before", b""), ("view", b""), ("task", body)]:
+        assert client.post(f"/{who}", data=body, content_type=URLENCODED).data == whole
+
+
+def test_stream_while_a_task_reads_the_body(make_app: AppFactory) -> None:
+    """A view that comes for the stream in the middle waits, and gets the whole."""
+    app = make_app()
+    wire = Wire(b"x" * 5000)
+
+    @app.post("/")
+    def index() -> bytes:
+        task = run(request.get_data)
+
+        with wire.came:
+            assert wire.came.wait_for(lambda: wire.readers, PATIENCE)
+
+        whole = request.stream.read()
+        assert task.result(PATIENCE) == whole
+        return whole
+
+    assert post(app, wire, "text/plain", 5000).data == b"x" * 5000
+    assert len(wire.readers) == 1
+
+
+@pytest.mark.parametrize("kind", ["application/octet-stream", MULTIPART])
+def test_stream_of_which_the_form_was_asked(make_app: AppFactory, kind: str) -> None:
+    """A body that is no form has none, whoever reads it; a parsed form is there."""
+    app = make_app()
+    body = make_fields("blue")
+    form = {} if kind != MULTIPART else {"colour": "blue"}
+
+    @app.post("/")
+    def index() -> bytes:
+        # As CSRF protection does.
+        if kind == MULTIPART:
+            assert read_form() == form
+
+        run(int)
+        start = request.stream.read(9)
+        assert run(read_form).result(PATIENCE) == form
+        assert run(read_files).result(PATIENCE) == []
+        return start + request.stream.read()
+
+    assert post(app, Wire(body), kind, len(body)).data == (b"" if form else body)
+
+
+def test_form_looked_at_before_the_body_is_read(make_app: AppFactory) -> None:
+    """A body that is no form is still there when somebody has asked for the form."""
+    app = make_app()
+
+    @app.post("/")
+    def index() -> list[object]:
+        return [read_form(), run(read_json).result(PATIENCE), read_form(), read_json()]
+
+    body = json.dumps(ORDER).encode()
+    answer = post(app, Wire(body), "application/json", len(body))
+    assert json.loads(answer.data) == [{}, ORDER, {}, ORDER]
+
+
+def test_stream_that_is_refused(make_app: AppFactory) -> None:
+    """A view that gets no stream, for the length of the body, has not read it."""
+    app = make_app(MAX_CONTENT_LENGTH=10)
+
+    @app.post("/")
+    def index() -> str:
+        run(int)
+
+        with pytest.raises(RequestEntityTooLarge):
+            request.stream  # noqa: B018
+
+        error = run(request.get_data).exception(PATIENCE)
+        return type(error).__name__
+
+    answer = post(app, Wire(b"x" * 99), "text/plain", 99)
+    assert answer.data == b"RequestEntityTooLarge"
+
+
+@pytest.mark.parametrize("name", ["form", "files", "stream"])
+def test_request_that_the_view_changes(make_app: AppFactory, name: str) -> None:
+    """What can be set on a request can be set when tasks share it."""
+    app = make_app()
+
+    @app.post("/")
+    def index() -> str:
+        run(int)
+        setattr(request, name, value := io.BytesIO())
+        assert getattr(request, name) is value
+        return "ok"
+
+    assert post(app, Wire(b"a=1"), URLENCODED, 3).data == b"ok"
+
+
+WAYS: dict[str, cabc.Callable[[], object]] = {
+    "get_data": lambda: request.get_data(),
+    "as_text": lambda: request.get_data(as_text=True).encode(),
+    "uncached": lambda: request.get_data(cache=False),
+    "parsed": lambda: request.get_data(parse_form_data=True),
+    "positional": lambda: request.get_data(False, False, True),
+    "data": lambda: request.data,
+    "form": lambda: request.form.to_dict(),
+    "files": lambda: request.files.to_dict(),
+    "values": lambda: request.values.to_dict(),
+    "json": lambda: request.get_json(force=True, silent=True, cache=False),
+}
+
+
+@pytest.mark.parametrize("kind", [URLENCODED, "text/plain", "application/json"])
+@pytest.mark.parametrize("first", WAYS)
+def test_ways_to_a_body_in_all_orders(
+    make_app: AppFactory, kind: str, first: str
+) -> None:
+    """What somebody gets does not depend on who was there before, nor on how."""
+    app = make_app()
+    is_form, is_json = kind == URLENCODED, kind == "application/json"
+    body = b'{"a": 1}' if is_json else b"a=1"
+    form = {"a": "1"} if is_form else {}
+    whole: dict[str, object] = dict.fromkeys(WAYS, body)
+    whole |= {"form": form, "files": {}, "values": {"q": "2"} | form}
+    whole["json"] = json.loads(body) if is_json else None
+    second = iter(WAYS)
+
+    @app.post("/")
+    def index() -> str:
+        run(int)
+        ways = [first, next(second)]
+        assert [run(WAYS[way]).result(PATIENCE) for way in ways] == [
+            whole[way] for way in ways
+        ]
+        assert [WAYS[way]() for way in ways] == [whole[way] for way in ways]
+        return "ok"
+
+    for _ in WAYS:
+        assert post(app, Wire(body), kind, len(body)).data == b"ok"
+
+
+def test_data_of_a_form_with_uploads(make_app: AppFactory) -> None:
+    """It is kept for those who ask before the form is parsed, as in Werkzeug."""
+    app = make_app()
+    body = make_multipart(b"y" * 99)
+
+    @app.post("/<first>")
+    def index(first: str) -> str:
+        run(int)
+        run(WAYS[first]).result(PATIENCE)
+        assert run(read_form).result(PATIENCE) == {"colour": "blue"}
+        return str(request.get_data() == body)
+
+    client = app.test_client()
+    answers = {
+        first: client.post(f"/{first}", data=body, content_type=MULTIPART).text
+        for first in ("get_data", "uncached", "form", "data")
+    }
+    assert answers == {
+        "get_data": "True",
+        "uncached": "True",
+        "form": "False",
+        "data": "False",
+    }
+
+
+def test_form_that_fails_when_the_data_is_there(make_app: AppFactory) -> None:
+    """A form with too many fields is refused; the data that was read before is not."""
+    app = make_app()
+    app.request_class = SmallForms
+    body = make_fields("blue", "red")
+
+    @app.post("/")
+    def index() -> bytes:
+        run(request.get_data).result(PATIENCE)
+
+        for _ in range(2):
+            error = run(read_form).exception(PATIENCE)
+            assert isinstance(error, RequestEntityTooLarge)
+
+        return request.get_data()
+
+    assert post(app, Wire(body), MULTIPART, len(body)).data == body
+
+
+def test_request_without_tasks_is_werkzeugs(make_app: AppFactory) -> None:
+    """Where nothing is shared, a form that is parsed leaves no data, as ever."""
+    app = make_app()
+
+    @app.post("/")
+    def index() -> list[object]:
+        assert type(request._get_current_object()) is flask.Request  # type: ignore[attr-defined]
+        return [read_form(), request.get_data(as_text=True)]
+
+    assert json.loads(post(app, Wire(b"a=1"), URLENCODED, 3).data) == [{"a": "1"}, ""]
 
 
 class OwnRequest(flask.Request):
@@ -553,13 +867,56 @@ def test_upload_as_text_and_to_write(make_app: AppFactory) -> None:
         upload = request.files["file"]
         assert upload.read() == b"FIRST\n"
         assert upload.fileno() > 0
-        upload.close()
-        assert upload.stream.closed
         return "ok"
 
     body = make_multipart(LINES + bytes(600_000))
     answer = post(app, Wire(body), MULTIPART, len(body))
     assert answer.get_data(as_text=True) == "ok"
+
+
+@pytest.mark.parametrize("size", [0, 600_000])
+def test_upload_that_somebody_closes(make_app: AppFactory, size: int) -> None:
+    """What closes an upload, as text does in the end, takes it from nobody else."""
+    app = make_app()
+    files = []
+
+    def read_text() -> str:
+        with io.TextIOWrapper(request.files["file"].stream) as text:
+            return text.readline()
+
+    @app.post("/")
+    def index() -> str:
+        assert run(read_text).result(PATIENCE) == "first\n"
+        assert read_text() == "first\n"
+        assert run(read_text).result(PATIENCE) == "first\n"
+        files.append(request.files["file"].stream)
+        return "ok"
+
+    body = make_multipart(LINES + bytes(size))
+    answer = post(app, Wire(body), MULTIPART, len(body))
+    assert answer.get_data(as_text=True) == "ok"
+    assert files[0].closed
+
+
+def test_uploads_of_requests_within_a_task(make_app: AppFactory) -> None:
+    """A task that posts uploads to its own app sends each of them from the start."""
+    app = make_app()
+
+    @app.post("/upload")
+    def upload() -> str:
+        run(int)
+        return str(request.files["file"].read(), "ascii")
+
+    @app.post("/")
+    def index() -> list[str]:
+        def post_all() -> list[str]:
+            client = app.test_client()
+            files = [{"file": (io.BytesIO(b"whole"), "file")} for _ in range(20)]
+            return [client.post("/upload", data=data).text for data in files]
+
+        return run(post_all).result(PATIENCE)
+
+    assert app.test_client().post("/").json == ["whole"] * 20
 
 
 def test_upload_of_the_apps_own(make_app: AppFactory) -> None:

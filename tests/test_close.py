@@ -43,9 +43,9 @@ from flask_apitask import ScopeClosed
 from flask_apitask import scoped
 from flask_apitask import TaskScope
 from flask_apitask import wait
+from flask_apitask.closing import Closing
 from flask_apitask.context import MERGED
 from flask_apitask.executor.pool import ThreadPool
-from flask_apitask.request_scope import Closing
 from flask_apitask.request_scope import RequestScope
 
 if t.TYPE_CHECKING:
@@ -660,7 +660,8 @@ def test_deadline_counts_from_the_close(
     release.set()
     cancelled, running = caplog.records
     assert vars(cancelled)["apitask_endpoint"] == "index"
-    assert cancelled.getMessage().endswith("within 0.01 s (APITASK_TIMEOUT).")
+    source = "timeout of the scope" if per_view else "APITASK_TIMEOUT"
+    assert cancelled.getMessage().endswith(f"within 0.01 s ({source}).")
     assert running.getMessage().startswith("The wait for tasks of GET / is over")
 
 

@@ -23,6 +23,7 @@ TIMEOUT = (
 SECONDS = "must be a number of seconds above 0."
 KEEPALIVE = "must be a number of seconds, or 0 for one connection per batch."
 WAIT = "must be 'teardown' or 'close'."
+START = "must be 'send' or 'success'."
 NAMES = "must be names, as in ('request_id', 'lang_code')."
 RETRIES = "must be a whole number of at least 0."
 ROUTES = "must be patterns, each with 'celery' or 'thread': {'report.*': 'celery'}."
@@ -35,7 +36,9 @@ ALLOWED = {
     "timeout": TIMEOUT,
     "wait": WAIT,
     "copy_g": NAMES,
+    "propagate": FLAG,
     "mail_background": FLAG,
+    "mail_start": START,
     "mail_timeout": SECONDS,
     "mail_connections": COUNT,
     "mail_keepalive": KEEPALIVE,
@@ -58,6 +61,10 @@ GOOD_FLAGS = [
     ("no", False),
     ("on", True),
     ("off", False),
+    ("T", True),
+    ("f", False),
+    ("y", True),
+    ("n", False),
     ("1", True),
     ("0", False),
 ]
@@ -77,6 +84,7 @@ GOOD: dict[str, list[tuple[object, object]]] = {
         (threading.TIMEOUT_MAX, threading.TIMEOUT_MAX),
     ],
     WAIT: [("teardown", "teardown"), ("close", "close"), (" Close ", "close")],
+    START: [("send", "send"), ("success", "success"), (" Success ", "success")],
     NAMES: [
         ((), ()),
         (["a", "b"], ("a", "b")),
@@ -104,6 +112,7 @@ BAD: dict[str, list[object]] = {
     COUNT: [*NO_NUMBERS, None, 0, 0.5, 1.5, "0", "2.5", math.inf, "inf", TOO_BIG],
     TIMEOUT: [*NO_NUMBERS, 0, 0.0, "0", -0.5, -math.inf],
     WAIT: [None, True, 0, "", "return", "response", ["close"], b"close"],
+    START: [None, True, "", "commit", ["success"]],
     NAMES: [None, 1, "a b", "a,,b", "[a", ["a-b"], [1], {"a": 1}],
     SECONDS: [*NO_NUMBERS, None, "none", 0, "0", math.inf, "inf", TOO_BIG],
     KEEPALIVE: [*NO_NUMBERS, None, "none", -0.1, math.inf, TOO_BIG],
@@ -139,7 +148,9 @@ def test_defaults() -> None:
         timeout=None,
         wait="teardown",
         copy_g=(),
+        propagate=False,
         mail_background=False,
+        mail_start="send",
         mail_timeout=10.0,
         mail_connections=4,
         mail_keepalive=30.0,
@@ -217,6 +228,7 @@ def test_values_from_the_environment(
         "POOL_SIZE": "6",
         "TIMEOUT": "2.5",
         "WAIT": "close",
+        "MAIL_START": "success",
         "MAIL_TIMEOUT": "3",
         "MAIL_CONNECTIONS": "1",
         "MAIL_KEEPALIVE": "0",
@@ -233,6 +245,7 @@ def test_values_from_the_environment(
         pool_size=6,
         timeout=2.5,
         wait="close",
+        mail_start="success",
         mail_timeout=3.0,
         mail_connections=1,
         mail_keepalive=0.0,

@@ -3,9 +3,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
-import os
 import pathlib
-import tempfile
 import threading
 import typing as t
 
@@ -18,7 +16,6 @@ from flask_mail import Message
 from flask_sqlalchemy import SQLAlchemy
 from late_threads import make_late
 from mailbox_server import Mailbox
-from postgres import Postgres
 from sqlalchemy import exc
 from sqlalchemy import orm
 
@@ -141,35 +138,6 @@ class Site:
 
 
 SiteFactory = t.Callable[..., Site]
-
-
-@pytest.fixture(scope="session")
-def postgres() -> cabc.Iterator[Postgres]:
-    """Run PostgreSQL for the whole session, where it can be had."""
-    if not Postgres.is_installed():
-        missing = "PostgreSQL is not installed (Debian: postgresql)"
-
-        if os.environ.get("APITASK_REQUIRE_SERVICES") == "1":
-            pytest.fail(missing)
-
-        pytest.skip(missing)
-
-    # Not in pytest's own folder, which nobody else may enter.
-    with (
-        tempfile.TemporaryDirectory(prefix="postgres-") as folder,
-        Postgres(pathlib.Path(folder)) as running,
-    ):
-        yield running
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> str:
-    """Return where the database is."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'site.db'}"
-
-    server: Postgres = request.getfixturevalue("postgres")
-    return server.url
 
 
 @pytest.fixture

@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import inspect
 import smtplib
+import subprocess
+import sys
+import textwrap
+import typing as t
 
 import blinker
 import pytest
@@ -65,6 +69,31 @@ def test_signals_are_their_own(signal: blinker.NamedSignal, name: str) -> None:
     assert signal.name == name
     assert blinker.signal(name) is not signal
     assert "Sent " in (signal.__doc__ or "")
+
+
+def test_package_says_what_it_is_for() -> None:
+    """The documentation of the package has an example, and that works."""
+    example = textwrap.dedent((flask_apitask.__doc__ or "").split("::\n", 1)[1])
+    called: list[str] = []
+    names: dict[str, t.Any] = {"__name__": __name__, "notify_crm": called.append}
+    exec(textwrap.dedent(example.partition("\n:class:")[0]), names)
+    assert names["app"].test_client().post("/signup").status_code == 204
+    assert called == ["ada@example.org"]
+
+
+def test_names_that_are_imported_late() -> None:
+    """The exceptions of mail are there without an import of their own."""
+    script = """
+import flask_apitask
+assert issubclass(flask_apitask.DeliveryUnknown, flask_apitask.DeliveryError)
+assert flask_apitask.exceptions.DeliveryError is flask_apitask.DeliveryError
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
+    assert flask_apitask.__getattr__("exceptions") is exceptions
+    assert flask_apitask.DeliveryError is exceptions.DeliveryError
+
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        flask_apitask.__getattr__("nothing")
 
 
 def test_public_names() -> None:

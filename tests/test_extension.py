@@ -148,11 +148,11 @@ def test_bad_value_is_refused() -> None:
     assert hooks_of(app) == before
 
 
-@pytest.mark.parametrize("missing", ["flask_mail", "flask_apitask.mail"])
+@pytest.mark.parametrize("missing", ["flask_mail flask_mailman", "flask_apitask.mail"])
 def test_mail_that_can_not_be_imported(
     monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    """The flag for mail without Flask-Mail is an error with the remedy.
+    """The flag for mail without a library is an error with the remedy.
 
     An import that fails for another reason is told as it is.
     """
@@ -160,17 +160,21 @@ def test_mail_that_can_not_be_imported(
         monkeypatch.delitem(sys.modules, name)
 
     monkeypatch.delattr(flask_apitask, "mail", raising=False)
-    monkeypatch.setitem(sys.modules, missing, None)
+
+    for name in missing.split():
+        monkeypatch.setitem(sys.modules, name, None)
+
     app = Flask(__name__)
     app.config["APITASK_MAIL_BACKGROUND"] = True
 
     with pytest.raises((RuntimeError, ImportError)) as excinfo:
         ApiTask(app)
 
-    if missing == "flask_mail":
+    if " " in missing:
         assert str(excinfo.value) == (
-            "APITASK_MAIL_BACKGROUND is on, but Flask-Mail is not installed. Install"
-            ' it with: pip install "flask-apitask[mail]"'
+            "APITASK_MAIL_BACKGROUND is on, but neither Flask-Mail nor Flask-Mailman is"
+            ' installed. Install one of them: pip install "flask-apitask[mail]" or pip'
+            ' install "flask-apitask[mailman]"'
         )
     else:
         assert isinstance(excinfo.value, ImportError)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import fnmatch
 import graphlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -21,8 +22,11 @@ CORES = ("executor.*", "mail.envelope", "mail.pool", "mail.smtp")
 # What imports these modules, and nothing else does.
 IMPORTERS = {
     "celery": {"extension"},
+    "debugtoolbar": set(),
     "extension": {"__init__"},
     "mail": {"extension"},
+    "testing": set(),
+    "waterfall": {"debugtoolbar"},
 }
 
 # Private names of other packages: which one is used, and why it may be.
@@ -31,7 +35,10 @@ FOREIGN_PRIVATE_NAMES = {
     " tells, once a stream has pushed it anew (test_request_scope.py)",
     "_Mail": "what app.extensions['mail'] is, in annotations only",
     "_MailMixin": "where Flask-Mail looks up all that it sends over, whatever stands in"
-    " its place, by whomever (test_mail_flask_mail.py)",
+    " its place, by whomever (test_mail_flask_mail.py), and where Flask-Mailman finds"
+    " its default backend, whichever was set up first (test_mail_mailman.py)",
+    "_cached_data": "whether Werkzeug has kept a body; to ask for it would read it"
+    " (test_bodies.py)",
     "_current_frames": "documented by Python: what every thread is doing",
     "_get_current_object": "documented by Werkzeug: the object behind a proxy",
     "_register_atexit": "Python's own thread pool ends by it: atexit comes too late for"
@@ -40,7 +47,14 @@ FOREIGN_PRIVATE_NAMES = {
     " of the request; nothing public takes it away (test_merged_context.py)",
 }
 
-OPTIONAL = {"asyncio", "celery", "flask_debugtoolbar", "flask_mail"}
+OPTIONAL = {
+    "asyncio",
+    "celery",
+    "flask_debugtoolbar",
+    "flask_mail",
+    "flask_mailman",
+    "sqlalchemy",
+}
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -185,3 +199,23 @@ def test_import_leaves_optional_packages_alone(tmp_path: pathlib.Path) -> None:
         timeout=30,
     ).stdout
     assert printed == "set()\n"
+
+
+def test_import_is_light(tmp_path: pathlib.Path) -> None:
+    """Beyond what Flask brings, no module is imported but what futures are made of."""
+    code = (
+        "import flask, sys; before = set(sys.modules); import flask_apitask;"
+        " new = sys.modules.keys() - before;"
+        " print(*sorted(name for name in new if name.split('.')[0] != 'flask_apitask'))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-S", "-W", "error", "-c", code],
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        text=True,
+        timeout=30,
+    ).stdout
+    futures = {"concurrent", "concurrent.futures", "concurrent.futures._base"}
+    assert set(printed.split()) <= futures

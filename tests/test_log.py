@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import logging
+import logging.handlers
+import os
+import pickle
+import queue
 import sys
 import threading
 import typing as t
@@ -10,21 +15,25 @@ from unittest import mock
 
 import pytest
 from conftest import PATIENCE
+from flask import Flask
 from late_threads import make_late
+from scopes import run_script
 
+from flask_apitask import ApiTask
 from flask_apitask import open_scope
 from flask_apitask import run
 from flask_apitask import scoped
+from flask_apitask import task
 from flask_apitask import task_finished
 from flask_apitask import task_started
 from flask_apitask.executor.runner import TimeoutReport
+from flask_apitask.log import PACKAGE
 from flask_apitask.runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from conftest import AppFactory
-    from flask import Flask
 
 
 class OutOfTheTree(BaseException):
@@ -308,21 +317,6 @@ def test_level_that_hides_it(
         assert capsys.readouterr().err == ""
 
 
-def test_logger_that_is_an_adapter(
-    make_app: AppFactory,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """An adapter in the logger's place has the record, and stderr has nothing more."""
-    app = make_app()
-    logger = logging.getLogger("test_log.adapted")
-    logger.addHandler(logging.NullHandler())
-    app.logger = t.cast("t.Any", logging.LoggerAdapter(logger, {"site": "shop"}))
-    assert isinstance(fail_in_request(app), ZeroDivisionError)
-    assert [record.name for record in caplog.records] == [logger.name]
-    assert capsys.readouterr().err == ""
-
-
 def test_record_factory_that_sets_the_same_names(
     make_app: AppFactory,
     caplog: pytest.LogCaptureFixture,
@@ -340,6 +334,422 @@ def test_record_factory_that_sets_the_same_names(
     assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
     (record,) = t.cast("list[t.Any]", caplog.records)
     assert (record.task, record.apitask_task) == ("own", "builtins.divmod")
+
+
+# What an app may have put in the place of its logger.
+
+
+class Prefixing(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """The adapter of Python's documentation."""
+
+    def process(self, msg: t.Any, kwargs: t.Any) -> t.Any:
+        return f"[100%] {msg}", kwargs
+
+
+class Braces:
+    """A message that is formatted with braces, as in Python's logging cookbook."""
+
+    def __init__(self, text: str, args: tuple[object, ...]) -> None:
+        self.text, self.args = text, args
+
+    def __str__(self) -> str:
+        return self.text.format(*self.args)
+
+
+class BraceAdapter(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """The adapter of the cookbook that formats with braces."""
+
+    def log(self, level: int, msg: t.Any, *args: t.Any, **kwargs: t.Any) -> None:
+        if self.isEnabledFor(level):
+            msg, fields = self.process(msg, kwargs)
+            self.logger.log(level, Braces(msg, args), **fields)
+
+
+class BraceRecord(logging.LogRecord):
+    """A record that formats with braces."""
+
+    def getMessage(self) -> str:
+        return str(self.msg).format(*self.args or ()) if self.args else str(self.msg)
+
+
+@task("shop.{braces} 100%")
+def fail_with_braces() -> None:
+    """Fail, under a name that each style of formatting may stumble over."""
+    raise ValueError
+
+
+def has_text(text: str) -> bool:
+    """Return whether a text tells all of what has failed."""
+    return "Task 'shop.{braces} 100%' of GET (no route) failed after 0." in text
+
+
+@pytest.mark.parametrize(
+    ("adapt", "prefix", "extra"),
+    [
+        (lambda logger: logging.LoggerAdapter(logger, {"site": "shop"}), "", "shop"),
+        (lambda logger: logging.LoggerAdapter(logger, {}), "", None),
+        (lambda logger: Prefixing(logger, {"site": "shop"}), "[100%] ", None),
+        (lambda logger: BraceAdapter(logger, {"site": "shop"}), "", "shop"),
+        (
+            lambda logger: Prefixing(logging.LoggerAdapter(logger, {"site": "in"}), {}),
+            "[100%] ",
+            "in",
+        ),
+    ],
+    ids=["plain", "empty", "prefixing", "braces", "nested"],
+)
+def test_adapter(
+    make_app: AppFactory,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    adapt: t.Any,
+    prefix: str,
+    extra: str | None,
+) -> None:
+    """An adapter adds what it adds, and the record has all else that it has without."""
+    app = make_app()
+    app.logger = adapt(logging.getLogger("test_log.adapted"))
+
+    with app.test_request_context():
+        run(fail_with_braces)
+
+    (record,) = t.cast("list[t.Any]", caplog.records)
+    assert has_text(record.getMessage())
+    assert record.getMessage().startswith(f"{prefix}Task ")
+    assert getattr(record, "site", None) == extra
+    assert record.apitask_task == "shop.{braces} 100%"
+    assert (record.module, record.funcName) == ("test_log", "fail_with_braces")
+    assert record.exc_info[0] is ValueError
+    assert capsys.readouterr().err == ""
+
+
+def test_adapter_at_a_level_that_hides_it(
+    make_app: AppFactory, capsys: pytest.CaptureFixture[str], logger: logging.Logger
+) -> None:
+    """What is disabled through an adapter is told, and what is hidden is not."""
+    app = make_app()
+    app.logger = t.cast("t.Any", logging.LoggerAdapter(logger, {}))
+    logger.disabled = True
+    assert isinstance(fail_in_request(app), ZeroDivisionError)
+    assert f"The logger '{logger.name}' is disabled." in capsys.readouterr().err
+    logger.setLevel(logging.CRITICAL)
+    assert isinstance(fail_in_request(app), ZeroDivisionError)
+    assert capsys.readouterr().err == ""
+
+
+def import_library(name: str) -> t.Any:
+    """Import a library that only these tests need."""
+    if os.environ.get("APITASK_REQUIRE_SERVICES") == "1":
+        return importlib.import_module(name)
+
+    return pytest.importorskip(name)
+
+
+@pytest.mark.parametrize("is_wrapper", [False, True])
+def test_structlog(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, is_wrapper: bool
+) -> None:
+    """A logger of structlog has the text, the fields and the exception."""
+    structlog = import_library("structlog")
+    events: list[t.Any] = []
+
+    def capture(logger: object, method: str, event: dict[str, t.Any]) -> t.Any:
+        events.append((method, event.copy()))
+
+        if not is_wrapper:
+            raise structlog.DropEvent
+
+        return structlog.stdlib.render_to_log_kwargs(logger, method, event)
+
+    app = make_app()
+    kind = structlog.stdlib.BoundLogger if is_wrapper else None
+    inner = logging.getLogger("test_log.structlog")
+    app.logger = structlog.wrap_logger(inner, [capture], wrapper_class=kind)
+
+    with app.test_request_context():
+        run(fail_with_braces)
+
+    ((method, event),) = events
+    assert method == "error"
+    assert has_text(event["event"])
+    assert event["exc_info"][0] is ValueError
+    assert event["apitask_task"] == "shop.{braces} 100%"
+    records = t.cast("list[t.Any]", caplog.records)
+    tasks = [record.apitask_task for record in records]
+    assert tasks == (["shop.{braces} 100%"] if is_wrapper else [])
+
+
+def test_loguru() -> None:
+    """A logger of Loguru has them as well, though it takes no exc_info."""
+    import_library("loguru")
+    script = """
+        from flask import Flask
+        from flask_apitask import ApiTask, run, task
+        from loguru import logger
+
+        @task("shop.{braces} 100%")
+        def fail():
+            raise ValueError
+
+        def tell(message):
+            record = message.record
+            text = "Task 'shop.{braces} 100%' of GET (no route) failed after 0."
+            assert record["message"].startswith(text)
+            assert record["exception"].type is ValueError
+            print(record["level"].name, record["extra"]["apitask_task"])
+
+        logger.remove()
+        logger.add(tell)
+        app = Flask("shop")
+        app.logger = logger
+        ApiTask(app)
+
+        with app.test_request_context():
+            run(fail)
+    """
+    assert run_script(script) == "ERROR shop.{braces} 100%\n"
+
+
+def test_mock(make_app: AppFactory, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mock is called as Flask itself would call the logger."""
+    app = make_app()
+    app.logger = mock.Mock()
+
+    with app.test_request_context():
+        run(fail_with_braces)
+
+    ((text,), kwargs) = app.logger.error.call_args
+    assert has_text(text)
+    assert kwargs["exc_info"][0] is ValueError
+    assert kwargs["extra"]["apitask_task"] == "shop.{braces} 100%"
+    assert capsys.readouterr().err == ""
+
+
+class OnlyText:
+    """A logger of the app's own, which takes nothing but a text."""
+
+    def error(self, text: str) -> None:
+        raise AssertionError
+
+
+def test_logger_with_another_signature(
+    make_app: AppFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What takes something else is no reason to lose it: it is told on stderr."""
+    app = make_app()
+    app.logger = t.cast("t.Any", OnlyText())
+
+    with app.test_request_context():
+        assert isinstance(run(fail_with_braces).exception(PATIENCE), ValueError)
+
+    written = capsys.readouterr().err
+    assert has_text(written)
+    assert "ValueError" in written
+    assert "It could not be logged:\n" in written
+
+
+class AppWithoutLogger(Flask):
+    """An app whose logger can't be had."""
+
+    @property
+    def logger(self) -> t.Any:
+        raise LookupError
+
+
+def test_logger_that_can_not_be_had(caplog: pytest.LogCaptureFixture) -> None:
+    """Where an app's logger can't be had, Python's own one has the record."""
+    app = AppWithoutLogger(__name__)
+    ApiTask(app)
+    assert isinstance(fail_in_request(app), ZeroDivisionError)
+    (record,) = caplog.records
+    assert record.name == app.name
+    assert record.exc_info
+
+
+def test_factory_that_formats_with_braces(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A record that formats in another style tells all the same."""
+    monkeypatch.setattr(logging, "_logRecordFactory", BraceRecord)
+
+    with make_app().test_request_context():
+        run(fail_with_braces)
+
+    (record,) = t.cast("list[t.Any]", caplog.records)
+    assert has_text(record.getMessage())
+    assert record.apitask_task == "shop.{braces} 100%"
+
+
+def test_factory_with_defaults_for_our_names(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A factory may set our names, so that a format can name them in each record."""
+    factory = logging.getLogRecordFactory()
+
+    def own(*args: t.Any, **kwargs: t.Any) -> logging.LogRecord:
+        record = factory(*args, **kwargs)
+        vars(record).update(apitask_task="-", apitask_action="-")
+        return record
+
+    monkeypatch.setattr(logging, "_logRecordFactory", own)
+    assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
+    (record,) = t.cast("list[t.Any]", caplog.records)
+    names = record.apitask_task, record.apitask_action
+    assert names == ("builtins.divmod", "-")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_logging_that_is_switched_off(
+    make_app: AppFactory,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    logger: logging.Logger,
+    disabled: bool,
+) -> None:
+    """After logging.disable() nothing is logged, and nothing is told in its place."""
+    logger.disabled = disabled
+    logging.disable()
+
+    try:
+        assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
+    finally:
+        logging.disable(logging.NOTSET)
+
+    assert (caplog.records, capsys.readouterr().err) == ([], "")
+
+
+@pytest.mark.parametrize("raise_exceptions", [False, True])
+@pytest.mark.parametrize("broken", ["emit", "filter", "stream"])
+def test_handler_that_raises(
+    make_app: AppFactory,
+    capsys: pytest.CaptureFixture[str],
+    logger: logging.Logger,
+    monkeypatch: pytest.MonkeyPatch,
+    raise_exceptions: bool,
+    broken: str,
+) -> None:
+    """It is told on stderr, unless the handler has swallowed it as the app wants."""
+    monkeypatch.setattr(logging, "raiseExceptions", raise_exceptions)
+    handler = logging.StreamHandler(t.cast("t.Any", None))
+    handler.stream = t.cast("t.Any", mock.Mock(write=mock.Mock(side_effect=OSError)))
+
+    if broken == "emit":
+        handler = t.cast("t.Any", BrokenHandler())
+    elif broken == "filter":
+        handler.addFilter(mock.Mock(filter=mock.Mock(side_effect=OSError)))
+
+    logger.addHandler(handler)
+    assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
+    written = capsys.readouterr().err
+    text = "Task 'builtins.divmod' of GET (no route) failed after 0."
+    # In "stream", Python tells it itself.
+    told = text if broken != "stream" else "--- Logging error ---"
+    assert (told in written) is (raise_exceptions or broken != "stream")
+
+
+def test_queue_handler(
+    make_app: AppFactory, logger: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A record passes through a queue, and through a pickle to another process."""
+    queued: queue.SimpleQueue[t.Any] = queue.SimpleQueue()
+    logger.addHandler(logging.handlers.QueueHandler(queued))
+    assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
+    record = pickle.loads(pickle.dumps(queued.get(timeout=PATIENCE)))
+    assert "of GET (no route) failed after 0." in record.getMessage()
+    assert "ZeroDivisionError" in record.getMessage()
+    assert record.apitask_task == "builtins.divmod"
+    # The other handlers have theirs.
+    assert caplog.records[0].exc_info
+    sent = logging.handlers.SocketHandler("127.0.0.1", None).makePickle(record)
+    assert pickle.loads(sent[4:])["apitask_endpoint"] is None
+
+
+def test_configuration_that_disables_loggers() -> None:
+    """Where dictConfig() comes late and disables the loggers, stderr has the text."""
+    script = """
+        import contextlib, io, logging.config
+        from flask import Flask
+        from flask_apitask import ApiTask, run
+
+        app = Flask("shop")
+        ApiTask(app)
+        app.logger
+        logging.config.dictConfig({"version": 1, "disable_existing_loggers": True})
+
+        with contextlib.redirect_stderr(io.StringIO()) as written:
+            with app.test_request_context():
+                run(divmod, 1, 0)
+
+        assert "Task 'builtins.divmod' of GET (no route)" in written.getvalue()
+        assert "The logger 'shop' is disabled." in written.getvalue()
+        print("told")
+    """
+    assert run_script(script) == "told\n"
+
+
+# What a record is about.
+
+
+@pytest.mark.parametrize("signal", [task_started, task_finished])
+def test_place_of_a_receiver(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, signal: t.Any
+) -> None:
+    """A receiver that raises is named by the line that raised."""
+    app = make_app()
+
+    def broken(sender: Flask, **fields: t.Any) -> None:
+        fail(LookupError)
+
+    with signal.connected_to(broken), app.test_request_context():
+        run(int)
+
+    (record,) = caplog.records
+    assert (record.module, record.funcName) == ("test_log", "fail")
+
+
+def test_place_of_a_mistake(caplog: pytest.LogCaptureFixture) -> None:
+    """A mistake in the configuration is named by the line that has made it count."""
+    app = Flask(__name__)
+    app.config["APITASK_TIMOUT"] = 1
+    ApiTask(app)
+    (record,) = caplog.records
+    place = "test_log", "test_place_of_a_mistake"
+    assert (record.module, record.funcName) == place
+
+
+def test_place_without_a_view_or_code_of_the_task(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A record is never about a line of this package."""
+    with make_app().app_context(), open_scope():
+        run(divmod, 1, 0)
+
+    (record,) = caplog.records
+    assert not record.pathname.startswith(PACKAGE)
+
+
+def test_place_in_a_package_called_alike(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A package whose name begins as ours does has records of its own."""
+    path = f"{PACKAGE.rstrip(os.sep)}_shop{os.sep}tasks.py"
+    names: dict[str, t.Any] = {}
+    exec(compile("def work(): 1 / 0", path, "exec"), names)
+
+    with make_app().test_request_context():
+        run(names["work"])
+
+    (record,) = caplog.records
+    assert (record.pathname, record.funcName) == (path, "work")
+
+
+# What a deadline leaves behind.
 
 
 def test_report_of_a_request_at_its_deadline(
@@ -386,7 +796,7 @@ def test_report_of_tasks_that_never_ran(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where nothing goes on, there is no WARNING (18)."""
-    app = make_app()
+    app = make_app(APITASK_TIMEOUT=0.5)
 
     with app.app_context():
         TaskRunner(app, None).report(TimeoutReport(0.5, ["a", "b"], [], 0))

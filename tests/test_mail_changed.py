@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import logging
 import smtplib
+import sys
 import threading
 import types
 import typing as t
@@ -10,16 +11,22 @@ from unittest import mock
 
 import flask_mail
 import pytest
+from child_process import ChildProcess
 from conftest import PATIENCE
 from flask import current_app
 from flask import Flask
 from flask_mail import Mail
 from flask_mail import Message
 from mailbox_server import Mailbox
+from smtp_servers import Fault
 from smtp_servers import run_script
+from smtp_servers import ScriptedServer
+from smtp_servers import Stage
 
 from flask_apitask import ApiTask
+from flask_apitask import run
 from flask_apitask import task_finished
+from flask_apitask import wait
 from flask_apitask.exceptions import DeliveryError
 
 if t.TYPE_CHECKING:
@@ -135,6 +142,20 @@ def configure_host(self: flask_mail.Connection) -> t.Any:
     return Host()
 
 
+class Proxy:
+    """Is what it stands for, to all that asks it, and is called in its place."""
+
+    def __init__(self, original: t.Any, call: cabc.Callable[..., t.Any]) -> None:
+        self.original = original
+        self.call = call
+
+    def __getattribute__(self, name: str) -> t.Any:
+        return getattr(object.__getattribute__(self, "original"), name)
+
+    def __call__(self, *args: t.Any) -> t.Any:
+        return object.__getattribute__(self, "call")(*args)
+
+
 def use_module(patch: Patch) -> None:
     """Replace the module that Flask-Mail sends with."""
     patch.setattr(flask_mail, "smtplib", types.SimpleNamespace(SMTP=make_host))
@@ -162,6 +183,22 @@ CHANGES: dict[str, tuple[cabc.Callable[[Patch], object], type[Mail], str]] = {
         lambda patch: patch.setattr(flask_mail.Connection, "send", note_message),
         Mail,
         "flask_mail.Connection.send",
+    ),
+    "a proxy of a class": (
+        lambda patch: patch.setattr(
+            flask_mail, "Connection", Proxy(flask_mail.Connection, Mine)
+        ),
+        Mail,
+        "flask_mail.Connection (it is",
+    ),
+    "a proxy of a method": (
+        lambda patch: patch.setattr(
+            flask_mail.Connection,
+            "configure_host",
+            Proxy(flask_mail.Connection.configure_host, Host),
+        ),
+        Mail,
+        "flask_mail.Connection.configure_host",
     ),
     "connect() of a subclass": (
         lambda patch: None,
@@ -302,6 +339,118 @@ def test_a_patch_that_is_undone(inbox: Mailbox, way: str) -> None:
     assert len(sent) == 1
     assert inbox.subjects == ["hello", "hello"]
     assert len({id(session) for session in inbox.sessions}) == 1
+
+
+@pytest.mark.parametrize("way", [way for way in CHANGES if CHANGES[way][1] is Mail])
+def test_a_patch_that_is_undone_before_the_task(
+    inbox: Mailbox, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    """What was found sends, or nothing: never a mail past a mock that has ended."""
+    with pytest.MonkeyPatch.context() as patch:
+        app, mail = make_app(inbox, patch, way, APITASK_MAX_WORKERS=1)
+        undone = threading.Event()
+
+        with app.test_request_context():
+            run(undone.wait, PATIENCE)
+            mail.send(Message("hello", ["ada@example.org"], body="text"))
+            patch.undo()
+            undone.set()
+
+    assert not inbox.messages
+    errors = [r for r in caplog.records if r.levelno == logging.ERROR]
+
+    if way in {"connect() patched", "send() patched", "send() of the base"}:
+        assert sent == ["hello"]
+        assert not errors
+    else:
+        assert not sent
+        assert len(errors) == 1
+        assert "Nothing was sent: " in caplog.text
+
+
+def test_a_patch_that_is_undone_by_the_first_of_two(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No half of a block goes past a mock, even if its connection is a real one."""
+
+    def send_and_undo(self: smtplib.SMTP, *args: t.Any) -> None:
+        sendmail(self, *args)
+        monkeypatch.undo()
+
+    with pytest.MonkeyPatch.context() as patch:
+        app, mail = make_app(inbox, patch, "SMTP")
+
+    monkeypatch.setattr(smtplib.SMTP, "sendmail", send_and_undo)
+
+    with app.test_request_context(), mail.connect() as connection:
+        for subject in ("one", "two"):
+            connection.send(Message(subject, ["ada@example.org"], body="text"))
+
+        assert connection.num_emails == 2
+        assert connection.host is None
+        assert connection.mail is app.extensions["mail"]
+
+    assert sent == ["one"]
+    assert not inbox.messages
+    assert "Nothing was sent: smtplib.SMTP.sendmail was changed" in caplog.text
+
+
+def test_tls_that_is_mocked_for_too_short_a_time(
+    inbox: Mailbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mock of SMTP_SSL is as any other one."""
+    with pytest.MonkeyPatch.context() as patch:
+        config: dict[str, t.Any] = {"MAIL_USE_SSL": True, "APITASK_MAX_WORKERS": 1}
+        app, mail = make_app(inbox, patch, "SMTP", **config)
+
+    undone = threading.Event()
+
+    with app.test_request_context():
+        run(undone.wait, PATIENCE)
+
+        with mock.patch("smtplib.SMTP_SSL") as mocked:
+            mail.send(Message("hello", ["ada@example.org"], body="text"))
+
+        undone.set()
+
+    assert not mocked.called
+    assert "Nothing was sent: smtplib.SMTP_SSL was changed" in caplog.text
+
+
+def watch(original: cabc.Callable[..., t.Any]) -> mock.Mock:
+    """Make a mock that does what the original does."""
+    return mock.Mock(wraps=original)
+
+
+@pytest.mark.parametrize("wrap", [watch, functools.partial])
+@pytest.mark.parametrize("name", ["send", "connect"])
+def test_what_wraps_the_original(
+    inbox: Mailbox,
+    caplog: pytest.LogCaptureFixture,
+    wrap: cabc.Callable[..., t.Any],
+    name: str,
+) -> None:
+    """A mock that only watches, or a partial, sends as the original does."""
+    with pytest.MonkeyPatch.context() as patch:
+        app, mail = make_app(inbox, patch, "SMTP")
+
+    setattr(mail, name, wrap(getattr(mail, name)))
+    finished: list[str] = []
+
+    def notice(sender: Flask, name: str, **_: t.Any) -> None:
+        finished.append(name)
+
+    with task_finished.connected_to(notice, app), app.test_request_context():
+        message = Message("hello", ["ada@example.org"], body="text")
+        mail.send(message)
+        message.subject = "changed"
+        wait()
+        assert wrap is functools.partial or getattr(mail, name).called
+
+    assert inbox.subjects == ["hello"]
+    assert finished == ["flask_mail.send"]
+    (record,) = caplog.records
+    assert f"Mail.{name}" in record.getMessage()
 
 
 def test_without_a_scope_the_change_sends_at_once(
@@ -480,3 +629,36 @@ send()
         f"{inbox.port}",
     )
     assert inbox.subjects == ["hello"]
+
+
+def test_the_exit_does_not_wait_for_ever() -> None:
+    """Flask-Mail has no timeout, so what sends by it has a bounded time at the exit."""
+    script = """
+import sys
+import flask_mail
+from flask import Flask
+from flask_apitask import ApiTask
+
+class Mine(flask_mail.Connection):
+    pass
+
+flask_mail.Connection = Mine
+app = Flask(__name__)
+app.config.update(
+    MAIL_PORT=int(sys.argv[1]), MAIL_DEFAULT_SENDER="shop@example.org",
+    APITASK_MAIL_BACKGROUND=True, APITASK_TIMEOUT=0.2,
+)
+mail = flask_mail.Mail(app)
+ApiTask(app)
+
+with app.test_request_context():
+    mail.send_message("hello", ["ada@example.org"], body="text")
+"""
+
+    with ScriptedServer() as server:
+        server.fail(Stage.GREETING, Fault.SILENCE)
+
+        with ChildProcess([sys.executable, "-c", script, f"{server.port}"]) as child:
+            assert child.wait() == 0
+
+    assert "past their deadline with it: 'flask_mail.send'" in child.output

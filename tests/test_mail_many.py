@@ -20,10 +20,11 @@ from smtp_servers import Stage
 
 from flask_apitask import ApiTask
 from flask_apitask import open_scope
-from flask_apitask.mail import flask_mail as mail_module
 from flask_apitask.mail import pool as pool_module
+from flask_apitask.mail import sending
 from flask_apitask.mail.envelope import SMTPSettings
 from flask_apitask.mail.flask_mail import deliver
+from flask_apitask.mail.flask_mail import find_pool
 
 if t.TYPE_CHECKING:
     from flask_apitask.mail.pool import ConnectionPool
@@ -167,7 +168,7 @@ print(tracemalloc.get_traced_memory()[1] / rendered)
 
 def test_a_large_block_begins_before_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block has collected is delivered in order, while it goes on."""
-    monkeypatch.setattr(mail_module, "_BATCH", 10_000)
+    monkeypatch.setattr(sending, "BATCH", 10_000)
 
     with ScriptedServer() as server:
         app, mail = make_app(server, APITASK_MAIL_KEEPALIVE=1)
@@ -189,17 +190,14 @@ def test_a_large_block_begins_before_its_end(monkeypatch: pytest.MonkeyPatch) ->
 
 def pool_of(app: Flask) -> ConnectionPool:
     """Return the pool that an app sends with now."""
-    return t.cast(
-        "ConnectionPool",
-        app.extensions["apitask_mail"].pool(app.extensions["mail"]),
-    )
+    return find_pool(app.extensions["apitask_mail"], app.extensions["mail"])
 
 
 def test_a_large_block_gives_up_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A server that can't be reached costs one timeout, however large a block is."""
-    monkeypatch.setattr(mail_module, "_BATCH", 10_000)
+    monkeypatch.setattr(sending, "BATCH", 10_000)
 
     with ScriptedServer() as server:
         app, mail = make_app(server, APITASK_MAIL_TIMEOUT=SHORT)
@@ -220,7 +218,7 @@ def test_a_large_block_past_the_deadline(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A batch that is cancelled does not stop the view."""
-    monkeypatch.setattr(mail_module, "_BATCH", 1)
+    monkeypatch.setattr(sending, "BATCH", 1)
 
     with ScriptedServer() as server:
         app, mail = make_app(server, APITASK_MAIL_KEEPALIVE=0)
@@ -228,8 +226,8 @@ def test_a_large_block_past_the_deadline(
         with app.test_request_context(), open_scope() as scope:
             with mail.connect() as connection:
                 connection.send(letter("one"))
-                assert connection._delivery is not None  # type: ignore[attr-defined]
-                connection._delivery.exception()  # type: ignore[attr-defined]
+                block = connection._block  # type: ignore[attr-defined]
+                block._delivery.exception()
                 cancelled = scope.submit(str)
                 monkeypatch.setattr(type(cancelled), "exception", raise_cancelled)
                 connection.send(letter("two"))
@@ -260,7 +258,7 @@ def test_messages_are_kept_for_those_who_listen() -> None:
             with email_dispatched.connected_to(receive, app):
                 connection.send(letter("two"))
 
-            kept = connection._batch  # type: ignore[attr-defined]
+            kept = connection._block._batch  # type: ignore[attr-defined]
             assert [message is not None for _, message in kept] == [False, True]
 
         with email_dispatched.connected_to(receive, app), app.test_request_context():

@@ -1,11 +1,22 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import functools
 import logging
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import threading
 import time
+import typing as t
 
 import pytest
+from conftest import wait_until
+from flask import Flask
+from smtp_servers import Certificates
 from smtp_servers import Fault
 from smtp_servers import make_envelope
 from smtp_servers import PATIENCE
@@ -14,6 +25,7 @@ from smtp_servers import Stage
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.mail import pool as pool_module
+from flask_apitask.mail.envelope import SMTPSettings
 from flask_apitask.mail.pool import ConnectionPool
 
 # Seconds of timeout for what is to run into it.
@@ -161,19 +173,20 @@ def test_a_limit_that_stays_is_no_error_when_more_are_tried(
 
 
 def test_an_error_if_no_connection_can_do_it(caplog: pytest.LogCaptureFixture) -> None:
-    """A server that lets nobody in is an error for each message, and soon."""
+    """A server that lets nobody in is an error for each message, after a timeout."""
     caplog.set_level(logging.INFO, "flask_apitask")
 
     with ScriptedServer(allowed=0) as server:
-        pool = ConnectionPool(server.settings(), size=4)
+        pool = ConnectionPool(server.settings(timeout=SHORT), size=4)
         began = time.monotonic()
 
         with concurrent.futures.ThreadPoolExecutor(8) as executor:
             futures = [executor.submit(send, pool) for _ in range(8)]
             errors = [future.exception(PATIENCE) for future in futures]
 
-        assert time.monotonic() - began < 3
+        assert SHORT <= time.monotonic() - began < 3
 
+    assert not caplog.records
     assert all(isinstance(error, DeliveryError) for error in errors)
     assert {error.smtp_code for error in errors} == {421}  # type: ignore[union-attr]
     assert not server.taken
@@ -224,10 +237,433 @@ def test_a_connection_from_before_a_fork_is_no_limit() -> None:
 def test_a_server_that_is_down_is_no_limit() -> None:
     """Where nobody is let in, all connections are tried again after it."""
     with ScriptedServer(allowed=0) as server:
-        pool = ConnectionPool(server.settings(), size=4)
+        pool = ConnectionPool(server.settings(timeout=SHORT), size=4)
 
         with concurrent.futures.ThreadPoolExecutor(8) as executor:
             futures = [executor.submit(send, pool) for _ in range(8)]
             assert all(future.exception(PATIENCE) for future in futures)
 
         assert pool._limit == 4
+
+
+@pytest.mark.parametrize("pipelining", [True, False])
+@pytest.mark.parametrize(
+    "refusal", REFUSALS[:2] + REFUSALS[5:9], ids=lambda refusal: f"{refusal}"
+)
+def test_two_pools_share_one_connection(
+    refusal: tuple[Stage, Fault | bytes], pipelining: bool
+) -> None:
+    """A process that is refused asks again, and one that has it lets go of it."""
+    user = ("me@example.com", "secret")
+
+    with ScriptedServer(
+        user=user, allowed=1, refusal=refusal, pipelining=pipelining
+    ) as server:
+        pools = [ConnectionPool(server.settings(), size=4) for _ in range(2)]
+
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            for sent in [executor.submit(send_many, pool, 10, 5) for pool in pools]:
+                sent.result(PATIENCE * 2)
+
+        for pool in pools:
+            pool.close_idle()
+
+    assert len(server.taken) == 20
+
+
+SENDS_TEN = """
+import sys
+from flask_apitask.mail.pool import ConnectionPool
+from smtp_servers import SMTPSettings, make_envelope
+
+settings = SMTPSettings(port=int(sys.argv[1]), timeout=4)
+pool = ConnectionPool(settings, size=int(sys.argv[2]))
+
+for _ in range(10):
+    with pool.connection() as connection:
+        connection.send(make_envelope())
+
+# It goes on, and the connection that it keeps is idle from now on.
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("size", ["1", "4"])
+def test_two_processes_share_one_connection(size: str) -> None:
+    """The one that is done keeps its connection for less than the other waits."""
+    here = pathlib.Path(__file__).parent
+
+    with ScriptedServer(allowed=1) as server, contextlib.ExitStack() as stack:
+        command = [sys.executable, "-c", SENDS_TEN, f"{server.port}", size]
+        environ = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+        children = [
+            stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, env=environ)
+            )
+            for _ in range(2)
+        ]
+        # The end of their input ends them, however this goes.
+        server.wait_for(lambda: len(server.taken) == 20)
+
+        for child in children:
+            child.communicate(timeout=PATIENCE)
+            assert child.returncode == 0
+
+
+def test_what_is_kept_is_given_back_once_it_is_scarce() -> None:
+    """A process that was refused does not keep what the other one waits for."""
+    with ScriptedServer(allowed=1) as server:
+        first, second = (
+            ConnectionPool(server.settings(), size=2, keepalive=60) for _ in range(2)
+        )
+
+        with first.connection() as connection:
+            connection.send(make_envelope())
+            # Which finds out that there is not a second one.
+            with concurrent.futures.ThreadPoolExecutor(1) as executor:
+                waiting = executor.submit(send, first)
+                server.wait_for(lambda: server.refused == 1)
+                connection.close()
+                waiting.result(PATIENCE)
+
+        began = time.monotonic()
+        send(second)
+        assert time.monotonic() - began < pool_module._SHORTLY + 2
+        second.close_idle()
+
+    assert len(server.taken) == 3
+
+
+def test_what_is_idle_already_is_given_back_as_well() -> None:
+    """Once it is known that connections are scarce, none is kept for long."""
+    with ScriptedServer(allowed=2) as server:
+        pool = ConnectionPool(server.settings(), size=3, keepalive=60)
+
+        with pool.connection() as first, pool.connection() as second:
+            first.send(make_envelope())
+            second.send(make_envelope())
+            first.close()
+            first_due = pool._idle[0][0]
+
+            with pool.connection() as third:
+                third.send(make_envelope())
+                fourth = pool.acquire()
+
+                with pytest.raises(DeliveryError) as caught:
+                    fourth.open()
+
+                assert caught.value.smtp_code == 421
+                assert pool.narrow(fourth, certain=True, scarce=True)
+                pool.release(fourth)
+
+        assert {due for due, _ in pool._idle} != {first_due}
+        assert max(due for due, _ in pool._idle) <= time.monotonic() + 1
+        server.wait_for(lambda: server.quits == 2)
+
+
+def test_a_server_that_takes_mail_is_asked_for_longer() -> None:
+    """Of many mails that wait for a turn, each has the timeout after the last one."""
+    with ScriptedServer(delay=SHORT / 2, allowed=1) as server:
+        settings = server.settings(timeout=SHORT, max_messages=1)
+        pool = ConnectionPool(settings, size=2, keepalive=0)
+        send_many(pool, 8, 8)
+
+    assert len(server.taken) == 8
+
+
+HARD = [
+    *((Stage.GREETING, fault) for fault in (Fault.SILENCE, Fault.PERMANENT)),
+    *((Stage.EHLO, Fault.SILENCE), (Stage.AUTH, Fault.SILENCE)),
+    (Stage.GREETING, Fault.GARBAGE),
+]
+
+
+@pytest.mark.parametrize("refusal", HARD, ids=lambda refusal: f"{refusal}")
+def test_other_refusals_are_the_limit_where_others_work(
+    refusal: tuple[Stage, Fault | bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server may also leave a connection too many alone, or say 554."""
+    caplog.set_level(logging.INFO, "flask_apitask")
+    user = ("me@example.com", "secret")
+
+    # Others are busy for longer than the timeout.
+    with ScriptedServer(user=user, allowed=2, refusal=refusal, delay=0.1) as server:
+        pool = ConnectionPool(server.settings(timeout=SHORT), size=4)
+        send_many(pool, 16, 8)
+        pool.close_idle()
+
+    assert len(server.taken) == 16
+    assert server.refused
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+@pytest.mark.parametrize("refusal", HARD, ids=lambda refusal: f"{refusal}")
+def test_another_that_worked_is_closed_by_then(
+    refusal: tuple[Stage, Fault | bytes],
+) -> None:
+    """A server that took a message since is asked again, if no connection is left."""
+    user = ("me@example.com", "secret")
+    refused, answered = threading.Event(), threading.Event()
+
+    class Waits(ScriptedServer):
+        def next_fault(self, stage: Stage) -> Fault | bytes | None:
+            if stage is refusal[0] and self.refused and not refused.is_set():
+                refused.set()
+                assert answered.wait(PATIENCE)
+                return refusal[1]
+
+            return super().next_fault(stage)
+
+    with (
+        Waits(user=user) as server,
+        concurrent.futures.ThreadPoolExecutor(1) as executor,
+    ):
+        pool = ConnectionPool(server.settings(timeout=2.0), size=2, keepalive=0)
+
+        with pool.connection() as first:
+            first.send(make_envelope())
+            server.refused = 1
+            second = executor.submit(send, pool)
+            assert refused.wait(PATIENCE)
+            first.send(make_envelope())
+
+        assert "in_use=1 idle=0" in f"{pool!r}"
+        answered.set()
+        second.result(PATIENCE)
+
+    assert len(server.taken) == 3
+
+
+@pytest.mark.parametrize("refusal", HARD[:2], ids=lambda refusal: f"{refusal}")
+def test_other_refusals_are_errors_where_none_works(
+    refusal: tuple[Stage, Fault | bytes],
+) -> None:
+    """A server that is silent to all costs one timeout, and a 554 none."""
+    with ScriptedServer(allowed=0, refusal=refusal) as server:
+        pool = ConnectionPool(server.settings(timeout=1.0), size=4)
+        began = time.monotonic()
+
+        with pytest.raises(DeliveryError):
+            send(pool)
+
+        silent = refusal[1] is Fault.SILENCE
+        assert time.monotonic() - began < (1.9 if silent else 0.9)
+        assert server.connects == 1
+
+
+class Connects(t.NamedTuple):
+    """Fails a TCP connect in place of the system."""
+
+    works: int
+    error: type[OSError]
+    made: list[object]
+
+    def __call__(self, *args: t.Any) -> socket.socket:
+        if len(self.made) >= self.works:
+            raise self.error
+
+        self.made.append(args)
+        return connect(*args)
+
+
+connect = socket.create_connection
+
+
+@pytest.mark.parametrize("error", [TimeoutError, ConnectionRefusedError])
+def test_a_connect_that_fails_where_others_work(
+    error: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system on the way may drop or refuse what is too much."""
+    with ScriptedServer(delay=0.01) as server:
+        pool = ConnectionPool(server.settings(), size=4)
+        monkeypatch.setattr(socket, "create_connection", Connects(2, error, []))
+
+        # They have to be there by then.
+        with pool.connection() as first, pool.connection() as second:
+            first.send(make_envelope())
+            second.send(make_envelope())
+
+        send_many(pool, 16, 8)
+        pool.close_idle()
+
+    assert len(server.taken) == 18
+
+
+GREYLISTED = b"450 4.2.0 greylisted, try later\r\n"
+
+
+def test_a_sender_that_is_refused_is_no_limit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is refused over a connection that works, too, so it is about the message."""
+    caplog.set_level(logging.INFO, "flask_apitask")
+
+    with ScriptedServer() as server:
+        pool = ConnectionPool(server.settings(), size=4)
+
+        with pool.connection() as first:
+            first.send(make_envelope())
+            server.fail(Stage.MAIL, GREYLISTED, GREYLISTED)
+
+            with concurrent.futures.ThreadPoolExecutor(1) as executor:
+                refused = executor.submit(send, pool)
+                server.wait_for(lambda: server.next_fault(Stage.DATA) is None)
+                wait_until(lambda: "waiting=1" in f"{pool!r}")
+                assert pool._limit == 1
+                first.close()
+                error = refused.exception(PATIENCE)
+
+        assert isinstance(error, DeliveryError)
+        assert (error.stage, error.smtp_code) == ("MAIL", 450)
+        assert pool._limit == 4
+        assert pool._try_more_at == 0.0
+        send(pool)
+        pool.close_idle()
+
+    assert not caplog.records
+    assert len(server.taken) == 2
+
+
+def test_senders_that_are_refused_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Many at a time that are all greylisted narrow nothing, and end."""
+    caplog.set_level(logging.INFO, "flask_apitask")
+
+    with ScriptedServer() as server:
+        pool = ConnectionPool(server.settings(), size=4)
+        server.fail(Stage.MAIL, *[GREYLISTED] * 100)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as executor:
+            futures = [executor.submit(send, pool) for _ in range(8)]
+            errors = [future.exception(PATIENCE) for future in futures]
+
+        assert pool._limit == 4
+        pool.close_idle()
+
+    assert {getattr(error, "smtp_code", None) for error in errors} == {450}
+    assert not caplog.records
+
+
+def test_a_sender_is_refused_while_others_are_opened(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What the server allows may be taken by one that isn't through its log-in yet."""
+    caplog.set_level(logging.INFO, "flask_apitask")
+
+    with (
+        ScriptedServer() as server,
+        concurrent.futures.ThreadPoolExecutor(1) as executor,
+    ):
+        pool = ConnectionPool(server.settings(), size=4)
+        server.fail(Stage.MAIL, b"452 4.3.2 too many\r\n")
+        first = pool.acquire()
+        second = executor.submit(send, pool)
+        wait_until(lambda: second.done() or "waiting=1" in f"{pool!r}")
+        first.open()
+        pool.release(first)
+        second.result(PATIENCE)
+        pool.close_idle()
+
+    assert len(server.taken) == 1
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+class Exchange(ScriptedServer):
+    """Takes so many messages at a time, as Microsoft 365 does: three by default."""
+
+    def __init__(self, at_once: int, **options: t.Any) -> None:
+        super().__init__(**options)
+        self._places = threading.Semaphore(at_once)
+        self.full = 0
+
+    def next_fault(self, stage: Stage) -> Fault | bytes | None:
+        if stage is not Stage.DOT:
+            return super().next_fault(stage)
+
+        if not self._places.acquire(blocking=False):
+            self.full += 1
+            return b"432 4.3.2 Concurrent connections limit exceeded.\r\n"
+
+        # As long as it takes a message.
+        self.stopped.wait(0.03)
+        self._places.release()
+        return None
+
+
+def test_messages_that_are_too_many_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A limit that is told at the end of a message is one, and nothing is lost."""
+    caplog.set_level(logging.INFO, "flask_apitask")
+
+    exchange = Exchange(2)
+
+    with exchange as server:
+        pool = ConnectionPool(server.settings(), size=4)
+        send_many(pool, 16, 8)
+        full = exchange.full
+        send_many(pool, 16, 8)
+        pool.close_idle()
+
+    assert len(server.taken) == 32
+    assert 0 < full == exchange.full
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert "432 at end of message" in record.getMessage()
+
+
+def test_messages_of_others_are_too_many_at_once() -> None:
+    """They are other processes', say: over the same connection, it is tried again."""
+    limited = b"432 4.3.2 Concurrent connections limit exceeded.\r\n"
+
+    with ScriptedServer() as server:
+        pool = ConnectionPool(server.settings(), size=4)
+        server.fail(Stage.DOT, None, limited, limited, None, limited, limited)
+        send(pool)
+        send(pool)
+        assert server.connects == 1
+        assert len(server.taken) == 2
+        server.fail(Stage.DOT, *[limited] * 20)
+        pool.settings = server.settings(timeout=SHORT)
+
+        with pytest.raises(DeliveryError, match="APITASK_MAIL_CONNECTIONS") as caught:
+            send(pool)
+
+        assert caught.value.smtp_code == 432
+        pool.close_idle()
+
+
+class Exim(ScriptedServer):
+    """Refuses in plain text, and lets in once that was tried again."""
+
+    def _serve(self, session: t.Any) -> None:
+        if session.unwanted:
+            session.encrypt = functools.partial(session.play, Fault.BUSY)
+        else:
+            self.wait_for(lambda: self.connects > 2)
+
+        super()._serve(session)
+
+
+def test_a_limit_that_is_told_in_place_of_tls(tmp_path: pathlib.Path) -> None:
+    """Another connection may be in the middle of its handshake, and not work yet."""
+    certificates = Certificates(tmp_path)
+    tls = certificates.context("localhost")
+
+    with Exim(tls=tls, implicit=True, allowed=1) as server:
+        settings = server.settings(tls_verify=certificates.cafile)
+        pool = ConnectionPool(settings, size=2)
+        send_many(pool, 2, 2)
+        pool.close_idle()
+
+    assert len(server.taken) == 2
+
+
+def test_the_limit_is_told_once_for_an_app(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not told again after a pause, when the pool is another one."""
+    caplog.set_level(logging.INFO, "flask_apitask")
+    app, other = Flask("app"), Flask("other")
+
+    for owner in (app, app, other):
+        ConnectionPool(SMTPSettings(port=1), owner=owner).tell(421, "greeting")
+
+    assert len(caplog.records) == 2
+    ConnectionPool(SMTPSettings(port=2), owner=other).tell(421, "greeting")
+    assert len(caplog.records) == 3

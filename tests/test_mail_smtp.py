@@ -155,7 +155,8 @@ def test_neither_ehlo_nor_helo() -> None:
         error = fail_to_send(server.settings())
 
     assert f"{error}" == (
-        f"EHLO was refused by {server.settings()}: 451 4.3.0 <address> not now."
+        f"EHLO was refused by {server.settings()}: 451 4.3.0 <address> not now. A 4xx"
+        " reply is temporary: the server may accept the message later."
     )
 
 
@@ -234,7 +235,8 @@ def test_some_recipients_are_refused() -> None:
     assert f"{caught.value}" == (
         f"The message was taken by {server.settings()}, but not for 4 of 5 recipients:"
         " 554 5.7.1 <address> not ever (2 times), 451 4.3.0 <address> not now,"
-        " 551 elsewhere."
+        " 551 elsewhere. A 4xx reply is temporary: the server may accept the message"
+        " later."
     )
     assert {message.recipients for message in server.taken} == {("eve@example.com",)}
 
@@ -255,7 +257,7 @@ def test_everybody_is_refused(*, pipelining: bool) -> None:
         connection.deliver(make_envelope())
 
     assert f"{caught.value}" == (
-        f"Every recipient of 2 was refused by {server.settings()}:"
+        f"All 2 recipients were refused by {server.settings()}:"
         " 554 5.7.1 <address> not ever (2 times)."
     )
     assert ("DATA" in server.commands[:5]) is pipelining
@@ -269,7 +271,7 @@ def test_everybody_is_refused_and_the_message_asked_for() -> None:
         server.fail(Stage.RCPT, Fault.PERMANENT)
         server.fail(Stage.DATA, b"354 go ahead\r\n")
 
-        with pytest.raises(DeliveryError, match="Every recipient of 1 was refused"):
+        with pytest.raises(DeliveryError, match="The recipient was refused"):
             connection.deliver(make_envelope())
 
         assert not connection.usable()
@@ -282,7 +284,7 @@ def test_the_sender_is_refused_and_the_message_asked_for() -> None:
     with ScriptedServer() as server, connect(server.settings()) as connection:
         server.fail(Stage.MAIL, Fault.PERMANENT)
 
-        with pytest.raises(DeliveryError, match="The sender was refused"):
+        with pytest.raises(DeliveryError, match="The message was refused"):
             connection.deliver(make_envelope())
 
         assert not connection.usable()
@@ -296,7 +298,7 @@ def test_a_refused_sender_ends_it_early() -> None:
         server.fail(Stage.MAIL, Fault.PERMANENT)
         recipients = [f"{number}@example.com" for number in range(1_000)]
 
-        with pytest.raises(DeliveryError, match=r"sender was refused by .*: 554"):
+        with pytest.raises(DeliveryError, match=r"message was refused by .*: 554"):
             connection.deliver(make_envelope(*recipients))
 
         assert len(server.commands) < 400
@@ -314,7 +316,7 @@ def test_a_refusal_stands_when_the_server_hangs_up(end: Fault) -> None:
         error = fail_to_send(server.settings())
 
     assert not isinstance(error, ConnectionLost)
-    assert "Every recipient of 1 was refused" in f"{error}"
+    assert "The recipient was refused" in f"{error}"
 
 
 def test_a_reset_that_fails_closes_the_connection() -> None:
@@ -347,10 +349,10 @@ def test_unknown_says_what_to_look_for() -> None:
 
     assert isinstance(error, DeliveryUnknown)
     assert f"{error}" == (
-        "The message may or may not be delivered: The connection to"
+        "The message may or may not have been delivered: The connection to"
         f" {server.settings()} failed at the end of the message: the server closed it."
-        " It was complete by then, so it is not sent again. Look for it in the log of"
-        " the server, and allow a slow server a longer timeout (APITASK_MAIL_TIMEOUT)."
+        " The server had all of it by then, so it is not sent again. Look for it in the"
+        " server's log, and give a slow server longer (APITASK_MAIL_TIMEOUT)."
     )
 
 
@@ -765,7 +767,7 @@ def test_no_way_to_log_in(offer: bytes) -> None:
         error = fail_to_send(server.settings())
 
     assert f"{error}".startswith(
-        f"No way to log in that smtplib knows is offered by {server.settings()}."
+        f"smtplib knows no way to log in that is offered by {server.settings()}."
     )
 
 
@@ -773,7 +775,7 @@ def test_a_challenge_that_is_no_base64() -> None:
     """Nonsense in a challenge ends in an error about the log-in."""
     with ScriptedServer(user=USER) as server:
         server.fail(Stage.AUTH, b"334 x\r\n")
-        assert "No way to log in" in f"{fail_to_send(server.settings())}"
+        assert "no way to log in" in f"{fail_to_send(server.settings())}"
 
 
 def test_a_password_outside_of_ascii() -> None:
@@ -952,7 +954,7 @@ def test_a_recipient_given_twice() -> None:
         server.fail(Stage.RCPT, Fault.PERMANENT)
         server.fail(Stage.DATA, b"354 go ahead\r\n")
 
-        with pytest.raises(DeliveryError, match="Every recipient of 1 was refused"):
+        with pytest.raises(DeliveryError, match="The recipient was refused"):
             connection.deliver(make_envelope(*twice))
 
     assert [message.recipients for message in server.taken] == [("ada@example.com",)]

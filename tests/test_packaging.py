@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 MODULES = {
     path.relative_to(ROOT).as_posix()
     for path in ROOT.joinpath("flask_apitask").rglob("*")
-    if path.suffix == ".py" or path.name == "py.typed"
+    if path.suffix in {".html", ".py"} or path.name == "py.typed"
 }
 BUILD_SECONDS = 120
 
@@ -68,19 +68,27 @@ def test_wheel_holds_the_package_only(distributions: Distributions) -> None:
     assert names == MODULES
 
 
-def test_sdist_holds_what_builds_the_wheel(distributions: Distributions) -> None:
-    """An sdist has the package and what it is built from, and nothing else."""
+def test_sdist_holds_what_is_needed_to_test_it(distributions: Distributions) -> None:
+    """An sdist has the package, its tests, its documentation and how to run them."""
     names = {name for name in distributions.sdist if ".egg-info/" not in name}
-    assert names - MODULES == {
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("tests", "docs", "benchmarks")
+        for path in ROOT.joinpath(folder).rglob("[!.]*.*")
+        if path.suffix != ".pyc" and path.is_file()
+    }
+    assert MODULES | sources < names
+    assert names - MODULES - sources == {
         "CHANGES.md",
         "LICENSE.txt",
         "MANIFEST.in",
         "PKG-INFO",
         "README.md",
+        "example_app.py",
         "pyproject.toml",
         "setup.cfg",
+        "tox.ini",
     }
-    assert MODULES < names
 
 
 def test_wheel_holds_the_license(distributions: Distributions) -> None:
@@ -110,6 +118,17 @@ def test_page_on_the_index(distributions: Distributions) -> None:
     assert metadata.json["description"] == ROOT.joinpath("README.md").read_text("utf-8")
     classifiers = set(metadata.get_all("Classifier", []))
     assert {"Framework :: Flask", "Typing :: Typed"} <= classifiers
+
+
+def test_environments_are_explained() -> None:
+    """Each environment of tox stands in the page for contributors."""
+    page = ROOT.joinpath("docs", "contributing.md").read_text("utf-8")
+    sections = re.findall(
+        r"^\[testenv:(.+)\]$", ROOT.joinpath("tox.ini").read_text(), re.M
+    )
+    assert len(sections) > 5
+    assert [name for name in sections if f"`{name}`" not in page] == []
+    assert "tox run -e style,typing,py" in page
 
 
 def test_version_is_the_newest_in_the_changes(distributions: Distributions) -> None:

@@ -1,27 +1,35 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import queue
 import threading
 import typing as t
+import weakref
 
 import pytest
 from conftest import PATIENCE
 from flask import flash
 from flask import Flask
+from flask import request_started
 from flask import session
 from flask.sessions import SecureCookieSession
 from flask.sessions import SecureCookieSessionInterface
+from flask.sessions import SessionInterface
+from flask.sessions import SessionMixin
 from flask_login import current_user  # type: ignore[import-untyped]
 from flask_login import login_user
 from flask_login import LoginManager
 from flask_login import UserMixin
+from werkzeug.datastructures import CallbackDict
 
 from flask_apitask import ApiTask
+from flask_apitask import extension
 from flask_apitask import open_scope
 from flask_apitask import run
 from flask_apitask import scoped
+from flask_apitask import task
 from flask_apitask import wait
 from flask_apitask.api import warn_without_apitask
 from flask_apitask.context import MERGED
@@ -123,7 +131,10 @@ def test_warning_of_other_work(caplog: pytest.LogCaptureFixture) -> None:
         ("APITASK_TIMOUT", "Did you mean APITASK_TIMEOUT?"),
         ("APITASK_WORKERS", "Did you mean APITASK_MAX_WORKERS?"),
         ("APITASK_MAIL_BACKGROND", "Did you mean APITASK_MAIL_BACKGROUND?"),
-        ("APITASK_COLOUR", "Remove it."),
+        ("APITASK_timeout", "Did you mean APITASK_TIMEOUT?"),
+        ("APITASK_MAIL_SERVER", "Did you mean MAIL_SERVER?"),
+        ("APITASK_MAIL_PASWORD", "Did you mean MAIL_PASSWORD?"),
+        ("APITASK_COLOUR", "It has no effect."),
     ],
 )
 def test_unknown_key(
@@ -132,6 +143,64 @@ def test_unknown_key(
     """A key that there is not is a WARNING at the start, with what may be meant."""
     make_app(**{key: 5, "APITASK_ENABLED": True, "APITASK": 1, "MY_APITASK_X": 2})
     assert find_warnings(caplog) == [f"There is no key {key}. {hint}"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "warned"),
+    [({}, True), ({"APITASK_MAIL_BACKGROUND": False}, False)],
+    ids=["forgotten", "off"],
+)
+def test_key_that_needs_another(
+    caplog: pytest.LogCaptureFixture, keys: dict[str, t.Any], warned: bool
+) -> None:
+    """A key for background mail alone is a WARNING: it does not turn that on."""
+    app = Flask("shop")
+    app.config.update(APITASK_MAIL_START="success", **keys)
+    ApiTask(app)
+    needed = "APITASK_MAIL_BACKGROUND = True"
+    expected = f"APITASK_MAIL_START has no effect without {needed}."
+    assert find_warnings(caplog) == [expected] * warned
+
+
+def test_key_that_comes_late(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A key that is set after ApiTask(app) is a WARNING in the first request."""
+    app = make_app(APITASK_TIMEOUT=5, APITASK_COPY_G=["a"], APITASK_ENABLED=False)
+    app.add_url_rule("/", view_func=str)
+    # These are what they were.
+    app.config.update(
+        APITASK_TIMEOUT="5.0", APITASK_COPY_G="a", APITASK_WAIT="teardown"
+    )
+    app.config.update(APITASK_MAIL_BACKGROUND=True, APITASK_POOL_SIZE="many")
+    del app.config["APITASK_ENABLED"]
+    assert find_warnings(caplog) == []
+    other = make_app()
+    app.test_client().get("/")
+    app.test_client().get("/")
+    late = ["APITASK_ENABLED", "APITASK_POOL_SIZE", "APITASK_MAIL_BACKGROUND"]
+    text = "was changed after ApiTask(app) had read it, which has no effect."
+    assert find_warnings(caplog) == [
+        f"{key} {text} Set it before that." for key in late
+    ]
+    assert request_started.receivers
+    other.test_client().get("/")
+    assert len(find_warnings(caplog)) == 3
+
+
+def test_key_in_time_costs_nothing(
+    make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once all apps have served, no request looks for late keys."""
+    # Apps of other tests may never serve.
+    monkeypatch.setattr(extension, "_unserved", weakref.WeakSet())
+    apps = [make_app(), make_app()]
+    before = len(request_started.receivers)
+
+    for app in apps:
+        app.test_client().get("/")
+
+    assert len(request_started.receivers) == before - 1
 
 
 # The session
@@ -303,6 +372,133 @@ def test_flask_login(
     assert len(find_warnings(caplog)) == 1
 
 
+class Opaque:
+    """A value of which every copy is another one."""
+
+
+class Vexed:
+    """A value that can't be compared."""
+
+    def __eq__(self, other: object) -> bool:
+        raise ArithmeticError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclasses.dataclass
+class Box:
+    """A value that is compared by what is in it."""
+
+    content: object
+
+
+ODD: dict[str, cabc.Callable[[], object]] = {
+    "lock": threading.Lock,
+    "opaque": Opaque,
+    "vexed": Vexed,
+    "lock inside": lambda: [1, {"lock": threading.Lock()}],
+    "opaque inside": lambda: [Opaque()],
+    "box": lambda: Box(Opaque()),
+    "nan": lambda: float("nan"),
+    "generator": lambda: {"left": (item for item in "ab")},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("change", ["none", "same", "other", "gone", "beside"])
+def test_session_with_odd_values(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    change: str,
+) -> None:
+    """A value that can't be copied or compared fails no task, and is no change."""
+    app, make = make_app(SECRET_KEY="test"), ODD[kind]
+
+    def look() -> type:
+        kind = type(session["odd"])
+
+        if change == "same":
+            session["odd"] = session["odd"]
+        elif change == "other":
+            session["odd"] = make()
+        elif change == "gone":
+            del session["odd"]
+        elif change == "beside":
+            session["colour"] = "red"
+
+        return kind
+
+    with app.test_request_context():
+        session["odd"], session["list"] = make(), [1]
+        assert run(look).result(PATIENCE) is type(session["odd"])
+        assert "colour" not in session
+
+    changed = {"other": "(odd)", "gone": "(odd)", "beside": "(colour)"}.get(change)
+    warnings = find_warnings(caplog)
+    assert len(warnings) == (changed is not None)
+    assert all(str(changed) in warning for warning in warnings)
+
+
+def test_failing_task_with_odd_values(make_app: AppFactory) -> None:
+    """What a task raises reaches the future, whatever is in the session."""
+    app = make_app(SECRET_KEY="test")
+
+    def fail() -> None:
+        session["odd"] = Vexed()
+        raise LookupError
+
+    with app.test_request_context():
+        session["odd"] = Vexed()
+        assert isinstance(run(fail).exception(PATIENCE), LookupError)
+
+
+class StoredSession(CallbackDict[str, t.Any], SessionMixin):
+    """A session as Flask-Session has it: a dictionary that knows its place."""
+
+    def __init__(self, initial: dict[str, t.Any], sid: str) -> None:
+        super().__init__(initial, lambda self: setattr(self, "modified", True))
+        self.sid = sid
+        self.modified = False
+
+    def __bool__(self) -> bool:
+        return bool(dict(self)) and self.keys() != {"_permanent"}
+
+
+def test_session_in_a_store(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session whose class needs arguments is copied, with what is noted on it."""
+    app = make_app()
+    saved: list[tuple[bool, dict[str, t.Any]]] = []
+
+    class Interface(SessionInterface):
+        def open_session(self, app: Flask, request: Request) -> StoredSession:
+            return StoredSession({"counts": [1], "odd": Opaque()}, "s3cret")
+
+        def save_session(self, app: Flask, session: t.Any, response: object) -> None:
+            saved.append((session.modified, dict(session)))
+
+    app.session_interface = Interface()
+
+    def look() -> str:
+        assert not session.modified
+        return str(session.sid)  # type: ignore[attr-defined]
+
+    @app.post("/<name>")
+    def index(name: str) -> str:
+        return str(run({"look": look, "count": count_up}[name]).result(PATIENCE))
+
+    client = app.test_client()
+    assert client.post("/look").text == "s3cret"
+    assert find_warnings(caplog) == []
+    assert client.post("/count").text == "2"
+    assert len(find_warnings(caplog)) == 1
+    assert [(modified, kept["counts"]) for modified, kept in saved] == [
+        (False, [1])
+    ] * 2
+
+
 class PlainSession(dict[str, t.Any]):
     """A mapping that knows nothing of changes, as a session of the app's own may be."""
 
@@ -398,6 +594,22 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
         TypeError,
         "Pass the function and its arguments apart",
     ),
+    "run of nothing": (lambda: run(None), TypeError, "not None. Pass the function"),  # type: ignore[call-overload]
+    "run of text": (lambda: run("f"), TypeError, "not 'f'. Pass the function"),  # type: ignore[call-overload]
+    "run of a generator": (
+        lambda: run(generate()),  # type: ignore[call-overload]
+        TypeError,
+        "run(fn, x), not run(fn(x))",
+    ),
+    "bare task": (lambda: task(int), TypeError, "task's name first"),  # type: ignore[arg-type]
+    "task of a number": (lambda: task(5), TypeError, "'mailer.welcome'), not 5."),  # type: ignore[arg-type]
+    "task of nothing": (lambda: task(None), TypeError, "not None."),  # type: ignore[arg-type]
+    "task without a name": (lambda: task(" "), TypeError, "not ' '."),
+    "task on a result": (
+        lambda: task("mailer.welcome")(5),  # type: ignore[type-var]
+        TypeError,
+        "task('mailer.welcome') names a function, and not 5.",
+    ),
     "app": (
         lambda: ApiTask("shop"),  # type: ignore[arg-type]
         TypeError,
@@ -415,6 +627,32 @@ def test_wrong_arguments(
         call()
 
     assert text in str(caught.value)
+
+
+def test_run_of_a_coroutine(make_app: AppFactory) -> None:
+    """A coroutine is no function, in a request as anywhere else."""
+
+    async def work() -> None:
+        raise AssertionError
+
+    with make_app().test_request_context():
+        coroutine = work()
+
+        with pytest.raises(TypeError, match=r"run\(fn, x\), not run\(fn\(x\)\)"):
+            run(coroutine)  # type: ignore[call-overload]
+
+        coroutine.close()
+
+
+@pytest.mark.parametrize("limits", [{"max_workers": 0}, {"timeout": "x"}])
+def test_limits_of_a_block(make_app: AppFactory, limits: dict[str, t.Any]) -> None:
+    """A limit that is wrong is named where the block is entered."""
+    name, value = limits.copy().popitem()
+    text = f"{name} is {value!r}, but must be"
+
+    with make_app().app_context(), pytest.raises(ValueError, match=text):
+        with open_scope(**limits):
+            pass
 
 
 # await run()

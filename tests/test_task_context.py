@@ -583,30 +583,34 @@ def test_signals(make_app: AppFactory, signals: Signals, how: str) -> None:
     app = make_app()
 
     @task("mailer.welcome")
-    def work() -> int:
+    def work(number: int, *, user: int) -> int:
         return threading.get_ident()
 
     before = time.monotonic()
 
     with app.test_request_context() if how == "thread" else app.app_context():
-        thread = run(work).result(PATIENCE)
+        thread = run(work, 1, user=2).result(PATIENCE)
 
     after = time.monotonic()
     (first, started), (second, finished) = signals.sent
 
     assert (first, second) == ("started", "finished")
     assert (thread == threading.get_ident()) is (how != "thread")
-    assert set(started) == {"sender", "name", "how", "submitted", "started"}
+    times = {"submitted", "started"}
+    assert started.keys() == {"sender", "name", "how", "args", "kwargs"} | times
+    assert started["args"] == (1,)
+    assert started["kwargs"] == {"user": 2}
     assert finished == {
         **started,
         "finished": finished["finished"],
         "exception": None,
+        "result": thread,
     }
     assert started["sender"] is app
     assert started["name"] == "mailer.welcome"
     assert started["how"] == how
-    times = [started["submitted"], started["started"], finished["finished"]]
-    assert [before, *times, after] == sorted([before, *times, after])
+    order = [started["submitted"], started["started"], finished["finished"]]
+    assert [before, *order, after] == sorted([before, *order, after])
 
 
 def test_signals_of_a_failing_task(

@@ -78,6 +78,10 @@ NAMES: list[tuple[t.Any, str]] = [
     (functools.wraps(named)(lambda: None), "mailer.named"),
     (print, "builtins.print"),
     (operator.attrgetter("id"), "operator.attrgetter"),
+    # It has every attribute, and its text has an id.
+    (mock.Mock(), "unittest.mock.Mock"),
+    (mock.Mock(task_name="mailer.mocked"), "mailer.mocked"),
+    (functools.partial(mock.MagicMock()), "unittest.mock.MagicMock"),
     # A method of a built-in type has no module.
     ([].append, "list.append"),
     (str.upper, "str.upper"),

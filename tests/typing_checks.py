@@ -9,16 +9,23 @@ from __future__ import annotations
 import collections.abc as cabc
 import typing as t
 
+from sqlalchemy.orm import scoped_session
+from sqlalchemy.orm import Session
+from sqlalchemy.orm import sessionmaker
 from typing_extensions import assert_type
 
 from flask_apitask import ApiTask
 from flask_apitask import current_scope
 from flask_apitask import open_scope
 from flask_apitask import run
+from flask_apitask import run_on_commit
+from flask_apitask import run_on_success
 from flask_apitask import scoped
 from flask_apitask import task
 from flask_apitask import TaskScope
 from flask_apitask.executor.future import TaskFuture
+from flask_apitask.testing import record_tasks
+from flask_apitask.testing import RecordedTask
 
 if t.TYPE_CHECKING:
     from concurrent.futures import Future
@@ -54,6 +61,17 @@ def results_keep_their_types() -> None:
     assert_type(run(half, 3), TaskFuture[float])
     assert_type(run(fetch, "a"), TaskFuture[bytes])
     assert_type(run(Count()), TaskFuture[int])
+
+
+def what_is_put_off_keeps_its_type(session: Session) -> None:
+    assert_type(run_on_success(half, 3), TaskFuture[float])
+    assert_type(run_on_success(fetch, "a"), TaskFuture[bytes])
+    assert_type(run_on_success(Count()), TaskFuture[int])
+    assert_type(run_on_commit(session, half, 3), TaskFuture[float])
+    assert_type(run_on_commit(session, fetch, "a"), TaskFuture[bytes])
+    assert_type(run_on_commit(scoped_session(sessionmaker()), Count()), TaskFuture[int])
+    run_on_success(double, "1")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    run_on_commit(half, 3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 async def results_can_be_awaited() -> None:
@@ -100,3 +118,10 @@ def scopes_are_executors(app: Flask) -> None:
         assert_type(scope, TaskScope)
         assert_type(scope.submit(double, 1), TaskFuture[int])
         assert_type(scope.map(double, [1, 2]), cabc.Iterator[int])
+
+
+def records_are_typed(app: Flask) -> None:
+    with record_tasks(app) as tasks:
+        assert_type(tasks, list[RecordedTask])
+        assert_type(tasks[0].exception, BaseException | None)
+        assert_type(tasks[0].dropped, bool)

@@ -13,12 +13,10 @@ from celery.exceptions import TaskPredicate
 
 from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
-from ..executor.task import task_name
 from ..mail.envelope import Envelope
-from ..mail.flask_mail import announce
-from ..mail.flask_mail import deliver
 from ..mail.replies import Reply
 from ..mail.replies import show
+from ..mail.settings import is_suppressed
 from ..mail.stream import ConnectionLost
 from ..runner import call_observed
 from ..runner import HandsOver
@@ -32,10 +30,10 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
     from ..executor.runner import How
-    from ..mail.flask_mail import Batch
+    from ..mail.sending import Batch
     from .state import CeleryState
 
-MAIL: t.Final = task_name(deliver)
+MAIL: t.Final = "flask_mail.send"
 # Most seconds between two attempts. Brokers have limits for what a worker holds back:
 # 30 minutes in RabbitMQ, and an hour over Redis, by default.
 _LONGEST: t.Final = 600.0
@@ -70,22 +68,26 @@ class MailHandover(HandsOver):
         args: tuple[t.Any, ...],
         kwargs: dict[str, t.Any],
     ) -> None:
-        pool, batch, *rest = args
-        handed_over = []
+        pool, batch, before = args
+        told = []
         left: Batch = collections.deque()
 
         while batch:
-            envelope, message = batch.popleft()
+            envelope, then = batch.popleft()
 
-            if self._publish(app, envelope):
-                handed_over.append(message)
-            else:
-                left.append((envelope, message))
+            if not self._publish(app, envelope):
+                left.append((envelope, then))
+            elif then is not None:
+                told.append(then)
 
-        announce(handed_over)
+        for then in told:
+            then()
 
         if left:
-            call_observed(app, how, submitted, deliver, (pool, left, *rest), {})
+            # Not at the top: it changes how any text is encoded in a mail.
+            from ..mail.flask_mail import deliver
+
+            call_observed(app, how, submitted, deliver, (pool, left, before), {})
 
     def _publish(self, app: Flask, envelope: Envelope) -> bool:
         if len(envelope.content) > self._state.config.celery_mail_size:
@@ -151,18 +153,21 @@ def send(
             # It is tried again.
             raise
         except Exception as error:
-            log_failure(app, deliver, error, time.monotonic() - started)
+            log_failure(app, MailHandover, error, time.monotonic() - started)
             raise
 
 
 def _deliver(task: celery.Task, app: Flask, envelope: Envelope, started: float) -> None:
+    from ..mail.flask_mail import deliver
+    from ..mail.flask_mail import find_pool
+
     mail = app.extensions["mail"]
 
-    if mail.suppress:
+    if is_suppressed(mail):
         return
 
     batch: Batch = collections.deque([(envelope, None)])
-    work = app.extensions["apitask_mail"].pool(mail), batch
+    work = find_pool(app.extensions["apitask_mail"], mail), batch, None
 
     try:
         call_observed(app, "celery", started, deliver, work, {})
@@ -229,7 +234,7 @@ def _log_refused(
             stage="RCPT",
             recipients=refused,
         )
-        log_failure(app, deliver, final, time.monotonic() - started)
+        log_failure(app, MailHandover, final, time.monotonic() - started)
 
 
 def _find_recipients(

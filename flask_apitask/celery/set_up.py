@@ -4,6 +4,8 @@ import typing as t
 
 from .. import routes
 from .handover import route
+from .mail import MAIL
+from .mail import MailHandover
 from .state import CeleryState
 from .worker import bind_names
 
@@ -23,8 +25,5 @@ def use_celery(app: Flask, config: Config) -> None:
     app.extensions["apitask_celery"] = state
     routes.router = route
 
-    if "apitask_mail" in app.extensions and state.takes("flask_mail.send"):
-        # It needs Flask-Mail.
-        from .mail import MailHandover
-
+    if "apitask_mail" in app.extensions and state.takes(MAIL):
         app.extensions["apitask_mail"].find_handover = MailHandover(state).find

@@ -4,12 +4,14 @@ import concurrent.futures
 import contextlib
 import typing as t
 
+from .task import task_name
+
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+    from .queue import TaskQueue
     from .runner import How
     from .runner import Runner
-    from .scope import TaskScope
 
 T = t.TypeVar("T")
 Callback: t.TypeAlias = "cabc.Callable[[concurrent.futures.Future[t.Any]], object]"
@@ -37,11 +39,13 @@ class TaskFuture(concurrent.futures.Future[T]):
     index: int = 0
     # The identifier of the thread that runs the task, or its done callbacks.
     thread: int = 0
+    # Whether its scope has put it off until something has happened.
+    held: bool = False
 
     def __init__(
         self,
         runner: Runner,
-        scope: TaskScope | None = None,
+        scope: TaskQueue | None = None,
         work: Work | None = None,
     ) -> None:
         # Not by super(), which takes a tenth of the time that this does.
@@ -57,6 +61,7 @@ class TaskFuture(concurrent.futures.Future[T]):
         :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
         :raises TimeoutError: The task is not done by then. It goes on.
         :raises concurrent.futures.CancelledError: It never runs.
+        :raises RuntimeError: It is put off, by :func:`.run_on_success` say.
         """
         try:
             with self._waiting():
@@ -85,6 +90,13 @@ class TaskFuture(concurrent.futures.Future[T]):
         # Only a coroutine gets here, and asyncio takes long to import.
         import asyncio
 
+        # Else it would have to wait until a thread calls it back.
+        if self.cancelled():
+            raise asyncio.CancelledError
+
+        if self.done():
+            return self.result()
+
         with self._waiting():
             return (yield from asyncio.wrap_future(self).__await__())
 
@@ -94,11 +106,15 @@ class TaskFuture(concurrent.futures.Future[T]):
         A waiting thread may go on as soon as the scope counts the task as done. By then
         nothing here refers to the task or its arguments any more.
         """
-        if not self.set_running_or_notify_cancel():
-            self._work = self._scope = None
-            return
-
         run: t.Any = self._context.run
+
+        if not self.set_running_or_notify_cancel():
+            work, self._work, self._scope = self._work, None, None
+
+            if work is not None:
+                run(self._runner.drop, *work)
+
+            return
 
         try:
             result = run(self._runner.run, *self._work, how)
@@ -114,6 +130,20 @@ class TaskFuture(concurrent.futures.Future[T]):
             # Another thread may have this identifier later on.
             self.thread = 0
 
+    def drop(self, reason: str) -> None:
+        """Cancel a task that was put off, and have the runner say why.
+
+        :param reason: What has not come about, as part of a sentence.
+        """
+        work, self._work, self.held = self._work, None, False
+        # Somebody may have cancelled it before.
+        reasons = () if self.cancelled() else (reason,)
+        self.cancel()
+        # Those who wait for it are told.
+        self.run("inline")
+        run: t.Any = self._context.run
+        run(self._runner.drop, *work, *reasons)
+
     @property
     def task(self) -> t.Any:
         """What is called, ``None`` once that is done."""
@@ -121,5 +151,12 @@ class TaskFuture(concurrent.futures.Future[T]):
         return None if work is None else work[0]
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        if self.held:
+            raise RuntimeError(
+                f"Task {task_name(self.task)!r} is put off, and to wait for it here may"
+                " be to wait for ever: it starts when its request has succeeded, or its"
+                " session has committed. Use add_done_callback()."
+            )
+
         scope = self._scope
         return _NO_WAIT if scope is None else scope.waiting()

@@ -99,6 +99,16 @@ class TaskQueue:
     def _forked(self) -> bool:
         return self._generation != self._pool.generation
 
+    def _add(self, future: TaskFuture[t.Any]) -> int:
+        """Queue a task, and return how many threads to request. Needs the lock."""
+        self._submitted = future.index = self._submitted + 1
+        self._unfinished += 1
+        self._queue.append(future)
+        # The thread that comes may have done all small tasks by the time that another
+        # one is awake. If not, it calls that.
+        waits = self._requested and self._pool.tasks_are_small
+        return 0 if waits else self._claim_threads(self._max_workers)
+
     @contextlib.contextmanager
     def waiting(self) -> cabc.Iterator[None]:
         """Let a thread that waits for one of the tasks in here have its thread."""
@@ -114,8 +124,26 @@ class TaskQueue:
             self._expedite(lacking)
             yield
         finally:
-            with self._lock:
-                self.waiters -= 1
+            self._stop_waiting()
+
+    def _wait_for(self, future: TaskFuture[t.Any]) -> bool:
+        """Queue what counts as waited for until :meth:`_stop_waiting`, if that is open.
+
+        :return: Whether it is open.
+        """
+        with self._lock:
+            if self._closed:
+                return False
+
+            self.waiters += 1
+            lacking = self._add(future)
+
+        self._expedite(lacking)
+        return True
+
+    def _stop_waiting(self) -> None:
+        with self._lock:
+            self.waiters -= 1
 
     def serve(self, how: How) -> None:
         """Run what is queued, and have another thread come if there is more of it.

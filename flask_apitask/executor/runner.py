@@ -34,6 +34,8 @@ class TimeoutReport(t.NamedTuple):
 class Runner:
     """How a scope calls its tasks. This one calls them, and does nothing else."""
 
+    # What a task has raised that whoever ends the scope is to raise.
+    raised: BaseException | None = None
     # Copies the context variables of whoever starts a task, for the task.
     copy_context: cabc.Callable[[], contextvars.Context]
     copy_context = staticmethod(contextvars.copy_context)
@@ -62,6 +64,21 @@ class Runner:
             callback(future)
         except BaseException as error:
             log(_logger, logging.ERROR, "A done callback failed.", error=error)
+
+    def drop(
+        self,
+        task: cabc.Callable[..., t.Any],
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        submitted: float,
+        reason: str | None = None,
+    ) -> None:
+        """Say that a task never runs, with the context variables of the task.
+
+        :param reason: Part of a sentence; ``None`` if its future was cancelled.
+        """
+        if reason is not None:
+            log(_logger, logging.INFO, "%r was dropped: %s.", task, reason)
 
     def report(self, report: TimeoutReport) -> None:
         """Say what a scope left behind, in the thread that waited. Never raises."""

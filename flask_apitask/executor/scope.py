@@ -5,10 +5,11 @@ import time
 import typing as t
 import warnings
 
-from ..exceptions import ScopeClosed
+from .exceptions import ScopeClosed
 from .future import TaskFuture
+from .held import HoldingQueue
 from .overdue import find_overdue
-from .queue import TaskQueue
+from .runner import Runner
 from .runner import TimeoutReport
 from .task import make_callable
 from .task import task_name
@@ -16,12 +17,14 @@ from .task import task_name
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+    from .future import Work
+
 
 P = t.ParamSpec("P")
 T = t.TypeVar("T")
 
 
-class TaskScope(TaskQueue, concurrent.futures.Executor):
+class TaskScope(HoldingQueue, concurrent.futures.Executor):
     """An executor with the lifetime of one request, or of one block of code.
 
     It has a queue, a cap and an end of its own, and borrows the threads that it runs
@@ -73,13 +76,7 @@ class TaskScope(TaskQueue, concurrent.futures.Executor):
             if self._closed:
                 raise _refusal(task)
 
-            self._submitted = future.index = self._submitted + 1
-            self._unfinished += 1
-            self._queue.append(future)
-            # The thread that comes may have done all small tasks by the time that
-            # another one is awake. If not, it calls that.
-            waits = self._requested and self._pool.tasks_are_small
-            lacking = 0 if waits else self._claim_threads(self._max_workers)
+            lacking = self._add(future)
 
         try:
             if lacking:
@@ -89,6 +86,24 @@ class TaskScope(TaskQueue, concurrent.futures.Executor):
         finally:
             # The traceback of what failed inline refers to this frame: no cycle.
             del future
+
+    def call_back(self, fn: cabc.Callable[..., object], *args: t.Any) -> bool:
+        """Call a function on a thread of the pool, and wait for it as for a task.
+
+        Whoever asks for that may wait for it, in ways of its own. So this counts as a
+        thread that waits.
+
+        :return: ``False`` if the scope has ended, and nothing is called.
+        """
+        work: Work = self._call_back, (fn, *args), {}, time.monotonic()
+        future: TaskFuture[None] = TaskFuture(Runner(), self, work)
+        return not self._forked and self._wait_for(future)
+
+    def _call_back(self, fn: cabc.Callable[..., object], *args: t.Any) -> None:
+        try:
+            fn(*args)
+        finally:
+            self._stop_waiting()
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until the tasks submitted so far are done, however they end.
@@ -118,6 +133,7 @@ class TaskScope(TaskQueue, concurrent.futures.Executor):
 
         if cancel_futures:
             self._cancel_queued()
+            self._drop_all("its scope was shut down", for_success=True)
 
         if wait:
             self._join(None)
@@ -129,10 +145,17 @@ class TaskScope(TaskQueue, concurrent.futures.Executor):
 
         The runner reports what is left behind then.
         """
+        self._drop_all("its scope ended before the commit", for_success=False)
+
         if self._join(self._timeout, close=True) and self._timeout is not None:
             self._give_up(self._timeout)
 
         self._drop_requests()
+
+    def take_raised(self) -> BaseException | None:
+        """Return what whoever ends the scope is to raise, if anything, and drop it."""
+        failure, self._runner.raised = self._runner.raised, None
+        return failure
 
     def _give_up(self, timeout: float) -> None:
         """Cancel what is queued, have what runs replaced, and report both."""

@@ -45,18 +45,24 @@ def task(name: str) -> cabc.Callable[[F], F]:
         def send_welcome(user_id): ...
 
     :param name: Low-cardinality: ``"mailer.welcome"``, never with an id in it.
-    :raises TypeError: The name is missing, as in a bare ``@task``, or the function
+    :raises TypeError: The name is missing, as in a bare ``@task``, or what it is for
         can't be named.
     :raises ValueError: Another function has this name, and :data:`APITASK_ROUTES`
         sends it to Celery, which knows a task by its name alone.
     """
-    if not name or callable(name):
+    if not (isinstance(name, str) and name.strip()):  # type: ignore[redundant-expr]
         raise TypeError(
             f"task() takes the task's name first, as in @task('mailer.welcome'),"
             f" not {name!r}."
         )
 
     def decorator(fn: F) -> F:
+        if not callable(fn):
+            raise TypeError(
+                f"task({name!r}) names a function, and not {fn!r}. Put it right above"
+                " the 'def'."
+            )
+
         try:
             fn.task_name = name  # type: ignore[attr-defined]
         except AttributeError:
@@ -106,7 +112,7 @@ def make_callable(task: t.Any) -> t.Any:
         )
 
     run = functools.partial(task.run)
-    run.task_name = task.name  # type: ignore[attr-defined]
+    run.task_name = str(task.name)  # type: ignore[attr-defined]
 
     if hasattr(task, "exit_grace"):
         run.exit_grace = task.exit_grace  # type: ignore[attr-defined]
@@ -118,8 +124,9 @@ def task_name(task: t.Any) -> str:
     """Return the name a callable was given, or its module and qualified name."""
     task = _unwrap(task, "task_name")
 
-    if hasattr(task, "task_name"):
-        return str(task.task_name)
+    # A mock has every attribute.
+    if isinstance(name := getattr(task, "task_name", None), str):
+        return name
 
     named = task if hasattr(task, "__qualname__") else type(task)
     # A method of a type that is written in C may have no module.

@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from .flask_mail import reroute as reroute
+from .libraries import find_reroute as find_reroute
 
-__all__ = ["reroute"]
+__all__ = ["find_reroute"]

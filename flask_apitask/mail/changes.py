@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import smtplib
 import types
 import typing as t
@@ -10,10 +9,12 @@ import typing as t
 import flask_mail
 from flask import current_app
 
-from ..api import current_scope
-from ..api import run
 from ..exceptions import DeliveryError
 from ..log import log_once
+from .patches import find_in_class
+from .patches import find_parts
+from .patches import is_of
+from .patches import Part
 from .rendering import snapshot
 from .replies import mask
 
@@ -25,70 +26,97 @@ if t.TYPE_CHECKING:
 
     # A method, and its arguments.
     Call: t.TypeAlias = "tuple[str, list[t.Any], dict[str, t.Any]]"
+    # run(), or run_on_success().
+    Start: t.TypeAlias = cabc.Callable[..., t.Any]
 
 
-def find_change(mail: object, name: str, suppress: bool) -> str | None:
-    """Name what somebody has put in place of something of Flask-Mail's, if it is so.
+class Change:
+    """What somebody has put in place of something of Flask-Mail's, and has to be there.
 
-    A function has the globals of its module, whatever it is called. That can be told at
-    any time, so it does not matter who came first, and a patch may be undone.
+    :param name: The first of it, for the log.
+    """
+
+    def __init__(self, mail: object, method: str, suppress: bool, name: str) -> None:
+        self.name = name
+        # But for the method itself, which the task has.
+        other = "send" if method == "connect" else "connect"
+        self._find_parts = functools.partial(_find_parts, mail, suppress, other)
+        self._changed = [part for part in self._find_parts() if part.is_changed]
+
+    def check(self) -> None:
+        """Refuse to send by anything else, such as Flask-Mail after the end of a mock.
+
+        :raises DeliveryError: It is not there any more.
+        """
+        found = {part.path: part.value for part in self._find_parts()}
+
+        for path, value, _ in self._changed:
+            if found.get(path) is not value:
+                raise DeliveryError(
+                    f"Nothing was sent: {'.'.join(path)} was changed as the message was"
+                    " sent in the request, and the change was undone before a task had"
+                    " used it. Undo a patch after the tasks of the request."
+                )
+
+
+def find_change(mail: object, name: str, suppress: bool) -> Change | None:
+    """Find what somebody has put in place of something of Flask-Mail's, if it is so.
 
     :param name: ``"send"`` or ``"connect"``, of a ``Mail``.
     :param suppress: Nothing is to be sent, so it does not matter how.
     """
-    if not _is_of(flask_mail, object.__getattribute__(mail, name)):
-        return f"{type(mail).__name__}.{name}"
+    for part in _find_parts(mail, suppress, name):
+        if part.is_changed:
+            return Change(mail, name, suppress, str(part))
 
-    if name == "send":
-        # It calls connect().
-        return None
-
-    if suppress:
-        return _find_in_class(flask_mail, "Connection", "configure_host")
-
-    if vars(flask_mail)["smtplib"] is not smtplib:
-        return "flask_mail.smtplib"
-
-    return (
-        _find_in_class(flask_mail, "Connection")
-        or _find_in_class(smtplib, "SMTP")
-        or _find_in_class(smtplib, "SMTP_SSL")
-    )
-
-
-def _find_in_class(module: t.Any, name: str, ignored: str = "") -> str | None:
-    cls = getattr(module, name)
-    full_name = f"{module.__name__}.{name}"
-
-    if not inspect.isclass(cls) or f"{cls.__module__}.{cls.__qualname__}" != full_name:
-        return f"{full_name} (it is {cls!r})"
-
-    for method, function in vars(cls).items():
-        if callable(function) and method != ignored and not _is_of(module, function):
-            return f"{full_name}.{method}"
+        if name == "send":
+            # It calls connect().
+            break
 
     return None
 
 
-def _is_of(module: t.Any, function: object) -> bool:
-    return getattr(function, "__globals__", None) is vars(module)
+def _find_parts(mail: object, suppress: bool, name: str) -> cabc.Iterator[Part]:
+    # As it is there, not bound to anything.
+    holders = mail, *type(mail).__mro__
+    method = next(vars(h)[name] for h in holders if name in vars(h))
+    path = type(mail).__name__, name
+    yield Part(path, method, not is_of(flask_mail, method))
+
+    if suppress:
+        yield from find_in_class(flask_mail, "Connection", "configure_host")
+    else:
+        yield from find_parts(flask_mail, "Connection")
 
 
-def use_change(app: Flask, change: str, name: str, value: t.Any) -> t.Any:
-    """Have a task call somebody else's ``send`` or ``connect``, and say so once."""
+def use_change(
+    app: Flask, change: Change, name: str, value: t.Any, start: Start | None
+) -> t.Any:
+    """Have a task call somebody else's ``send`` or ``connect``, and say so once.
+
+    :param start: What starts the task; ``None`` where it is a plain call.
+    """
     log_once(
         app,
-        f"mail_{change}",
+        f"mail_{change.name}",
         "Flask-Mail is changed: %s. That sends the mail of this app, then, in the"
         " background as before, but with no kept connections and no pipelining; the"
         " APITASK_MAIL_* keys of connections have no effect.",
-        change,
+        change.name,
     )
 
-    if current_scope() is None:
+    if start is None:
         return value
 
-    return functools.partial(RecordedConnection if name == "connect" else _send, value)
+    how = RecordedConnection if name == "connect" else _send
+    return _InTask(how, start, change, value)
+
+
+class _InTask(functools.partial[t.Any]):
+    """Has a task call a method, and is that method to those who look at it: a mock."""
+
+    def __getattr__(self, name: str) -> t.Any:
+        return getattr(self.args[-1], name)
 
 
 class RecordedConnection:
@@ -98,7 +126,15 @@ class RecordedConnection:
     other ``connect()`` returns there: all of it is theirs, and none of it ours.
     """
 
-    def __init__(self, connect: cabc.Callable[[], t.Any]) -> None:
+    host = None
+
+    def __init__(
+        self, start: Start, change: Change, connect: cabc.Callable[[], t.Any]
+    ) -> None:
+        self.mail = current_app.extensions["mail"]
+        self.num_emails = 0
+        self._start = start
+        self._change = change
         self._connect = connect
         self._calls: list[Call] | None = None
 
@@ -108,7 +144,7 @@ class RecordedConnection:
 
     def __exit__(self, *_: object) -> None:
         if self._calls:
-            run(_replay, self._connect, self._calls)
+            self._start(_replay, self._change, self._connect, self._calls)
 
     def __getattr__(self, name: str) -> t.Any:
         if name.startswith("__"):
@@ -124,6 +160,7 @@ class RecordedConnection:
         frozen = {key: _freeze(value) for key, value in kwargs.items()}
         call = name, [*map(_freeze, args)], frozen
         t.cast("list[Call]", self._calls).append(call)
+        self.num_emails += name in {"send", "send_message"}
 
 
 def _freeze(value: t.Any) -> t.Any:
@@ -131,17 +168,31 @@ def _freeze(value: t.Any) -> t.Any:
     return snapshot(value) if isinstance(value, flask_mail.Message) else value
 
 
-def _send(send: cabc.Callable[..., t.Any], *args: t.Any, **kwargs: t.Any) -> None:
+def _send(
+    start: Start,
+    change: Change,
+    send: cabc.Callable[..., t.Any],
+    *args: t.Any,
+    **kwargs: t.Any,
+) -> None:
     mail = types.SimpleNamespace(send=send)
+    connect = functools.partial(contextlib.nullcontext, mail)
 
-    with RecordedConnection(lambda: contextlib.nullcontext(mail)) as recorded:
+    with RecordedConnection(start, change, connect) as recorded:
         recorded.send(*args, **kwargs)
 
 
-def _replay(connect: cabc.Callable[[], t.Any], calls: list[Call]) -> None:
+# It has no exit_grace, unlike our own: Flask-Mail gives smtplib no timeout, so nothing
+# else bounds it.
+def _replay(
+    change: Change, connect: cabc.Callable[[], t.Any], calls: list[Call]
+) -> None:
     try:
+        change.check()
+
         with connect() as connection:
             for name, args, kwargs in calls:
+                change.check()
                 getattr(connection, name)(*args, **kwargs)
     except DeliveryError:
         raise

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import typing as t
 
 from ..exceptions import DeliveryError
 from ..log import log
 from .smtp import end_all
+from .smtp import OPENING
 from .stream import ConnectionLost
 
 if t.TYPE_CHECKING:
@@ -15,6 +17,14 @@ if t.TYPE_CHECKING:
     from .smtp import SMTPSession
 
 logger = logging.getLogger(__name__)
+
+# What a server says that has enough connections, before it lets a message in.
+_ENOUGH = {421, 432, 450, 451, 452, 454}
+# What Exchange says at any place, mostly at the end of a message: too many at once.
+_AT_ONCE = 432
+# Seconds until a server that has enough is asked again: at first, and at most. So one
+# that hangs up on a log-in sees it some ten times, which no lock-out minds.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
 
 
 class PooledConnection(contextlib.AbstractContextManager["PooledConnection"]):
@@ -43,12 +53,13 @@ class PooledConnection(contextlib.AbstractContextManager["PooledConnection"]):
         It is sent a second time, on a new connection, only if the server can't have
         had all of it the first time: if a connection that was kept is found dead, or
         the server says 421. A connection too many for the server is given up for one
-        of the others.
+        of the others. If there is none, a server that refuses for now is asked again
+        until the timeout is over: another process may have the connection.
 
         :raises DeliveryError: The message was not delivered to all recipients.
         :raises DeliveryUnknown: It may or may not have been delivered.
         """
-        narrowed, retried = 0, False
+        attempts = _Attempts(self._pool)
 
         while True:
             session = self._session = self._session or self._pool.acquire()
@@ -60,19 +71,113 @@ class PooledConnection(contextlib.AbstractContextManager["PooledConnection"]):
                     end_all([session])
                     session.open()
 
-                return session.deliver(envelope)
+                session.deliver(envelope)
             except DeliveryError as error:
-                if not kept and self._pool.narrow(session, error):
-                    self._session = None
-                    narrowed += 1
-                    again = narrowed <= self._pool.size
-                else:
-                    lost = isinstance(error, ConnectionLost)
-                    again = lost and (kept or error.smtp_code == 421) and not retried
-                    retried = True
+                attempts.settle(kept, let_in=error.stage != "MAIL")
+                # A connection that was kept may be dead, which says nothing else.
+                kept = kept and error.smtp_code != _AT_ONCE
 
-                if not again:
+                if not kept and attempts.find_limit(session, error):
+                    end_all([session])
+                    self.close()
+                elif not attempts.may_repeat(session, error, kept):
                     raise
 
                 text = "%s It is tried again: %s"
                 log(logger, logging.DEBUG, text, error, envelope.message_id)
+            else:
+                attempts.settle(kept, let_in=True)
+                return
+
+
+class _Attempts:
+    """Decides, after each attempt to deliver one message, whether to make another."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._pool = pool
+        # Since then the server has not taken anything.
+        self._began = time.monotonic()
+        self._pause = _FIRST_PAUSE
+        self._repeated = False
+        # A refusal of the sender, on a new connection: it may be about either of them.
+        self._doubt: tuple[int | str, str] | None = None
+
+    def settle(self, kept: bool, *, let_in: bool) -> None:
+        """Know what was refused, now that a connection that works was tried."""
+        if self._doubt is not None and kept:
+            if let_in:
+                self._pool.tell(*self._doubt)
+            else:
+                self._pool.widen()
+
+            self._doubt = None
+
+    def find_limit(self, session: SMTPSession, error: DeliveryError) -> bool:
+        """Take an error for the limit of a server, if other connections work."""
+        certain = _is_for_connection(error)
+        scarce = certain and _is_passing(error)
+
+        if not _may_be_limit(error):
+            return False
+
+        if not self._pool.narrow(session, certain=certain, scarce=scarce):
+            return False
+
+        cause = error.smtp_code or "a lost connection", str(error.stage)
+
+        if certain:
+            self._pool.tell(*cause)
+        else:
+            self._doubt = cause
+
+        return True
+
+    def may_repeat(
+        self, session: SMTPSession, error: DeliveryError, kept: bool
+    ) -> bool:
+        """Tell whether another attempt is safe and of use, and wait for its time."""
+        if kept or not _is_for_connection(error):
+            lost = isinstance(error, ConnectionLost)
+            again = lost and (kept or error.smtp_code == 421) and not self._repeated
+            self._repeated = True
+            return again
+
+        now = time.monotonic()
+        # Others worked in the meantime, and may be closed by now.
+        if served := self._pool.taken_at > self._began:
+            self._began = now
+
+        early = error.stage in {"connect", "greeting", "TLS"}
+        hopeful = served or (early and self._pool.opens_others(session))
+
+        if not (_is_passing(error) or (hopeful and _may_be_limit(error))):
+            return False
+
+        if (left := self._began + self._pool.settings.timeout - now) <= 0:
+            return False
+
+        time.sleep(min(left, self._pause))
+        self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+        return True
+
+
+def _is_passing(error: DeliveryError) -> bool:
+    """Tell whether a server refuses for now."""
+    hung_up = isinstance(error, ConnectionLost) and error.hung_up
+    return hung_up or error.smtp_code in _ENOUGH
+
+
+def _is_for_connection(error: DeliveryError) -> bool:
+    """Tell whether a connection did not work, whatever the message is."""
+    lost_early = error.stage == "MAIL" and isinstance(error, ConnectionLost)
+    return error.stage in OPENING or lost_early or error.smtp_code == _AT_ONCE
+
+
+def _may_be_limit(error: DeliveryError) -> bool:
+    """Tell whether this is how a server may refuse a connection too many."""
+    if error.stage == "MAIL" or error.smtp_code == _AT_ONCE:
+        return _is_passing(error)
+
+    no_service = error.stage == "greeting" and error.smtp_code == 554
+    lost = isinstance(error, ConnectionLost)
+    return error.stage in OPENING and (lost or no_service or _is_passing(error))

@@ -61,11 +61,14 @@ class SMTPSettings:
     :param username: Log in, if there is a password too.
     :param timeout: Seconds that a TCP connect, a TLS handshake, a reply, ``AUTH`` as a
         whole and every 16 KiB of a message may take each.
+    :param timeout_key: The key that the timeout is from, for the texts of errors.
     :param tls_verify: Check the certificate and its host name; the path of a CA file
         to check against that one instead of the system's.
+    :param certfile: The path of a certificate to show to the server, with its chain.
+    :param keyfile: The path of its key, if that is in another file, unencrypted.
     :param max_messages: Messages per connection, ``None`` for as many as there are.
     :param debug: Above 0, write the dialogue to ``stderr``, ``AUTH`` left out.
-    :raises ValueError: ``use_tls`` and ``use_ssl`` are both set.
+    :raises ValueError: ``use_tls`` and ``use_ssl`` are both set, or ``keyfile`` alone.
     """
 
     host: str = "127.0.0.1"
@@ -75,7 +78,10 @@ class SMTPSettings:
     username: str | None = dataclasses.field(default=None, repr=False)
     password: str | None = dataclasses.field(default=None, repr=False)
     timeout: float = 10.0
+    timeout_key: str = "APITASK_MAIL_TIMEOUT"
     tls_verify: bool | str = True
+    certfile: str | None = None
+    keyfile: str | None = None
     max_messages: int | None = None
     debug: int = 0
 
@@ -84,6 +90,12 @@ class SMTPSettings:
             raise ValueError(
                 "A mail connection is encrypted from the start (use_ssl, mostly port"
                 " 465) or by STARTTLS (use_tls, mostly port 587), not both."
+            )
+
+        if self.keyfile and not self.certfile:
+            raise ValueError(
+                f"The key {self.keyfile!r} is of no use without its certificate. Set"
+                " MAIL_SSL_CERTFILE."
             )
 
         if not self.port:
@@ -96,17 +108,22 @@ class SMTPSettings:
     def tls_context(self) -> ssl.SSLContext | None:
         """Return the context for connections to this server, ``None`` without TLS.
 
-        :raises ValueError: The CA file can't be read.
+        :raises ValueError: A file can't be read.
         """
-        return load_trust(self.tls_verify) if self.use_tls or self.use_ssl else None
+        if not (self.use_tls or self.use_ssl):
+            return None
+
+        return load_context(self.tls_verify, self.certfile, self.keyfile)
 
 
 # To load a trust store takes some 30 ms and most of a megabyte.
 @functools.lru_cache(maxsize=8)
-def load_trust(verify: bool | str) -> ssl.SSLContext:
+def load_context(
+    verify: bool | str, certfile: str | None = None, keyfile: str | None = None
+) -> ssl.SSLContext:
     """Return the context that trusts what ``tls_verify`` says, the same for all.
 
-    :raises ValueError: The CA file can't be read.
+    :raises ValueError: A file can't be read.
     """
     cafile = verify if isinstance(verify, str) else None
 
@@ -116,6 +133,17 @@ def load_trust(verify: bool | str) -> ssl.SSLContext:
         raise ValueError(
             f"{cafile!r} can't be loaded as a file of CA certificates: {error}."
         ) from error
+
+    if certfile:
+        try:
+            # Without a password it would ask for one on the terminal.
+            context.load_cert_chain(certfile, keyfile, password="")
+        except OSError as error:
+            raise ValueError(
+                f"{certfile!r} (MAIL_SSL_CERTFILE) with the key in"
+                f" {keyfile or certfile!r} (MAIL_SSL_KEYFILE) can't be loaded: {error}."
+                " Both are PEM files, and the key is not encrypted."
+            ) from error
 
     if verify is False:
         context.check_hostname = False

@@ -1,33 +1,25 @@
 from __future__ import annotations
 
-import collections
-import concurrent.futures
-import contextlib
 import functools
 import time
 import typing as t
-import weakref
 
 import flask_mail
 from flask import current_app
 
-from ..api import current_scope
-from ..api import run
-from ..api import warn_without_apitask
 from ..context import find_app_context
-from ..exceptions import DeliveryError
-from ..executor.pool import threads_enabled
 from ..executor.task import task
-from ..log import log_once
 from ..runner import notify
+from . import sending
 from .changes import find_change
 from .changes import use_change
-from .envelope import SMTPSettings
-from .pool import find_pool
 from .rendering import check
 from .rendering import render
 from .rendering import snapshot
-from .smtp import OPENING
+from .sending import find_rerouted
+from .sending import MailBlock
+from .settings import is_suppressed
+from .settings import read_settings
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -35,98 +27,24 @@ if t.TYPE_CHECKING:
     import typing_extensions as te
     from flask import Flask
 
-    from ..config import Config
-    from ..runner import HandsOver
-    from .delivery import PooledConnection
-    from .envelope import Envelope
     from .pool import ConnectionPool
-    from .pool import Pools
     from .rendering import Address
+    from .sending import Batch
+    from .sending import Delivery
+    from .sending import ReroutedMail
 
-    # What to deliver, and the message as it was then, if anybody is to be told of it.
-    Batch: t.TypeAlias = collections.deque[tuple[Envelope, flask_mail.Message | None]]
+_KEYS = (
+    *("server", "port", "use_tls", "use_ssl", "username", "password"),
+    *("max_emails", "debug"),
+)
 
-# Bytes of rendered messages with which a block begins to deliver while it is open.
-_BATCH = 4 * 1024 * 1024
 
-
-def reroute(app: Flask, config: Config) -> None:
-    """Send the mail of an app in the background of its requests."""
-    _check_tls(app.config)
-
-    if config.mail_tls_verify is False:
-        log_once(
-            app,
-            "tls_verify",
-            "APITASK_MAIL_TLS_VERIFY is False: whoever answers for the mail server gets"
-            " its credentials and the mail. Name a file of CA certificates instead.",
-        )
-
-    app.extensions["apitask_mail"] = ReroutedMail(config)
+def reroute() -> None:
+    """Look up what sends as it is for the app of the moment."""
     # To replace flask_mail.Connection would be plainer. But a Mail with a connect() or
     # send() of its own never gets there, and a patch of that name that is older than
     # ours takes ours along when it is undone. All that sends is looked up on a Mail.
     flask_mail._MailMixin.__getattribute__ = _look_up  # type: ignore[method-assign, assignment]
-
-
-class ReroutedMail:
-    """The way that the mail of one app takes: its configuration and its connections."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        # A pool lives while it is in use or has something idle. So nothing is left of
-        # the settings of a tenant that sends no more.
-        self._pools: Pools = weakref.WeakValueDictionary()
-        # Finds what hands a batch over to Celery, where that is the way of mail.
-        self.find_handover: cabc.Callable[[], HandsOver | None] = lambda: None
-
-    def pool(self, mail: flask_mail._Mail) -> ConnectionPool:
-        """Return the pool for what ``app.extensions["mail"]`` says by now.
-
-        :raises ValueError: The settings can't be used, or the CA file not be read.
-        """
-        config = self._config
-        settings = SMTPSettings(
-            host=mail.server,
-            port=int(mail.port or 0),
-            use_tls=_is_true(mail.use_tls),
-            use_ssl=_is_true(mail.use_ssl),
-            # Environment variables bring numbers where they look like some.
-            username=None if mail.username is None else str(mail.username),
-            password=None if mail.password is None else str(mail.password),
-            timeout=config.mail_timeout,
-            tls_verify=config.mail_tls_verify,
-            max_messages=int(mail.max_emails or 0) or None,
-            debug=int(mail.debug),
-        )
-        settings.tls_context()
-        return find_pool(
-            self._pools,
-            settings,
-            size=config.mail_connections,
-            # None is kept where no thread could close it in time.
-            keepalive=config.mail_keepalive if threads_enabled() else 0,
-            owner=self,
-        )
-
-
-def _is_true(value: object) -> bool:
-    """Read a flag of Flask-Mail, also where an environment variable made it text."""
-    if isinstance(value, str):
-        return value.strip().lower() not in {"", "0", "false", "no", "none", "off"}
-
-    return bool(value)
-
-
-def _check_tls(config: cabc.Mapping[str, t.Any]) -> None:
-    use_tls, use_ssl = config.get("MAIL_USE_TLS"), config.get("MAIL_USE_SSL")
-
-    if _is_true(use_tls) and _is_true(use_ssl):
-        raise ValueError(
-            f"MAIL_USE_TLS is {use_tls!r} and MAIL_USE_SSL is {use_ssl!r}, but only one"
-            " can be: STARTTLS, mostly on port 587, or TLS from the start, mostly on"
-            " port 465."
-        )
 
 
 def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
@@ -146,40 +64,35 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
 
 
 def _init_app(init_app: cabc.Callable[[Flask], t.Any], app: Flask) -> t.Any:
-    if "apitask_mail" in app.extensions:
-        _check_tls(app.config)
+    if rerouted := app.extensions.get("apitask_mail"):
+        read_settings(app.config, rerouted.config)
 
     return init_app(app)
 
 
 def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -> t.Any:
     """Return what sends for an app in place of ``connect`` or ``send``."""
-    rerouted: ReroutedMail | None = app.extensions.get("apitask_mail")
+    rerouted = find_rerouted(app)
     state: flask_mail._Mail | None = app.extensions.get("mail")
-
-    if rerouted is None and _is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
-        warn_without_apitask(app, "A mail was sent")
 
     if rerouted is None or state is None:
         return value
 
-    change = find_change(mail, name, bool(state.suppress))
+    change = find_change(mail, name, is_suppressed(state))
 
     if change is None:
         connect = functools.partial(BackgroundConnection, rerouted, state)
         # Flask-Mail's own send() looks up connect() in turn.
         return connect if name == "connect" else value
 
-    return use_change(app, change, name, value)
+    scope = rerouted.find_scope()
+    return use_change(app, change, name, value, rerouted.start if scope else None)
 
 
 class BackgroundConnection:
     """What ``mail.connect()`` returns, in place of a :class:`flask_mail.Connection`.
 
-    In a scope, what is sent is rendered at once, and delivered by one task when the
-    block is left; some megabytes are delivered before that, by one task after another.
-    Without a scope a message is delivered at once. Where mail goes to Celery, the task
-    hands it over, with a scope or without.
+    A message is checked and rendered at once, and passed on to a :class:`.MailBlock`.
     """
 
     host = None
@@ -189,32 +102,22 @@ class BackgroundConnection:
         self.num_emails = 0
         self._rerouted = rerouted
         self._left = False
-        self._pool: ConnectionPool | None = None
-        # What each message goes over, without a scope.
-        self._connection: PooledConnection | None = None
-        self._handover: HandsOver | None = None
-        self._batch: Batch = collections.deque()
-        self._size = 0
-        self._delivery: concurrent.futures.Future[None] | None = None
+        self._block: MailBlock | None = None
 
     def __enter__(self) -> te.Self:
         # What is suppressed takes no time, and the outbox of a test is in order so.
-        if not self.mail.suppress:
-            self._pool = self._rerouted.pool(self.mail)
-            self._handover = self._rerouted.find_handover()
-
-            if self._handover is None and current_scope() is None:
-                self._connection = self._pool.connection()
+        if not is_suppressed(self.mail):
+            pool = find_pool(self._rerouted, self.mail)
+            delivery = self._rerouted.find_handover() or deliver
+            self._block = MailBlock(self._rerouted, pool, delivery)
 
         return self
 
     def __exit__(self, *_: object) -> None:
         self._left = True
 
-        if self._connection is not None:
-            self._connection.close()
-        elif self._pool is not None and self._batch:
-            self._begin_delivery(self._pool)
+        if self._block is not None:
+            self._block.end()
 
     def send(
         self, message: flask_mail.Message, envelope_from: Address | None = None
@@ -241,116 +144,39 @@ class BackgroundConnection:
 
         # Those who listen now are those who are told, as in Flask-Mail.
         listened = bool(flask_mail.email_dispatched.receivers)
-        copied = snapshot(message) if listened else None
+        then = functools.partial(_announce, snapshot(message)) if listened else None
 
-        if self._pool is None:
-            announce([copied])
-            return
-
-        envelope = render(message, envelope_from)
-        self._batch.append((envelope, copied))
-        self._size += len(envelope.content)
-
-        if self._connection is not None:
-            if failures := _deliver_all(self._connection, self._batch):
-                raise failures[0]
-        elif self._size >= _BATCH:
-            self._begin_delivery(self._pool)
-
-    def _begin_delivery(self, pool: ConnectionPool) -> None:
-        """Have a task deliver the batch, once the one before is through."""
-        error: BaseException | None = None
-
-        if self._delivery is not None:
-            # It is cancelled if the time of the request is up.
-            with contextlib.suppress(concurrent.futures.CancelledError):
-                error = self._delivery.exception()
-
-        task: cabc.Callable[..., None] = self._handover or deliver
-        self._delivery = run(task, pool, self._batch, _is_unreachable(error))
-        self._batch, self._size = collections.deque(), 0
+        if self._block is not None:
+            self._block.send(render(message, envelope_from), then)
+        elif then is not None:
+            self._rerouted.outbox.tell(then)
 
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
         """Send what the arguments of :class:`flask_mail.Message` say."""
         self.send(flask_mail.Message(*args, **kwargs))
 
 
+def find_pool(rerouted: ReroutedMail, mail: flask_mail._Mail) -> ConnectionPool:
+    """Return the pool for what ``app.extensions["mail"]`` says by now."""
+    keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in _KEYS}
+    return rerouted.pool(keys)
+
+
 @task("flask_mail.send")
-def deliver(pool: ConnectionPool, batch: Batch, give_up: bool = False) -> None:
+def deliver(pool: ConnectionPool, batch: Batch, before: Delivery) -> None:
     """Deliver messages in order.
 
-    One that is refused does not stop the others. A server that can't be reached does:
-    to wait for it once more for each of them would hold the request for minutes.
-
-    :param give_up: It could not be reached before.
     :raises DeliveryError: Some were not delivered; the text says which, and why.
     """
-    count = len(batch)
-
-    with pool.connection() as connection:
-        failures = _deliver_all(connection, batch, give_up)
-
-    if len(failures) == 1:
-        raise failures[0]
-
-    if failures:
-        causes = "\n".join(f"- {error}" for error in failures)
-        raise DeliveryError(
-            f"{len(failures)} of {count} messages were not delivered:\n{causes}",
-            recipients={
-                recipient: reply
-                for error in failures
-                for recipient, reply in error.recipients.items()
-            },
-            failures=tuple(failures),
-        )
+    if error := sending.deliver(pool, batch, before):
+        raise error
 
 
 # The exit of the process waits for it: the timeouts of its connection bound it.
 deliver.exit_grace = None  # type: ignore[attr-defined]
 
 
-def _deliver_all(
-    connection: PooledConnection, batch: Batch, give_up: bool = False
-) -> list[DeliveryError]:
-    """Deliver a batch, tell of what was delivered, and return what went wrong."""
-    delivered: list[flask_mail.Message | None] = []
-    failures: list[DeliveryError] = []
-
-    while batch:
-        envelope, message = batch.popleft()
-
-        try:
-            if give_up:
-                raise DeliveryError("It was not tried.")
-
-            connection.send(envelope)
-            delivered.append(message)
-        except DeliveryError as error:
-            error.message_id = envelope.message_id
-            give_up = _is_unreachable(error)
-            # What is below is of no use to those who read the log.
-            failures.append(error.with_traceback(None))
-
-    if any(message is not None for message in delivered):
-        # A receiver may send mail, and must not wait for the connection used for this.
-        connection.close()
-
-    announce(delivered)
-    return failures
-
-
-def _is_unreachable(error: BaseException | None) -> bool:
-    """Tell whether the server let nobody in, at the last of the messages."""
-    last = getattr(error, "failures", ())[-1:] or (error,)
-    return isinstance(last[0], DeliveryError) and last[0].stage in OPENING | {None}
-
-
-def announce(messages: list[flask_mail.Message | None]) -> None:
-    """Tell those who listen to Flask-Mail's signal what was sent."""
+def _announce(message: flask_mail.Message) -> None:
+    """Tell of a message that is delivered: a receiver can't make it a failure."""
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-
-    for message in messages:
-        if message is not None:
-            # It is delivered: a receiver that fails must not make it a failure.
-            notify(flask_mail.email_dispatched, app, {"message": message})
+    notify(flask_mail.email_dispatched, app, {"message": message})

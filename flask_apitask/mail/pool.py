@@ -17,9 +17,7 @@ from ..exceptions import DeliveryError
 from ..log import log
 from .delivery import PooledConnection
 from .smtp import end_all
-from .smtp import OPENING
 from .smtp import SMTPSession
-from .stream import ConnectionLost
 
 if t.TYPE_CHECKING:
     from .envelope import SMTPSettings
@@ -28,15 +26,21 @@ if t.TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a server says that has enough connections, before it lets a message in.
-_ENOUGH = {421, 432, 450, 451, 452, 454}
 # Seconds after which one more connection is tried than the server has allowed.
 _TRY_MORE_AFTER = 30.0
+# Seconds for which an idle connection is kept if others may need its place.
+_SHORTLY = 1.0
+_LIMIT = (
+    "Fewer than %d connections are allowed by %s (%s at %s), so mail goes over those"
+    " that work. Set APITASK_MAIL_CONNECTIONS to the limit."
+)
 
 # Guards all that follows, and the state of all pools. It is held for list operations
 # and to start a thread, never for I/O.
 _lock = threading.Lock()
 _pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
+# The servers whose limits an owner of pools was told of: a pool is soon gone.
+_told: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 # Those with idle connections, which live by this alone.
 _idle_pools: set[ConnectionPool] = set()
 # Closes those connections in time. It sleeps on the alarm, which anything may ring, the
@@ -50,20 +54,14 @@ _exiting = False
 class ConnectionPool:
     """SMTP connections to one server, kept for the next message.
 
-    .. code-block:: python
-
-        with pool.connection() as connection:
-            for envelope in batch:
-                connection.send(envelope)
-
     At most ``size`` connections are open at once, those that are being closed too. One
     is used by one thread at a time, and by the process that opened it. Whoever waits
     longest is served first: a thread that sends mail after mail would else have its
     connection back before one that waits has woken.
 
     :param size: Most connections that are open at once.
-    :param keepalive: Seconds that an idle connection is kept. 0 closes it at the end of
-        the ``with`` block, unless another thread waits for one.
+    :param keepalive: Seconds that an idle connection is kept, half of the timeout at
+        most. 0 closes it at the end of the ``with`` block, unless a thread waits.
     :param owner: Takes the idle connections along when it goes; the default never does.
     """
 
@@ -73,13 +71,13 @@ class ConnectionPool:
         *,
         size: int = 4,
         keepalive: float = 30.0,
-        owner: object = logger,
+        owner: object = None,
     ) -> None:
         self.settings = settings
         self.size = size
-        self.keepalive = keepalive
-        self._owner = weakref.ref(owner, _wake_closer)
-        self._told = False
+        # Where a server allows few, another process has its turn before it gives up.
+        self.keepalive = min(keepalive, settings.timeout / 2)
+        self._owner = weakref.ref(owner or self, _wake_closer)
         self.reset()
         _pools.add(self)
 
@@ -92,10 +90,10 @@ class ConnectionPool:
         self._in_use: set[SMTPSession] = set()
         # With the time at which each is to be closed, soonest first.
         self._idle: collections.deque[tuple[float, SMTPSession]] = collections.deque()
-        # What the server allows, as far as is known, and when to try one more.
+        # What the server allows, as far as is known, and until when that counts.
         self._limit, self._try_more_at = self.size, 0.0
-        # When the sessions that were given back last heard of the server.
-        self._heard_at = 0.0
+        # When those that were given back last had a message taken, or a reply.
+        self.taken_at = self._heard_at = 0.0
 
     def connection(self) -> PooledConnection:
         """Return a connection for a batch of messages, to be used in a ``with`` block.
@@ -146,7 +144,7 @@ class ConnectionPool:
 
         raise DeliveryError(
             f"No connection to {self.settings} was free, and it was silent for"
-            f" {self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT): all"
+            f" {self.settings.timeout:g} s ({self.settings.timeout_key}): all"
             f" {len(self._in_use)} are in use and {len(self._waiting) - 1} more wait."
             " Allow more (APITASK_MAIL_CONNECTIONS), or send less at once."
         )
@@ -155,39 +153,47 @@ class ConnectionPool:
         if self._waiting:
             self._waiting[0].notify()
 
-    def narrow(self, session: SMTPSession, error: DeliveryError) -> bool:
-        """Take an error for the limit of a server, and close one session too many.
+    def narrow(self, session: SMTPSession, *, certain: bool, scarce: bool) -> bool:
+        """Do without a connection from now on, if there are others that work.
 
-        :return: Whether it was that: others may do the work.
+        :param certain: It is about the connection. If in doubt, one that is being
+            opened is as good: it may have what the server allows.
+        :param scarce: Keep none for long, even if not: other processes need it, too.
         """
-        code = error.smtp_code
-        hung_up = isinstance(error, ConnectionLost) and not error.timed_out
-        has_enough = code in _ENOUGH or (code is None and hung_up)
+        with _lock:
+            others = self._in_use - {session}
+            working = [other for other in others if other.let_in or not certain]
+            count = len(working) + len(self._idle)
+            # If it lets nobody in, that is no limit.
+            self._limit = min(self._limit, count) or self.size
 
-        if not has_enough or error.stage not in OPENING | {"MAIL"}:
-            return False
+            if count or scarce:
+                self._try_more_at = time.monotonic() + _TRY_MORE_AFTER
+
+            return count > 0
+
+    def widen(self) -> None:
+        """Take that back: it was no limit."""
+        with _lock:
+            self._limit, self._try_more_at = self.size, 0.0
+
+    def opens_others(self, session: SMTPSession) -> bool:
+        """Tell whether others are being opened, or work."""
+        with _lock:
+            return any(other.sock for other in self._in_use - {session})
+
+    def tell(self, cause: int | str, stage: str) -> None:
+        """Say once for an owner that a server has a limit, and by what it was found."""
+        server = str(self.settings)
 
         with _lock:
-            others = len(self._in_use - {session}) + len(self._idle)
-            # If it lets nobody in, that is no limit.
-            self._limit = min(self._limit, others) or self.size
+            told = _told.setdefault(self._owner() or self, set())
+            is_known = server in told
+            told.add(server)
 
-            if not others:
-                return False
-
-            self._try_more_at = time.monotonic() + _TRY_MORE_AFTER
-            told, self._told = self._told, True
-
-        if not told:
-            text = (
-                "Fewer than %d connections are allowed by %s (%s at %s), so mail goes"
-                " over those that work. Set APITASK_MAIL_CONNECTIONS to the limit."
-            )
-            cause = code or "a hang-up", error.stage
-            log(logger, logging.INFO, text, self.size, self.settings, *cause)
-
-        self._discard([session])
-        return True
+        if not is_known:
+            found = self.size, self.settings, cause, stage
+            log(logger, logging.INFO, _LIMIT, *found)
 
     def release(self, session: SMTPSession) -> None:
         """Give a session back, and keep its connection if somebody may want it."""
@@ -208,11 +214,13 @@ class ConnectionPool:
             if _exiting or not wanted or session not in self._in_use:
                 return False
 
-            # A thread that waits takes it at once.
-            closes_at = time.monotonic() + (self.keepalive or 1.0)
+            now = time.monotonic()
+            scarce = _SHORTLY if self._try_more_at > now else math.inf
+            closes_at = now + min(self.keepalive or _SHORTLY, scarce)
             _watch(self, closes_at)
             self._free(session)
-            self._idle.append((closes_at, session))
+            sooner = [(min(due, closes_at), idle) for due, idle in self._idle]
+            self._idle = collections.deque([*sooner, (closes_at, session)])
             return True
 
     def _discard(self, sessions: list[SMTPSession], until: float | None = None) -> None:
@@ -225,6 +233,7 @@ class ConnectionPool:
 
     def _free(self, session: SMTPSession) -> None:
         self._heard_at = max(self._heard_at, session.heard_at)
+        self.taken_at = max(self.taken_at, session.taken_at)
         self._in_use.discard(session)
         self._wake_next()
 
@@ -300,7 +309,6 @@ def _close_in_time() -> None:
 def _close_all(until: float) -> float | None:
     """Close what is due by a time, and return when something is again."""
     global _closer, _closer_wakes_at
-    # One second for all replies, as a process that stops has little time.
     deadline = time.monotonic() + 1
 
     with _lock:
@@ -316,8 +324,7 @@ def _close_all(until: float) -> float | None:
             _closer_wakes_at = min(pool._idle[0][0] for pool in _idle_pools)
             return _closer_wakes_at
 
-        # Under the same lock, or a connection that comes back right now would rely on
-        # a thread that ends.
+        # Under the same lock: a connection that comes back now must not rely on it.
         _closer = None
         return None
 

@@ -25,7 +25,14 @@ _BAD_HEADER = (
 
 
 def check(message: flask_mail.Message, envelope_from: Address | None = None) -> None:
-    """Refuse what Flask-Mail does, and line breaks where it lets them through."""
+    """Refuse what Flask-Mail does, and line breaks wherever it does in one place.
+
+    It refuses CR and LF in the subject (but for folds), the sender, ``reply_to`` and
+    the recipients, in their names as well, and lets them through in all other headers:
+    there they add a header (``extra_headers``), change who gets the message (``cc`` and
+    ``bcc`` as text), or are encoded (a name in a tuple). No text that a person has
+    pasted on one line has them, so none of these needs a rule of its own.
+    """
     if not message.send_to:
         raise AssertionError("No recipients have been added")
 
@@ -46,7 +53,9 @@ def render(
 ) -> Envelope:
     """Render a message as Flask-Mail does.
 
-    :raises flask_mail.BadHeaderError: A separator in a text has made a header of it.
+    Other separators are delivered where Flask-Mail encodes them, as in most texts.
+
+    :raises flask_mail.BadHeaderError: A separator has made a header of a text.
     """
     try:
         content = message.as_bytes()

@@ -14,6 +14,8 @@ _SHOWN = 300
 
 _ADDRESS = re.compile(r'<?(?:"[^"]*"|[^\s<>()\[\],;:"\']+)@[^\s<>()\[\],;:"\']+>?')
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/=])[A-Za-z0-9+/]{8,}={0,2}(?![A-Za-z0-9+/=])")
+# The status of a reply, which is no secret though a user may be called "1".
+_STATUS = re.compile(r"(?:\d{3} (?:\d\.\d{1,3}\.\d{1,3}\b)?)?")
 _MIXED = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*[0-9]).{16,}")
 
 # What an error calls a stage, and which key to look at, if a connection breaks there.
@@ -32,48 +34,93 @@ PLACES = {
 }
 
 _LOG_IN = "Set MAIL_USERNAME and MAIL_PASSWORD."
+TEMPORARY = "A 4xx reply is temporary: the server may accept the message later."
 
-# What refused what, by the stage and the words; the first that fits.
+# What refused what, by the stage and the reply: the first row that fits. The codes with
+# dots are those of RFC 3463, and of IANA's registry of them. Words are the last resort,
+# as a policy is explained with any of them; "" in place of a remedy is better than the
+# wrong key.
 _CAUSES: list[tuple[str, str, str, str]] = [
     (
+        "greeting EHLO AUTH MAIL RCPT DATA end",
+        r"^4.*\b(too many|concurrent|number of) (\w+ )?(connections|sessions)\b"
+        r"|^432 .*thread limit",
+        "Too many connections are open at once, says {}",
+        "Have fewer in all processes together (APITASK_MAIL_CONNECTIONS).",
+    ),
+    (
+        "MAIL RCPT DATA end",
+        r"^5\d\d 5\.7\.(2[0-46]|515)\b|^5.*\b(SPF|DKIM|DMARC)\b",
+        "The sender's domain failed the checks (SPF, DKIM, DMARC) of {}",
         "",
-        r"starttls|must use tls|tls (is )?required|encrypt",
-        "An encrypted connection is asked for by {}",
+    ),
+    (
+        "EHLO AUTH MAIL RCPT DATA",
+        r"^538|^\d+ 5\.7\.1[01]\b|must issue a STARTTLS"
+        r"|\b(STARTTLS|TLS|encryption) (is )?(required|needed)(?! (by|for)\b)",
+        "An encrypted connection is required by {}",
         "Set MAIL_USE_TLS.",
     ),
     (
-        "",
-        r"^530|auth\w* (is )?required|not auth|unauth|must auth|log ?in first",
-        "A log-in is missing, says {}",
+        "MAIL RCPT DATA end",
+        r"^530|^5\d\d 5\.7\.57\b|^5\d\d (5\.7\.\d+ )?(SMTP )?AUTH\w* (is )?required"
+        r"|^5.*(: not logged in|unauthenticated senders not allowed)",
+        "A log-in is required by {}",
         _LOG_IN,
     ),
     (
-        "",
-        r"relay",
+        "MAIL RCPT DATA end",
+        r"^5\d\d 5\.7\.(54|64)\b|relay access denied|relay(ing)? (denied|not permitted)"
+        r"|^5.*unable to relay",
         "The message is not relayed by {}",
         f"If the server relays for those who log in: {_LOG_IN} Else check MAIL_SERVER.",
     ),
     (
-        "MAIL DATA message end",
-        r"^552 (?!5\.2\.2)|^\d+ 5\.(3\.4|2\.3)|too (big|large)|exceeds?.*size",
-        "The message is too large for {}",
-        "Link to a file in place of attaching it.",
-    ),
-    (
-        "DATA message end",
-        r"line\W.*(too long|length)|too long.* line",
+        "DATA end",
+        r"^5.*(\blines?\b.*(too long|length)|too long.* line)",
         "The message has a line that is too long for {}",
         "Break the lines of its text and HTML: 998 characters is the limit of SMTP.",
     ),
     (
+        "RCPT DATA end",
+        r"^[45]\d\d [45]\.2\.2\b|\bmailbox\b.*(full|quota|exceed)|over quota",
+        "A recipient's mailbox is full, says {}",
+        "",
+    ),
+    (
+        "MAIL RCPT DATA end",
+        r"^5\d\d 5\.(3\.4|2\.3)\b|^552 (?!\d\.).*(size|big|large|long)"
+        r"|^5.*message (is )?too (big|large)",
+        "The message is too large for {}",
+        "Link to a file instead of attaching it.",
+    ),
+    (
+        "MAIL RCPT DATA end",
+        r"^5\d\d 5\.(1\.[78]|7\.60|2\.252)\b|not authorized to send from"
+        r"|^5.*((?<!unauthenticated )sender (address )?(rejected|verify failed)"
+        r"|verified sender identity|SendAsDenied)",
+        "The sender was refused by {}",
+        "Check MAIL_DEFAULT_SENDER.",
+    ),
+    (
+        "MAIL",
+        r"^5\d\d 5\.1\.|^553",
+        "The sender was refused by {}",
+        "Check MAIL_DEFAULT_SENDER.",
+    ),
+    (
         "AUTH",
-        r"^5",
+        r"application-specific password",
+        "An application-specific password is required by {}",
+        "Make one in the settings of the account, and set MAIL_PASSWORD to it.",
+    ),
+    (
+        "AUTH",
+        r"^535 (?!5\.7\.13)|^5\d\d 5\.7\.8\b",
         "The user name or the password was refused by {}",
         "Check MAIL_USERNAME and MAIL_PASSWORD.",
     ),
     ("AUTH", "", "The log-in was refused by {}", ""),
-    ("MAIL", r"^5", "The sender was refused by {}", "Check MAIL_DEFAULT_SENDER."),
-    ("MAIL", "", "The sender was refused by {}", ""),
     ("greeting", "", "The connection was refused by {}", ""),
     ("EHLO", "", "EHLO was refused by {}", ""),
     ("STARTTLS", "", "STARTTLS was refused by {}", ""),
@@ -98,12 +145,18 @@ class Reply(t.NamedTuple):
 
 def explain(stage: str, reply: Reply) -> tuple[str, str]:
     """Return what a refusal means, ``{}`` being the server, and the remedy."""
-    return next(
+    meaning, remedy = next(
         (meaning, remedy)
-        for stages, words, meaning, remedy in _CAUSES
+        for stages, pattern, meaning, remedy in _CAUSES
         if (not stages or stage.split()[0] in stages.split())
-        and re.search(words, reply.text, re.IGNORECASE)
+        and re.search(pattern, reply.text, re.IGNORECASE)
     )
+
+    # Exchange has a 451 5.7.3, and SendGrid a 403, for what no second attempt mends.
+    if re.match(r"4[2-5]\d (?!5\.)", reply.text):
+        remedy = f"{TEMPORARY} {remedy}".rstrip()
+
+    return meaning, remedy
 
 
 def show(replies: cabc.Iterable[Reply], secrets: cabc.Iterable[str]) -> str:
@@ -121,7 +174,8 @@ def mask(text: str, secrets: cabc.Iterable[str]) -> str:
 
     :param secrets: User name, password, addresses. Their local parts are hidden, too.
     """
-    text = _ADDRESS.sub("<address>", text)
+    status = t.cast("re.Match[str]", _STATUS.match(text))[0]
+    text = _ADDRESS.sub("<address>", text[len(status) :])
 
     for secret in {part for name in secrets for part in (name, name.partition("@")[0])}:
         if secret:
@@ -130,7 +184,7 @@ def mask(text: str, secrets: cabc.Iterable[str]) -> str:
 
     text = _BASE64.sub(_hide_base64, text)
     text = "".join(char if char.isprintable() else "?" for char in text)
-    return text[:_SHOWN].rstrip(". ")
+    return f"{status}{text}"[:_SHOWN].rstrip(". ")
 
 
 def _hide_base64(match: re.Match[str]) -> str:

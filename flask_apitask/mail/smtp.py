@@ -43,6 +43,10 @@ class SMTPSession(SMTPStream):
     def __init__(self, settings: SMTPSettings) -> None:
         super().__init__(settings)
         self._messages = 0
+        # The server is ready for messages.
+        self.let_in = False
+        # When it last took one.
+        self.taken_at = 0.0
         # No reply is due and no transaction is open: any command may follow.
         self._in_order = False
 
@@ -69,7 +73,7 @@ class SMTPSession(SMTPStream):
             if settings.username and settings.password:
                 self._log_in(settings.username, settings.password)
 
-            self._in_order = True
+            self.let_in = self._in_order = True
         except smtplib.SMTPResponseException as error:
             reply = Reply(error.smtp_code, t.cast("bytes", error.smtp_error))
             raise self._refused(self._stage, reply) from None
@@ -128,7 +132,7 @@ class SMTPSession(SMTPStream):
 
     def close(self) -> None:
         """Close the socket without a word, and without an effect on a forked twin."""
-        self._in_order = False
+        self.let_in = self._in_order = False
         super().close()
 
     def _greet(self) -> None:
@@ -136,7 +140,9 @@ class SMTPSession(SMTPStream):
         # Nothing learned in plain text counts after STARTTLS.
         self.ehlo_resp = self.helo_resp = None
         self.does_esmtp = False
-        self.ehlo_or_helo_if_needed()
+        reply = self.ehlo()
+        # One that says "not now" knows EHLO.
+        self._expect(*(self.helo() if reply[0] // 100 == 5 else reply))
 
     def _upgrade(self) -> None:
         self._stage = "STARTTLS"
@@ -176,9 +182,9 @@ class SMTPSession(SMTPStream):
             ) from None
         except (smtplib.SMTPException, ValueError):
             raise self._error(
-                f"No way to log in that smtplib knows is offered by {self.settings}. If"
-                " it has none without TLS, set MAIL_USE_TLS; if it needs none, leave"
-                " MAIL_USERNAME out."
+                f"smtplib knows no way to log in that is offered by {self.settings}. If"
+                " the server offers one only over TLS, set MAIL_USE_TLS; if it needs no"
+                " log-in, leave out MAIL_USERNAME."
             ) from None
         finally:
             self._deadline = None
@@ -242,7 +248,9 @@ class SMTPSession(SMTPStream):
         if not sender.is_positive:
             error = self._refused("MAIL", sender, envelope.sender)
         elif len(refused) == len(envelope.recipients):
-            what = f"Every recipient of {len(refused)} was refused by {self.settings}"
+            count = len(refused)
+            who = f"All {count} recipients were" if count > 1 else "The recipient was"
+            what = f"{who} refused by {self.settings}"
             error = self._refused_recipients(refused, what)
         elif last.code != 354:
             error = self._refused("DATA", last)
@@ -265,15 +273,16 @@ class SMTPSession(SMTPStream):
             reply = self.getreply()
 
             if reply.code // 100 == 3:
-                raise self._lost(f"it is no answer to a message to say {reply.code}")
+                raise self._lost(f"{reply.code} is no answer to a message")
         except ConnectionLost as lost:
             if lost.smtp_code == 421:
                 raise
 
             raise DeliveryUnknown(
-                f"The message may or may not be delivered: {lost} It was complete by"
-                " then, so it is not sent again. Look for it in the log of the server,"
-                " and allow a slow server a longer timeout (APITASK_MAIL_TIMEOUT).",
+                f"The message may or may not have been delivered: {lost} The server had"
+                " all of it by then, so it is not sent again. Look for it in the"
+                " server's log, and give a slow server longer"
+                f" ({self.settings.timeout_key}).",
                 stage=self._stage,
             ) from None
 
@@ -283,6 +292,7 @@ class SMTPSession(SMTPStream):
             self._reset()
             raise error
 
+        self.taken_at = self.heard_at
         self._in_order = True
 
     def _reset(self) -> None:

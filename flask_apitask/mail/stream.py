@@ -14,6 +14,7 @@ from .replies import explain
 from .replies import PLACES
 from .replies import Reply
 from .replies import show
+from .replies import TEMPORARY
 
 if t.TYPE_CHECKING:
     from .envelope import SMTPSettings
@@ -28,6 +29,11 @@ else:
 _CHUNK = 16_384
 # Bytes of one reply, all of its lines: a hundred times the longest that is of use.
 _REPLY = 65_536
+# A connect that is refused is none: nobody listens there.
+_HANG_UPS = (
+    *(EOFError, ssl.SSLEOFError, BrokenPipeError),
+    *(ConnectionAbortedError, ConnectionResetError),
+)
 _REPLY_LINE = re.compile(rb"[2-5][0-9]{2}(?:[ -].*)?\r?")
 
 
@@ -37,8 +43,8 @@ class ConnectionLost(DeliveryError):
     Nothing was delivered: to send the message again can't make two of it.
     """
 
-    # Nothing came in time, while the other cases are a hang-up.
-    timed_out = False
+    # The other side ended a connection that it had accepted.
+    hung_up = False
 
 
 class SMTPStream(SMTP):
@@ -169,7 +175,7 @@ class SMTPStream(SMTP):
                 raise self._lost(error) from None
 
             if not received:
-                raise self._lost("the server closed it")
+                raise self._lost(EOFError("the server closed it"))
 
             self._received += received
 
@@ -203,16 +209,21 @@ class SMTPStream(SMTP):
     def _lost(self, cause: object, reply: Reply | None = None) -> ConnectionLost:
         """Close the connection and make the exception that says why."""
         self.close()
-        timed_out = isinstance(cause, TimeoutError)
-
-        if timed_out:
-            seconds = f"{self.settings.timeout:g} s (APITASK_MAIL_TIMEOUT)"
-            cause = f"it took more than {seconds}"
+        if isinstance(cause, TimeoutError):
+            key = self.settings.timeout_key
+            cause = f"it took more than {self.settings.timeout:g} s ({key})"
 
         place, remedy = PLACES.get(self._stage, (self._stage, ""))
+
+        # What has answered, or speaks TLS, is no server that waits for TLS.
+        if reply:
+            remedy = f" {TEMPORARY}" if reply.code // 100 == 4 else ""
+        elif self._stage == "greeting" and self.settings.use_ssl:
+            remedy = ""
+
         text = f"The connection to {self.settings} failed at {place}: {cause}.{remedy}"
         lost = ConnectionLost(text, stage=self._stage, reply=reply)
-        lost.timed_out = timed_out
+        lost.hung_up = isinstance(cause, _HANG_UPS)
         return lost
 
     def _expect(self, code: int, words: bytes) -> None:
@@ -229,7 +240,8 @@ class SMTPStream(SMTP):
     def _refused_recipients(
         self, refused: dict[str, Reply], what: str
     ) -> DeliveryError:
-        remedies = " ".join({explain("RCPT", reply)[1] for reply in refused.values()})
-        shown = show(refused.values(), [*self._secrets, *refused])
-        text = f"{what}: {shown}. {remedies}".rstrip()
+        replies = refused.values()
+        remedies = dict.fromkeys(explain("RCPT", reply)[1] for reply in replies)
+        shown = show(replies, [*self._secrets, *refused])
+        text = " ".join([f"{what}: {shown}.", *filter(None, remedies)])
         return DeliveryError(text, stage="RCPT", recipients=dict(refused))

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+import typing as t
+
+if t.TYPE_CHECKING:
+    from flask import Response
+
+    from .executor.scope import TaskScope
+
+# An attribute of a response: what is waited for when it is closed.
+_CLOSINGS: t.Final = "_flask_apitask_closings"
+
+
+class Closing:
+    """What is waited for when the server closes a response.
+
+    :param answers_first: The request's own scope ends here, too.
+    :param is_stream: The request has succeeded only if its body came to its end.
+    """
+
+    def __init__(self, answers_first: bool, is_stream: bool = False) -> None:
+        self.answers_first = answers_first
+        self.is_stream = is_stream
+        self._failure: str | None = None
+        # Flask pops the request's contexts before. What is logged finds them here.
+        self._context = contextvars.copy_context()
+        # Guards the others: a scope may come while another thread closes.
+        self._lock = threading.Lock()
+        self._scopes: tuple[TaskScope, ...] = ()
+        self._closed = False
+
+    def add(self, *scopes: TaskScope) -> None:
+        """Have scopes ended at the close, or now if that was before."""
+        for scope in scopes:
+            scope.shutdown(wait=False)
+
+        with self._lock:
+            self._scopes += scopes
+            closed = self._closed
+
+        if closed:
+            self.close()
+
+    def close(self, failure: str | None = None) -> None:
+        """End the scopes, each once.
+
+        :param failure: What went wrong with the body, if anything did.
+        """
+        with self._lock:
+            self._closed = True
+            self._failure = failure = self._failure or failure
+            scopes, self._scopes = self._scopes, ()
+
+        for scope in scopes:
+            scope.settle(failure)
+
+        # In a copy, as another thread may be in this one.
+        self._context.copy().run(end_scopes, *scopes)
+
+
+def close_with(response: Response, closing: Closing) -> None:
+    """Have a response wait when the server closes it."""
+    # Else the server is given the body alone, and closes that alone.
+    response.direct_passthrough = False
+    closings: list[Closing] | None = vars(response).get(_CLOSINGS)
+
+    # Some apps answer with one object for ever: it is hooked once.
+    if closings is None:
+        closings = vars(response)[_CLOSINGS] = []
+        response.call_on_close(lambda: _close(closings))
+
+    closings.append(closing)
+
+
+def _close(closings: list[Closing]) -> None:
+    for closing in tuple(closings):
+        closing.close()
+
+        # Another thread may close the same object, as the response to its own request.
+        with contextlib.suppress(ValueError):
+            closings.remove(closing)
+
+
+def end_scopes(*scopes: TaskScope) -> None:
+    """End scopes in order, and raise what a task has raised if that is configured."""
+    end_all(scopes)
+    raise_error(take_raised(scopes))
+
+
+def end_all(scopes: tuple[TaskScope, ...]) -> None:
+    """End scopes in order, all of them though one wait is interrupted."""
+    for count, scope in enumerate(scopes, 1):
+        try:
+            scope.end()
+        except BaseException:
+            end_all(scopes[count:])
+            raise
+
+
+def take_raised(scopes: tuple[TaskScope, ...]) -> BaseException | None:
+    """Return what the end of these scopes is to raise, if anything."""
+    return next(filter(None, [scope.take_raised() for scope in scopes]), None)
+
+
+def raise_error(error: BaseException | None) -> None:
+    """Raise an exception if there is one."""
+    try:
+        if error is not None:
+            raise error
+    finally:
+        # Its traceback refers to this frame: no cycle through it.
+        del error

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import concurrent.futures
+import typing as t
+import weakref
+
+from ..api import find_holder
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from ..executor.scope import TaskScope
+
+    Announce: t.TypeAlias = cabc.Callable[[], object]
+
+
+class Outbox:
+    """How to tell of messages that are not sent, as in tests.
+
+    :param on_success: Tell of them only where they would be sent, and in order.
+    """
+
+    def __init__(self, on_success: bool) -> None:
+        self._on_success = on_success
+        # What tells of the last one, by the scope.
+        self._last: weakref.WeakKeyDictionary[
+            TaskScope, concurrent.futures.Future[None]
+        ] = weakref.WeakKeyDictionary()
+
+    def tell(self, announce: Announce) -> None:
+        scope = find_holder() if self._on_success else None
+
+        if scope is None:
+            announce()
+            return
+
+        # Not by run_on_success(): it is not sent, so it does not go to Celery either.
+        work = self._last.get(scope), announce
+        held = scope.hold(_tell_next, work, {}, for_success=True)
+
+        if held is None:
+            _tell_next(*work)
+        else:
+            self._last[scope] = held
+
+
+def _tell_next(
+    last: concurrent.futures.Future[None] | None, announce: Announce
+) -> None:
+    if last is not None:
+        concurrent.futures.wait([last])
+
+    announce()
+
+
+# Not by task(), which would name a second function so.
+_tell_next.task_name = "flask_mail.send"  # type: ignore[attr-defined]

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import typing as t
+
+from ..log import log_once
+from .sending import ReroutedMail
+from .settings import read_settings
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from flask import Flask
+
+    from ..config import Config
+
+
+def find_reroute() -> cabc.Callable[[Flask, Config], None]:
+    """Return what reroutes the mail of an app, by each library that is installed.
+
+    :raises RuntimeError: There is none.
+    """
+    seams: list[cabc.Callable[[], None]] = []
+
+    # To import Flask-Mail changes how any text in UTF-8 is encoded in a mail. That is
+    # not to happen to an app that uses the other one.
+    late = bool(sys.modules.get("flask_mailman")) and not _has_flask_mail()
+
+    if not late:
+        with _missing("flask_mail"):
+            seams.append(_import_flask_mail())
+
+    with _missing("flask_mailman"):
+        from . import flask_mailman
+
+        seams.append(flask_mailman.reroute)
+
+    if not seams:
+        raise RuntimeError(
+            "APITASK_MAIL_BACKGROUND is on, but neither Flask-Mail nor Flask-Mailman is"
+            ' installed. Install one of them: pip install "flask-apitask[mail]" or pip'
+            ' install "flask-apitask[mailman]"'
+        )
+
+    return functools.partial(_reroute, seams, late)
+
+
+def _has_flask_mail() -> bool:
+    return sys.modules.get("flask_mail") is not None
+
+
+def _import_flask_mail() -> cabc.Callable[[], None]:
+    from . import flask_mail
+
+    return flask_mail.reroute
+
+
+@contextlib.contextmanager
+def _missing(library: str) -> cabc.Iterator[None]:
+    """Go on without a library that is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        if error.name != library:
+            raise
+
+
+def _reroute(
+    seams: list[cabc.Callable[[], None]], late: bool, app: Flask, config: Config
+) -> None:
+    """Send the mail of an app in the background of its requests."""
+    # What can't be used is told here, and not by the first mail.
+    read_settings(app.config, config)
+
+    if config.mail_tls_verify is False:
+        log_once(
+            app,
+            "tls_verify",
+            "APITASK_MAIL_TLS_VERIFY is False: whoever answers for the mail server gets"
+            " its credentials and the mail. Name a file of CA certificates instead.",
+        )
+
+    app.extensions["apitask_mail"] = ReroutedMail(config)
+
+    for seam in seams:
+        seam()
+
+    if late:
+        app.before_request(_reroute_late)
+
+
+def _reroute_late() -> None:
+    """Reroute Flask-Mail as well, if somebody has imported it after all."""
+    if _has_flask_mail():
+        _import_flask_mail()()

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import email.errors
+import re
+import typing as t
+
+from flask_mailman import BadHeaderError  # type: ignore[import-untyped]
+from flask_mailman.message import sanitize_address  # type: ignore[import-untyped]
+
+from .envelope import Envelope
+
+# What is no name of a header, and what ends the line of one, but for a fold.
+_BAD_NAME = re.compile(r"[^!-9;-~]")
+_BAD_VALUE = re.compile(r"\r?\n(?![ \t])|\r(?!\n)|[\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+
+def render(message: t.Any, mailman: t.Any) -> Envelope:
+    """Render a message as the ``smtp`` backend of Flask-Mailman does.
+
+    :param message: A :class:`flask_mailman.EmailMessage`, with a recipient.
+    :param mailman: What ``app.extensions["mailman"]`` is.
+    :raises ValueError: There is no sender, or an address that is none.
+    :raises flask_mailman.BadHeaderError: There is a line break in a header. In names of
+        headers, Flask-Mailman lets one through.
+    """
+    if not message.from_email:
+        raise ValueError(
+            "The message has no sender. Give it a from_email, or set"
+            " MAIL_DEFAULT_SENDER."
+        )
+
+    encoding = message.encoding or mailman.default_charset
+
+    try:
+        rendered = message.message()
+        content = rendered.as_bytes(linesep="\r\n")
+    except email.errors.MessageError as error:
+        raise BadHeaderError(str(error)) from error
+
+    for part in rendered.walk():
+        for name, value in part.items():
+            if _BAD_NAME.search(name) or _BAD_VALUE.search(str(value)):
+                raise BadHeaderError(
+                    f"There is a line break in the header {name!r}, or in its name."
+                )
+
+    return Envelope(
+        sanitize_address(message.from_email, encoding),
+        tuple(sanitize_address(each, encoding) for each in message.recipients()),
+        content,
+        str(rendered["Message-ID"]),
+        # There are none before Flask-Mailman 1.1.
+        tuple(getattr(mailman, "mail_options", ())),
+    )

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import smtplib
+import types
+import typing as t
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+_CLASSES = {"Connection", "EmailBackend", "SMTP", "SMTP_SSL"}
+
+
+class Part(t.NamedTuple):
+    """Something that takes part in the sending."""
+
+    path: tuple[str, ...]
+    value: object
+    is_changed: bool
+
+    def __str__(self) -> str:
+        shown = f" (it is {self.value!r})" if self.path[-1] in _CLASSES else ""
+        return ".".join(self.path) + shown
+
+
+def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
+    """Yield a class that sends, and what it sends by.
+
+    :param module: The module of the class, which imports :mod:`smtplib`.
+    """
+    library = vars(module)["smtplib"]
+    yield Part((module.__name__, "smtplib"), library, library is not smtplib)
+    yield from find_in_class(module, name)
+    yield from find_in_class(smtplib, "SMTP")
+    yield from find_in_class(smtplib, "SMTP_SSL")
+
+
+def find_in_class(module: t.Any, name: str, ignored: str = "") -> cabc.Iterator[Part]:
+    """Yield a class, and its methods other than the ignored.
+
+    A function has the globals of its module, whatever it is called. That can be told at
+    any time, so it does not matter who came first, and a patch may be undone.
+    """
+    cls, path = getattr(module, name), (module.__name__, name)
+
+    # A proxy says that it is what it stands for, but not to type().
+    if type(cls) is not type or (cls.__module__, cls.__qualname__) != path:
+        yield Part(path, cls, True)
+        return
+
+    yield Part(path, cls, False)
+
+    for method, function in vars(cls).items():
+        if callable(function) and method != ignored:
+            yield Part((*path, method), function, not is_of(module, function))
+
+
+def is_of(module: t.Any, function: object) -> bool:
+    """Tell whether a function was written in a module."""
+    return type(function) is types.FunctionType and function.__globals__ is vars(module)

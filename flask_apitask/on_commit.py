@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import logging
+import time
+import typing as t
+
+from . import routes
+from .api import current_scope
+from .api import warn_without_apitask
+from .context import find_app_context
+from .context import find_request_context
+from .executor.future import TaskFuture
+from .executor.runner import Runner
+from .executor.task import make_callable
+from .executor.task import task_name
+from .log import log
+from .runner import TaskRunner
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    import sqlalchemy.orm as orm
+
+    from .executor.scope import TaskScope
+    from .executor.task import Task
+
+P = t.ParamSpec("P")
+T = t.TypeVar("T")
+Sessions: t.TypeAlias = "orm.Session | orm.scoped_session[t.Any]"
+
+_logger = logging.getLogger("flask_apitask")
+
+# A key of the session's own ``info``: its tasks live as long as it does.
+_KEY: t.Final = "flask_apitask"
+
+
+@t.overload
+def run_on_commit(
+    session: Sessions,
+    task: cabc.Callable[P, cabc.Coroutine[t.Any, t.Any, T]],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> TaskFuture[T]: ...
+
+
+@t.overload
+def run_on_commit(
+    session: Sessions,
+    task: cabc.Callable[P, T],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> TaskFuture[T]: ...
+
+
+@t.overload
+def run_on_commit(session: Sessions, task: Task[T], /) -> TaskFuture[T]: ...
+
+
+def run_on_commit(
+    session: t.Any, task: t.Any, /, *args: t.Any, **kwargs: t.Any
+) -> TaskFuture[t.Any]:
+    """Start a task once a session of SQLAlchemy has committed, or else drop it.
+
+    It starts when the transaction that the session is in has been committed and its
+    connection given back, or the next one if there is none yet. It is dropped at the
+    rollback of that, or of the savepoint that this is called in; if the session is
+    closed before the commit; and at the end of the request, or of the block, that this
+    is called in.
+
+    The request waits for the task as for those of :func:`run`. The future of a task
+    that is dropped is cancelled, and one INFO says why.
+
+    Where there is no scope, and in a task, the task is called by what commits, after
+    the commit. What it raises is logged, and in its future: a ``commit()`` that has
+    succeeded does not raise it.
+
+    :param session: A :class:`sqlalchemy.orm.Session`, or a
+        :class:`~sqlalchemy.orm.scoped_session` such as Flask-SQLAlchemy's
+        ``db.session``.
+    :param task: As for :func:`run`, with its arguments.
+    :raises TypeError: ``session`` is no such session, or as for :func:`run`.
+    :return: A future as that of :func:`run`. As long as the task is put off, to wait
+        for it is a :exc:`RuntimeError`.
+    """
+    session = _find_session(session)
+
+    if routes.router is not None:
+        task, args, kwargs = routes.router(task, args, kwargs)
+
+    scope, future = current_scope(), None
+
+    if scope is not None:
+        future = scope.hold(task, args, kwargs, for_success=False)
+
+    if future is None:
+        scope = None
+        work = make_callable(task), args, kwargs, time.monotonic()
+        future = TaskFuture(_make_runner(), None, work)
+        future.held = True
+
+    _watch(session).add(_Held(future, scope, session.get_nested_transaction()))
+    return future
+
+
+class _Held(t.NamedTuple):
+    """A task that waits for a commit.
+
+    :param scope: Where it goes to, if there is a scope.
+    :param savepoint: What has to be released before.
+    """
+
+    future: TaskFuture[t.Any]
+    scope: TaskScope | None
+    savepoint: orm.SessionTransaction | None
+
+    def start(self) -> None:
+        if self.scope is not None:
+            self.scope.start(self.future)
+            return
+
+        self.future.held = False
+        self.future.run("inline")
+
+    def drop(self, reason: str) -> None:
+        if self.scope is not None:
+            self.scope.drop(reason, self.future)
+        else:
+            self.future.drop(reason)
+
+
+class _Commits:
+    """The tasks that wait for the commits of one session, which refers to this.
+
+    It is for one thread at a time, as the session is.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[_Held] = []
+        # What has been committed, and is about to end.
+        self.committed: orm.SessionTransaction | None = None
+
+    def add(self, held: _Held) -> None:
+        # A session may live for longer than the requests that use it.
+        self._held = [*(other for other in self._held if other.future.held), held]
+
+    def end(
+        self,
+        transaction: orm.SessionTransaction,
+        outer: orm.SessionTransaction | None,
+    ) -> None:
+        """Start or drop what waits for a transaction, or for a savepoint.
+
+        :param outer: The savepoint around it, if there is one.
+        """
+        committed = self.committed is transaction
+        savepoint = transaction if transaction.nested else None
+        ended = [held for held in self._held if held.savepoint is savepoint]
+        self._held = [held for held in self._held if held.savepoint is not savepoint]
+        self.committed = None
+
+        for held in ended:
+            if not committed:
+                what = "the savepoint" if savepoint else "the session"
+                held.drop(f"{what} was rolled back")
+            elif savepoint:
+                self._held.append(held._replace(savepoint=outer))
+            else:
+                held.start()
+
+
+def _find_session(session: t.Any) -> orm.Session:
+    """Return the session behind what an app calls its session."""
+    import sqlalchemy.orm as orm
+
+    found = session() if isinstance(session, orm.scoped_session) else session
+
+    if isinstance(found, orm.Session):
+        return found
+
+    hint = (
+        "Pass its 'sync_session': the task starts at its commit all the same."
+        if hasattr(found, "sync_session")
+        else "With Flask-SQLAlchemy, it is 'db.session'."
+    )
+    raise TypeError(
+        f"run_on_commit() takes a session of SQLAlchemy first, and not {session!r}."
+        f" {hint}"
+    )
+
+
+def _watch(session: orm.Session) -> _Commits:
+    """Listen to what becomes of a session's transactions, once and for its lifetime.
+
+    A listener can't be removed by itself, while it is called. Those of one session do
+    no harm: they go with it, and nobody else's session has them.
+    """
+    import sqlalchemy as sa
+
+    commits: _Commits | None = session.info.get(_KEY)
+
+    if commits is None:
+        commits = session.info[_KEY] = _Commits()
+        sa.event.listen(session, "after_commit", _note_commit)
+        sa.event.listen(session, "after_transaction_end", _end_transaction)
+
+    return commits
+
+
+def _note_commit(session: orm.Session) -> None:
+    """Note which transaction is committed, or which savepoint is released."""
+    transaction = session.get_nested_transaction() or session.get_transaction()
+    session.info[_KEY].committed = transaction
+
+
+def _end_transaction(session: orm.Session, transaction: orm.SessionTransaction) -> None:
+    """Go on when the session has given its connection back, so that tasks can have it.
+
+    The transactions that a flush makes within another one don't count.
+    """
+    if transaction.nested or transaction.parent is None:
+        session.info[_KEY].end(transaction, session.get_nested_transaction())
+
+
+def _make_runner() -> Runner:
+    """Make what calls a task that has no scope."""
+    context, request_context = find_app_context(), find_request_context()
+
+    if context is None or "apitask" not in context.app.extensions:
+        return _LoggingRunner()
+
+    app, request = context.app, request_context and request_context.request
+    return TaskRunner(app, request, app.extensions["apitask"].config.copy_g)
+
+
+class _LoggingRunner(Runner):
+    """Call a task, and log what it raises, without an app."""
+
+    def run(self, task: t.Any, *args: t.Any) -> t.Any:
+        if (context := find_app_context()) is not None:
+            warn_without_apitask(context.app, "A task was started")
+
+        try:
+            return Runner.run(self, task, *args)
+        except BaseException as error:
+            name = task_name(task)
+            log(_logger, logging.ERROR, "Task %r failed.", name, error=error)
+            raise

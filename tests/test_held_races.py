@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import typing as t
+
+import pytest
+from interleaving import explore
+from interleaving import Schedule
+
+from flask_apitask.executor.pool import ThreadPool
+from flask_apitask.executor.scope import TaskScope
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from flask_apitask.executor.future import TaskFuture
+
+SEEDS = range(300)
+
+
+@pytest.mark.parametrize("failure", [None, "it failed"])
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_every_task_starts_once_or_is_dropped(size: int, failure: str | None) -> None:
+    """Others hold, commit and roll back while a scope is settled and ends.
+
+    What is started was awaited by the end of the scope, and nothing stays held.
+    """
+
+    def set_up(schedule: Schedule) -> cabc.Callable[[], None]:
+        scope = TaskScope(ThreadPool(size), 1)
+        ran: list[str] = []
+        late: list[str] = []
+        ended: list[bool] = []
+        futures: dict[str, TaskFuture[t.Any]] = {}
+
+        def hold(name: str, *, for_success: bool) -> None:
+            def task() -> None:
+                schedule.pause()
+                ran.append(name)
+                late.extend([name] * len(ended))
+
+            future = scope.hold(task, (), {}, for_success=for_success)
+
+            if future is None:
+                # As run() does then.
+                ran.append(name)
+            else:
+                futures[name] = future
+
+        for name in ("committed", "rolled back", "forgotten"):
+            hold(name, for_success=False)
+
+        hold("early", for_success=True)
+
+        def end() -> None:
+            scope.settle(failure)
+            scope.end()
+            ended.append(True)
+
+        schedule.spawn(end)
+        schedule.spawn(lambda: hold("success", for_success=True))
+        schedule.spawn(lambda: hold("commit", for_success=False))
+        schedule.spawn(lambda: scope.start(futures["committed"]))
+        schedule.spawn(lambda: scope.drop("a test", futures["rolled back"]))
+
+        def check() -> None:
+            assert scope._held == {}
+            assert late == []
+            assert sorted(ran) == sorted(set(ran))
+            assert all(future.done() for future in futures.values())
+            gone = {name for name, future in futures.items() if future.cancelled()}
+            assert gone.isdisjoint(ran)
+            assert {"rolled back", "forgotten"} <= gone
+            # A commit may come too late, and a success may not come.
+            may = {"committed", "commit", "rolled back", "forgotten"}
+            assert gone <= may | ({"early", "success"} if failure else set())
+            assert ("early" in ran) == (failure is None)
+
+            if failure is not None:
+                assert "success" not in ran
+
+        return check
+
+    explore(set_up, SEEDS)

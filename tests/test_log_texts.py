@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What formats a value: of the % operator, and of str.format(). That of an f-string is
+# a node of its own.
+FIELD = re.compile(r"%(?:\.\d)?[srdf]|\{\}|\0")
+# What the outcome of a task is put into.
+AROUND = "Task %r%s %s."
+# Characters of a text that are its own, below which anything would fit.
+OWN = 12
+LOGGING = {"log", "log_once", "_log", "_log_task"}
+# It logs only where an executor is used without an app.
+BARE = "executor/runner.py"
+
+
+def find_texts(path: pathlib.Path) -> list[str]:
+    """Return what a module has in quotes, with each field of an f-string as a null."""
+    found = []
+
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            found.append(join(node))
+
+    return found
+
+
+def join(node: ast.expr) -> str:
+    """Return the text of a literal, with a null in place of each field."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+
+    assert isinstance(node, ast.JoinedStr)
+    return "".join(
+        str(part.value) if isinstance(part, ast.Constant) else "\0"
+        for part in node.values
+    )
+
+
+def to_pattern(text: str) -> str:
+    """Return the expression for what the first paragraph of a text may become."""
+    return ".*".join(map(re.escape, FIELD.split(text.partition("\n\n")[0])))
+
+
+def is_sentence(text: str) -> bool:
+    """Tell whether a text has words enough of its own."""
+    return " " in text and len(FIELD.sub("", text)) >= OWN
+
+
+SOURCES = sorted(ROOT.joinpath("flask_apitask").rglob("*.py"))
+TEXTS = {text for path in SOURCES for text in find_texts(path)}
+PATTERNS = [re.compile(to_pattern(text)) for text in TEXTS if is_sentence(text)]
+
+
+def find_blocks(name: str) -> list[str]:
+    """Return the paragraphs of the text blocks of a page, each as one line."""
+    page = ROOT.joinpath("docs", name).read_text("utf-8")
+    blocks = re.findall(r"^.{0,4}```text\n(.*?)^ *```$", page, re.M | re.S)
+    texts = [text for block in blocks for text in re.split(r"\n\s*\n", block)]
+    return [" ".join(text.split()) for text in texts]
+
+
+def is_known(text: str) -> bool:
+    """Tell whether the package writes a text like this."""
+    assert AROUND in TEXTS
+    outcome = re.fullmatch(
+        r"Task '[\w.]+'(?: of [A-Z]+ /\S*)? ((?:failed|was) .*)\.", text
+    )
+    parts = {text, outcome[1]} if outcome else {text}
+    return any(pattern.fullmatch(part) for pattern in PATTERNS for part in parts)
+
+
+def test_a_text_that_is_not_ours_is_not_known() -> None:
+    """The check can fail: of a text, a word is enough."""
+    ours = "Task 'shop.fail' of GET /fails failed after 0.012 s."
+    assert is_known(ours)
+    assert not is_known(ours.replace("after", "in"))
+    assert not is_known("There is no key APITASK_TIMOUT, you know.")
+
+
+@pytest.mark.parametrize("page", ["errors.md", "troubleshooting.md"])
+def test_texts_are_those_of_the_package(page: str) -> None:
+    """What a page quotes from the log, or of an exception, is what the package says."""
+    lines = find_blocks(page)
+    assert len(lines) > 10
+    assert [line for line in lines if not is_known(line)] == []
+
+
+def test_all_records_are_listed() -> None:
+    """Each text that is logged above DEBUG stands in the page of log records."""
+    lines = find_blocks("errors.md")
+    missing = []
+
+    for path in SOURCES:
+        if path.as_posix().endswith(BARE):
+            continue
+
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+            if name not in LOGGING or "DEBUG" in ast.unparse(node):
+                continue
+
+            for argument in node.args:
+                if isinstance(argument, ast.Constant | ast.JoinedStr):
+                    text = join(argument)
+                    pattern = to_pattern(text)
+
+                    if is_sentence(text) and not any(
+                        re.search(pattern, line) for line in lines
+                    ):
+                        missing.append(text)
+
+    assert missing == []

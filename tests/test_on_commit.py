@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import logging
+import threading
+import typing as t
+import weakref
+
+import pytest
+import sqlalchemy
+from conftest import PATIENCE
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import exc
+from sqlalchemy import orm
+
+from flask_apitask import ApiTask
+from flask_apitask import open_scope
+from flask_apitask import run
+from flask_apitask import run_on_commit
+from flask_apitask import wait
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from flask_apitask.executor.future import TaskFuture
+
+
+class Base(orm.DeclarativeBase):
+    pass
+
+
+class Account(Base):
+    __tablename__ = "accounts"
+
+    name: orm.Mapped[str] = orm.mapped_column(primary_key=True)
+
+
+class Site:
+    """An app whose views write rows, and with each a task that looks for them.
+
+    :param kind: What the session is: Flask-SQLAlchemy's, one per thread as in Flask's
+        documentation, or a plain one.
+    """
+
+    def __init__(self, url: str, kind: str) -> None:
+        self.app = Flask(__name__)
+        self.app.config["SQLALCHEMY_DATABASE_URI"] = url
+        ApiTask(self.app)
+        self.db = SQLAlchemy(self.app)
+
+        with self.app.app_context():
+            self.engine = self.db.engine
+
+        Base.metadata.create_all(self.engine)
+        # The rows that were committed, as a task saw them.
+        self.seen: list[tuple[str, list[str]]] = []
+        self.futures: list[TaskFuture[None]] = []
+        makers = {
+            "plain": orm.sessionmaker(self.engine),
+            "per thread": orm.scoped_session(orm.sessionmaker(self.engine)),
+        }
+        make: t.Any = makers.get(kind, self.db.session)
+        self.session: t.Any = make() if kind == "plain" else make
+
+    def note(self, name: str) -> None:
+        with self.engine.connect() as connection:
+            names = sorted(connection.scalars(sqlalchemy.select(Account.name)))
+
+        self.seen.append((name, names))
+
+    def add(self, name: str) -> None:
+        """Write a row, with a task that waits for its commit."""
+        self.session.add(Account(name=name))
+        self.session.flush()
+        self.futures.append(run_on_commit(self.session, self.note, name))
+
+    def get(self, view: cabc.Callable[[], object]) -> int:
+        """Make a request to a view."""
+        self.app.add_url_rule("/", "page", lambda: [view()] and "ok")
+        return self.app.test_client().get("/").status_code
+
+    def close(self) -> None:
+        self.session.close()
+        self.engine.dispose()
+        Base.metadata.drop_all(self.engine)
+        self.engine.dispose()
+
+
+@pytest.fixture(params=["Flask-SQLAlchemy", "per thread", "plain"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Return what the session is."""
+    return str(request.param)
+
+
+@pytest.fixture
+def sites(url: str, kind: str) -> cabc.Iterator[list[Site]]:
+    """Return the app of a test, in a list: its threads go with the app."""
+    made = [Site(url, kind)]
+    yield made
+
+    while made:
+        with made[0].app.app_context():
+            made.pop().close()
+
+
+def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return why tasks were dropped."""
+    texts = [record.getMessage() for record in caplog.records]
+    marks = [text.partition(" was dropped: ")[2].removesuffix(".") for text in texts]
+    return [mark for mark in marks if mark]
+
+
+def test_commit(sites: list[Site]) -> None:
+    """Tasks start at the commit, not before, and see what it has committed."""
+    [site] = sites
+
+    def view() -> None:
+        site.add("ada")
+        wait(PATIENCE)
+        assert site.seen == []
+
+        with pytest.raises(RuntimeError, match="is put off"):
+            site.futures[0].result()
+
+        site.session.commit()
+        site.futures[0].result(PATIENCE)
+        site.add("bob")
+        assert site.seen == [("ada", ["ada"])]
+        site.session.commit()
+
+    assert site.get(view) == 200
+    assert site.seen == [("ada", ["ada"]), ("bob", ["ada", "bob"])]
+
+
+def test_call_before_the_transaction(sites: list[Site]) -> None:
+    """A task that was put off before there was a transaction waits for the next."""
+    [site] = sites
+
+    def view() -> None:
+        site.session.commit()
+        site.futures.append(run_on_commit(site.session, site.note, "early"))
+        site.session.add(Account(name="ada"))
+        site.session.commit()
+
+    assert site.get(view) == 200
+    assert site.seen == [("early", ["ada"])]
+
+
+ENDS: dict[str, tuple[cabc.Callable[[t.Any], object] | None, str]] = {
+    "rollback": (lambda session: session.rollback(), "the session was rolled back"),
+    "close": (lambda session: session.close(), "the session was rolled back"),
+    "end": (None, "its scope ended before the commit"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_no_commit(
+    sites: list[Site], caplog: pytest.LogCaptureFixture, end: str
+) -> None:
+    """Without a commit tasks are dropped, for good, and an INFO says why."""
+    [site] = sites
+    caplog.set_level(logging.INFO)
+    act, reason = ENDS[end]
+
+    def view() -> None:
+        site.add("ada")
+
+        if act is not None:
+            act(site.session)
+            assert site.futures[0].cancelled()
+            site.session.commit()
+
+    assert site.get(view) == 200
+    assert site.futures[0].cancelled()
+    assert reasons(caplog) == [reason]
+    assert site.seen == []
+
+
+def test_commit_that_fails(sites: list[Site], caplog: pytest.LogCaptureFixture) -> None:
+    """A commit that the database refuses is none."""
+    [site] = sites
+    caplog.set_level(logging.INFO)
+
+    def view() -> None:
+        site.add("ada")
+        site.session.commit()
+        site.session.expunge_all()
+        run_on_commit(site.session, site.note, "twice")
+        site.session.add(Account(name="ada"))
+
+        with pytest.raises(exc.IntegrityError):
+            site.session.commit()
+
+        site.session.rollback()
+
+    assert site.get(view) == 200
+    assert site.seen == [("ada", ["ada"])]
+    assert reasons(caplog) == ["the session was rolled back"]
+
+
+@pytest.mark.parametrize("outcome", ["commit", "rollback"])
+def test_savepoints(
+    sites: list[Site], caplog: pytest.LogCaptureFixture, outcome: str
+) -> None:
+    """A savepoint that is rolled back takes its tasks along, and those within it."""
+    [site] = sites
+    caplog.set_level(logging.INFO)
+
+    def view() -> None:
+        site.add("kept")
+
+        with site.session.begin_nested():
+            site.add("released")
+
+            with site.session.begin_nested():
+                site.add("released twice")
+
+            dropped = site.session.begin_nested()
+            site.add("dropped")
+
+            with site.session.begin_nested():
+                site.add("released and dropped")
+
+            assert not site.futures[-1].done()
+            dropped.rollback()
+            assert [future.done() for future in site.futures[3:]] == [True, True]
+
+        site.add("after")
+        assert site.seen == []
+        getattr(site.session, outcome)()
+
+    site.get(view)
+    kept = ["after", "kept", "released", "released twice"]
+    expected = [(name, kept) for name in kept] if outcome == "commit" else []
+    assert sorted(site.seen) == expected
+    savepoint = ["the savepoint was rolled back"] * 2
+    session = ["the session was rolled back"] * (4 if outcome == "rollback" else 0)
+    assert reasons(caplog) == savepoint + session
+
+
+def test_outer_rollback_ends_savepoints(sites: list[Site]) -> None:
+    """A rollback, or a commit, of all ends the savepoints that are still open."""
+    [site] = sites
+
+    def view() -> None:
+        site.session.begin_nested()
+        site.add("dropped")
+        site.session.rollback()
+        site.session.begin_nested()
+        site.add("kept")
+        site.session.commit()
+
+    site.get(view)
+    assert site.seen == [("kept", ["kept"])]
+    assert site.futures[0].cancelled()
+
+
+def test_failing_request(sites: list[Site]) -> None:
+    """What is committed is what counts, whatever becomes of the request."""
+    [site] = sites
+
+    def view() -> None:
+        site.add("ada")
+        site.session.commit()
+        raise ZeroDivisionError
+
+    assert site.get(view) == 500
+    assert site.seen == [("ada", ["ada"])]
+
+
+@pytest.mark.parametrize("where", ["context", "task", "no app"])
+def test_without_scope(
+    sites: list[Site], caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """Without a scope, what commits makes the call, and no commit raises for it."""
+    [site] = sites
+
+    def work() -> None:
+        threads = [threading.get_ident()]
+        session = orm.Session(site.engine)
+        session.add(Account(name="ada"))
+        failing = run_on_commit(session, int, "no number")
+        future = run_on_commit(session, site.note, "ada")
+        run_on_commit(session, lambda: threads.append(threading.get_ident()))
+        assert site.seen == []
+        session.commit()
+        assert isinstance(failing.exception(), ValueError)
+        assert future.done()
+        assert site.seen == [("ada", ["ada"])]
+        assert threads[1:] == threads[:1]
+        dropped = run_on_commit(session, int)
+        session.begin()
+        session.close()
+        assert dropped.cancelled()
+
+    if where == "no app":
+        work()
+    else:
+        with site.app.app_context():
+            if where == "context":
+                work()
+            else:
+                with open_scope():
+                    run(work).result(PATIENCE)
+
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(errors) == 1
+    assert errors[0].startswith("Task 'builtins.int' failed")
+
+
+def test_without_apitask(sites: list[Site], caplog: pytest.LogCaptureFixture) -> None:
+    """In a request of an app without ApiTask, one WARNING says what is missing."""
+    [site] = sites
+
+    with Flask("shop").test_request_context(), orm.Session(site.engine) as session:
+        session.add(Account(name="ada"))
+        run_on_commit(session, site.note, "ada")
+        run_on_commit(session, int)
+        session.commit()
+
+    assert site.seen == [("ada", ["ada"])]
+    assert caplog.messages == [
+        "A task was started in a request of 'shop', which has no ApiTask: it was"
+        " started on the spot. Create one with ApiTask(app), or call its init_app(app)."
+    ]
+
+
+@pytest.mark.parametrize("session", [object(), orm.sessionmaker(), None])
+def test_no_session(session: t.Any) -> None:
+    """What is no session is refused, with what would be one."""
+    with pytest.raises(TypeError, match=r"a session of SQLAlchemy .*'db.session'"):
+        run_on_commit(session, print)
+
+
+def test_async_session() -> None:
+    """An async session is refused, and the one that works is named."""
+    asyncio = pytest.importorskip("sqlalchemy.ext.asyncio")
+    session = asyncio.AsyncSession()
+
+    with pytest.raises(TypeError, match="Pass its 'sync_session'"):
+        run_on_commit(session, print)
+
+    assert not run_on_commit(session.sync_session, print).done()
+
+
+def test_mistakes_are_raised_at_the_call() -> None:
+    """What can't be called is an error at once."""
+    task: t.Any = 1
+
+    with pytest.raises(TypeError, match="not 1"):
+        run_on_commit(orm.Session(), task)
+
+
+@pytest.mark.usefixtures("without_gc")
+def test_nothing_is_kept() -> None:
+    """A session listens once, keeps no task that is over, and goes with the last one.
+
+    It goes as it would without this: by the count of its references.
+    """
+    session = orm.Session()
+    app = Flask(__name__)
+    ApiTask(app)
+
+    class Argument: ...
+
+    arguments = []
+
+    for _ in range(3):
+        with app.app_context(), open_scope():
+            argument = Argument()
+            arguments.append(weakref.ref(argument))
+            run_on_commit(session, id, argument)
+            del argument
+
+    listeners = session.dispatch.after_transaction_end
+    assert len(list(listeners)) == 1
+    assert len(session.info["flask_apitask"]._held) == 1
+    assert [argument() for argument in arguments] == [None] * 3
+    session_ref = weakref.ref(session)
+    del session, listeners
+    assert session_ref() is None
+
+
+def test_other_sessions_are_left_alone() -> None:
+    """Only the session that has tasks is listened to."""
+    session, other = orm.Session(), orm.Session()
+    run_on_commit(session, int)
+    assert list(other.dispatch.after_commit) == []
+    assert other.info == {}
+
+
+def test_commit_by_another_thread(sites: list[Site]) -> None:
+    """A commit races with the end of the scope: the task runs, or it is dropped."""
+    [site] = sites
+
+    for _ in range(50):
+        race_commit(site)
+
+
+def race_commit(site: Site) -> None:
+    """Have a thread commit while the scope of a task ends."""
+    session = orm.Session(site.engine)
+    started = threading.Event()
+    ran: list[int] = []
+
+    def commit() -> None:
+        started.set()
+        session.commit()
+
+    thread = threading.Thread(target=commit)
+
+    with site.app.app_context():
+        with open_scope():
+            future = run_on_commit(session, ran.append, 1)
+            thread.start()
+            assert started.wait(PATIENCE)
+
+        assert future.done()
+        assert ran == ([] if future.cancelled() else [1])
+
+    thread.join(PATIENCE)
+    session.close()

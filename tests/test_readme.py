@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import ast
+import io
+import pathlib
+import re
+
+import pytest
+
+from flask_apitask.config import Config
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+PAGES = sorted([README, ROOT / "CHANGES.md", *DOCS.rglob("*.md")])
+LINK = re.compile(r"(?<!`)\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)")
+
+
+def find_anchors(page: pathlib.Path) -> set[str]:
+    """Return the anchors of a page's headings, as a code host and Sphinx make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {f"#{heading.replace(' ', '-')}" for heading in plain}
+
+
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_links_lead_somewhere(page: pathlib.Path) -> None:
+    """A link within the project is relative, to a file and a heading that are there."""
+    for name, anchor in LINK.findall(page.read_text("utf-8")):
+        target = page.parent / name if name else page
+        assert target.is_file(), name
+
+        if anchor:
+            assert anchor in find_anchors(target), name + anchor
+
+
+def test_hidden_code_is_hidden_everywhere() -> None:
+    """A code host hides HTML comments, and shows the other kind of MyST's."""
+    shown = [
+        page.name for page in PAGES if re.search("^%", page.read_text("utf-8"), re.M)
+    ]
+    assert shown == []
+
+
+def test_readme_is_rendered_on_a_package_index() -> None:
+    """The index's own renderer has nothing to say of it, and leaves no markup."""
+    markdown = pytest.importorskip("readme_renderer.markdown")
+    pytest.importorskip("comrak")
+    warnings = io.StringIO()
+    page = markdown.render(README.read_text("utf-8"), stream=warnings)
+    assert page is not None
+    assert warnings.getvalue() == ""
+    assert page.count("<table>") == README.read_text("utf-8").count("\n|---")
+    assert 'src="docs/timeline.svg"' in page
+    text = re.sub(r"<pre.*?</pre>|<code.*?</code>|<[^>]*>", "", page, flags=re.S)
+    assert re.findall(r"\{\w+\}|[`|]|\]\(|\*\*|^[#%:]|invisible-code", text, re.M) == []
+
+
+def test_readme_leads_to_every_page() -> None:
+    """Each page of the documentation is reached from the README, or by one that is."""
+    linked = {name for name, _ in LINK.findall(README.read_text("utf-8"))}
+    pages = {path.relative_to(ROOT).as_posix() for path in DOCS.glob("*.md")}
+    assert pages - linked == {"docs/changes.md", "docs/index.md"}
+
+
+def test_all_keys_are_in_the_table() -> None:
+    """The table of the configuration has each key, in order, with its default."""
+    page = DOCS.joinpath("configuration.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(APITASK_\w+)` \| `(.*?)` \|", page, re.M)
+    keys = {f"APITASK_{name.upper()}": value for name, value in vars(Config()).items()}
+    assert [(key, ast.literal_eval(default)) for key, default in rows] == [
+        *keys.items()
+    ]
