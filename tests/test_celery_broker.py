@@ -101,24 +101,29 @@ def test_connections_are_kept_and_bounded(celeries: Celeries, redis: Broker) -> 
     assert 0 < connections <= 2 * 2
 
 
-@pytest.mark.parametrize("results", ["stored", "ignored"])
 def test_broker_that_is_killed(
     celeries: Celeries,
     broker: Broker,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    results: str,
 ) -> None:
     """A task of an outage runs here, with one WARNING, and without a restart after."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.5)
-    ignored = {"task_ignore_result": results == "ignored"}
-    app = celeries.make(broker.url, CELERY=ignored, APITASK_CELERY_TIMEOUT=TIMEOUT)
-    hand_over(app)
+    keys = [{"task_ignore_result": ignored} for ignored in (False, True)]
+    apps = [
+        celeries.make(broker.url, CELERY=celery, APITASK_CELERY_TIMEOUT=TIMEOUT)
+        for celery in keys
+    ]
+    idle = celeries.make(broker.url)
+
+    for app in (*apps, idle):
+        hand_over(app)
+
     broker.kill()
 
     try:
-        for _ in range(5):
+        for app in apps * 5:
             result, seconds = hand_over(app)
             assert isinstance(result, EagerResult)
             assert result.get() == 8
@@ -126,31 +131,22 @@ def test_broker_that_is_killed(
     finally:
         broker.start()
 
+    # Its kept connections are dead, which is no outage.
+    result, _ = hand_over(idle)
+    assert not isinstance(result, EagerResult)
+    assert find_task(idle, result.id)["task"] == "report.double"
     until = time.monotonic() + PATIENCE
 
-    while isinstance(hand_over(app)[0], EagerResult):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    for app in apps:
+        while isinstance(hand_over(app)[0], EagerResult):
+            assert time.monotonic() < until
+            time.sleep(0.05)
 
-    down, back = find_warnings(caplog)
-    assert down.startswith(
-        f"The broker of Celery did not confirm a task within {TIMEOUT}"
-    )
-    assert back == "The broker of Celery is back."
-
-
-def test_kept_connections_that_are_dead(
-    celeries: Celeries, broker: Broker, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A broker that was restarted in between is no outage."""
-    app = celeries.make(broker.url)
-    hand_over(app)
-    broker.kill()
-    broker.start()
-    result, _ = hand_over(app)
-    assert not isinstance(result, EagerResult)
-    assert find_task(app, result.id)["task"] == "report.double"
-    assert find_warnings(caplog) == []
+    # Of two apps; the third one had no outage.
+    cause = f"The broker of Celery did not confirm a task within {TIMEOUT} s"
+    down, back = find_warnings(caplog)[:2], find_warnings(caplog)[2:]
+    assert [text.startswith(cause) for text in down] == [True, True]
+    assert back == ["The broker of Celery is back."] * 2
 
 
 @pytest.mark.parametrize("connection", ["kept", "new"])
