@@ -38,6 +38,12 @@ def wait_until(condition: cabc.Callable[[], bool], patience: float = PATIENCE) -
         time.sleep(0.01)
 
 
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of the way of each ``gc.collect()``."""
+    gc.collect()
+    gc.freeze()
+
+
 class AppFactory(t.Protocol):
     """Make an app with the extension; keywords are keys of its configuration."""
 

@@ -46,7 +46,7 @@ class Handover(HandsOver):
         args: tuple[t.Any, ...],
         kwargs: dict[str, t.Any],
     ) -> celery.result.AsyncResult:
-        published = self._state.publish(app, self.task_name, args, kwargs)
+        published = self._state.publish(app, self.task_name, args, kwargs, submitted)
 
         if published is not None:
             return published

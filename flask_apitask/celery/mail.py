@@ -23,6 +23,7 @@ from ..runner import HandsOver
 from ..task_log import log_failure
 from .state import find_celery
 from .state import find_state
+from .state import find_submitted
 from .worker import app_context
 
 if t.TYPE_CHECKING:
@@ -75,7 +76,7 @@ class MailHandover(HandsOver):
         while batch:
             envelope, then = batch.popleft()
 
-            if not self._publish(app, envelope):
+            if not self._publish(app, envelope, submitted):
                 left.append((envelope, then))
             elif then is not None:
                 told.append(then)
@@ -89,11 +90,11 @@ class MailHandover(HandsOver):
 
             call_observed(app, how, submitted, deliver, (pool, left, before), {})
 
-    def _publish(self, app: Flask, envelope: Envelope) -> bool:
+    def _publish(self, app: Flask, envelope: Envelope, submitted: float) -> bool:
         if len(envelope.content) > self._state.config.celery_mail_size:
             return False
 
-        return publish(self._state, app, envelope, envelope.recipients)
+        return publish(self._state, app, envelope, envelope.recipients, submitted)
 
 
 def publish(
@@ -101,6 +102,7 @@ def publish(
     app: Flask,
     envelope: Envelope,
     recipients: tuple[str, ...],
+    submitted: float,
     **options: t.Any,
 ) -> bool:
     """Publish a message for some of its recipients, and tell if that was confirmed."""
@@ -114,7 +116,8 @@ def publish(
     }
     # What events and monitors show in place of the addresses.
     shown = {"argsrepr": "()", "kwargsrepr": repr({"message_id": envelope.message_id})}
-    return state.publish(app, MAIL, (), payload, **shown, **options) is not None
+    options |= shown
+    return state.publish(app, MAIL, (), payload, submitted, **options) is not None
 
 
 @shared_task(
@@ -170,7 +173,8 @@ def _deliver(task: celery.Task, app: Flask, envelope: Envelope, started: float) 
     work = find_pool(app.extensions["apitask_mail"], mail), batch, None
 
     try:
-        call_observed(app, "celery", started, deliver, work, {})
+        submitted = find_submitted(task, started)
+        call_observed(app, "celery", submitted, deliver, work, {})
     except DeliveryError as error:
         if not task.request.is_eager:
             _try_again(task, app, envelope, error, started)
@@ -205,7 +209,7 @@ def _try_again(
         "task_id": task.request.id,
     }
 
-    if publish(state, app, envelope, recipients, **options):
+    if publish(state, app, envelope, recipients, started, **options):
         _log_refused(app, envelope, error, recipients, started)
         raise Retry(exc=error, when=options["countdown"])
 

@@ -17,6 +17,8 @@ if t.TYPE_CHECKING:
 
     from ..config import Config
 
+# The header by which an eager task knows when it was submitted.
+_SUBMITTED: t.Final = "apitask_submitted"
 _PICKLE: t.Final = {"pickle", "application/x-python-serialize"}
 
 
@@ -38,16 +40,21 @@ class CeleryState:
         name: str,
         args: tuple[t.Any, ...],
         kwargs: dict[str, t.Any],
+        submitted: float,
         **options: t.Any,
     ) -> celery.result.AsyncResult | None:
-        """Publish a task of an app; ``None`` if it has to be done here."""
+        """Publish a task of an app; ``None`` if it has to be done here.
+
+        :param submitted: Seconds of this process's clock, so not for another one.
+        """
         celery_app = find_celery(app, name)
         task = celery_app.tasks[name]
 
         if celery_app.conf.task_always_eager:
             # As apply_async() does. But that sets a flag of the process meanwhile, and
             # with it no view can get a result; two threads leave it set for ever.
-            return task.apply(args, kwargs, **options)
+            headers = {_SUBMITTED: submitted}
+            return task.apply(args, kwargs, headers=headers, **options)
 
         broker = self._find_broker(app, celery_app)
         return broker.publish(app.logger, task, args, kwargs, **options)
@@ -89,6 +96,13 @@ class CeleryState:
                 " view's: AsyncResult.get() would wait for ever. Set result_backend to"
                 " a store, such as Redis, or task_ignore_result.",
             )
+
+
+def find_submitted(task: celery.Task, started: float) -> float:
+    """Return when a called task was submitted: as it started, unless it is eager."""
+    headers = task.request.headers if task.request.is_eager else None
+    submitted: float = (headers or {}).get(_SUBMITTED, started)
+    return submitted
 
 
 def find_celery(app: Flask, name: str) -> celery.Celery:

@@ -18,6 +18,7 @@ from ..executor.task import find_named
 from ..executor.task import naming_checks
 from ..runner import call_observed
 from ..task_log import log_failure
+from .state import find_submitted
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -89,9 +90,10 @@ def _make_call(name: str) -> cabc.Callable[..., t.Any]:
 
         with app_context(self.app) as app:
             started = time.monotonic()
+            submitted = find_submitted(self, started)
 
             try:
-                return call_observed(app, "celery", started, fn, args, kwargs)
+                return call_observed(app, "celery", submitted, fn, args, kwargs)
             except TaskPredicate:
                 # Its own way to say: try again, ignore, reject.
                 raise
