@@ -217,14 +217,15 @@ def test_mail_of_flask_mailman(
 
 
 def test_flask_mail_is_not_imported_for_flask_mailman() -> None:
-    """A route for mail alone brings no Flask-Mail, which changes how mail is encoded."""
+    """A route for mail does not bring Flask-Mail, which changes how text is encoded."""
     pytest.importorskip("flask_mailman")
     code = (
         "import sys, flask_mailman\n"
         "from celery import Celery; from flask import Flask\n"
         "from flask_apitask import ApiTask\n"
         "app = Flask('shop')\n"
-        "app.config.update(APITASK_MAIL_BACKGROUND=True, APITASK_ROUTES={'*': 'celery'})\n"
+        "app.config['APITASK_MAIL_BACKGROUND'] = True\n"
+        "app.config['APITASK_ROUTES'] = {'*': 'celery'}\n"
         "ApiTask(app)\n"
         "print('flask_mail' in sys.modules, 'flask_mail.send' in Celery('shop').tasks)"
     )
