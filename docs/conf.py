@@ -35,7 +35,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(asyncio|concurrent|flask|logging|math|smtplib|sqlalchemy|threading|time)\..*",
+        r"(asyncio|concurrent|flask|io|logging|math|smtplib|sqlalchemy|threading|time)\..*",
     ),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.
