@@ -6,12 +6,18 @@ goes to a server of its own, slow on purpose, unless the environment names anoth
     FLASK_MAIL_SERVER=mail.example.org FLASK_MAIL_PORT=25 python example_app.py
 
 Other keys can be set like this, too: ``FLASK_ADMIN``, ``FLASK_RUN_PORT``, and so on.
+
+With a broker, the mail and the audit go to a worker of Celery, which is started so::
+
+    FLASK_BROKER=redis://localhost python example_app.py
+    FLASK_BROKER=redis://localhost celery -A example_app worker
 """
 
 from __future__ import annotations
 
 import asyncio
 import email.policy
+import os
 import re
 import sqlite3
 import tempfile
@@ -36,6 +42,7 @@ from werkzeug.serving import run_simple
 
 from flask_apitask import ApiTask
 from flask_apitask import run_on_success
+from flask_apitask import task
 
 if t.TYPE_CHECKING:
     from flask.typing import ResponseReturnValue
@@ -48,6 +55,8 @@ ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
 LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 ADDRESS = re.compile(rf"{ATOM}(\.{ATOM})*@({LABEL}\.)+{LABEL}", re.A | re.I)
 SCHEMA = """
+DROP TABLE IF EXISTS user;
+DROP TABLE IF EXISTS audit;
 CREATE TABLE user (id INTEGER PRIMARY KEY, address TEXT UNIQUE COLLATE NOCASE);
 CREATE TABLE audit (user_id INTEGER, client TEXT, at TEXT DEFAULT CURRENT_TIMESTAMP);
 """
@@ -91,16 +100,17 @@ def signup() -> ResponseReturnValue:
         mail.send(message)
 
     # Not if something below fails.
-    run_on_success(audit, user_id)
+    run_on_success(audit, user_id, request.remote_addr)
     request.environ["example.mails"] = len(messages)
     return redirect(url_for(".index", done=1), 303)
 
 
-def audit(user_id: int | None) -> None:
-    # A task has its own `g`, and so its own connection. The request is there, too.
+@task("signup.audit")
+def audit(user_id: int | None, client: str | None) -> None:
+    # A task has its own `g`, and so its own connection, on a thread or in a worker.
     with database() as connection:
         insert = "INSERT INTO audit (user_id, client) VALUES (?, ?)"
-        connection.execute(insert, [user_id, request.remote_addr])
+        connection.execute(insert, [user_id, client])
 
 
 @pages.get("/inbox")
@@ -138,6 +148,12 @@ class TimedFlask(Flask):
 def create_app(settings: Config, background: bool) -> Flask:
     app = TimedFlask(__name__)
     app.config.from_mapping(settings, APITASK_MAIL_BACKGROUND=background)
+
+    if background and "BROKER" in settings:
+        # This one key is all the difference.
+        app.config["APITASK_ROUTES"] = {"signup.*": "celery", "flask_mail.*": "celery"}
+        make_celery(app)
+
     mail.init_app(app)
     ApiTask(app)
     app.register_blueprint(pages)
@@ -145,13 +161,30 @@ def create_app(settings: Config, background: bool) -> Flask:
     return app
 
 
+def make_celery(app: Flask) -> None:
+    """Do what Flask's documentation does for Celery."""
+    from celery import Celery
+    from celery import Task
+
+    class FlaskTask(Task):  # type: ignore[misc]
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            with app.app_context():
+                return self.run(*args, **kwargs)
+
+    celery_app = Celery(app.name, task_cls=FlaskTask)
+    celery_app.conf.broker_url = app.config["BROKER"]
+    celery_app.conf.task_ignore_result = True
+    celery_app.set_default()
+    app.extensions["celery"] = celery_app
+
+
 class MailServer:
     """An SMTP server that keeps the mails, and serves until the process ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int) -> None:
         self.inbox: list[email.message.EmailMessage] = []
         loop = asyncio.new_event_loop()
-        smtp = loop.create_server(lambda: SMTP(self, hostname="localhost"), HOST, 0)
+        smtp = loop.create_server(lambda: SMTP(self, hostname="localhost"), HOST, port)
         server = loop.run_until_complete(smtp)
         self.port: int = server.sockets[0].getsockname()[1]
         threading.Thread(target=loop.run_forever, daemon=True).start()
@@ -163,18 +196,30 @@ class MailServer:
         return "250 OK"
 
 
-def main() -> None:
+def load_settings() -> Config:
     settings = Config(".", {"ADMIN": "admin@example.org", "RUN_PORT": 0})
     settings["MAIL_DEFAULT_SENDER"] = "signup@example.org"
     settings.from_prefixed_env()
 
+    if "BROKER" in settings:
+        # Where the worker finds them, too.
+        settings.setdefault("MAIL_PORT", 8025)
+        folder = tempfile.gettempdir()
+        settings.setdefault("DATABASE", f"{folder}/flask-apitask-example.sqlite")
+
+    return settings
+
+
+def main() -> None:
+    settings = load_settings()
+
     if "MAIL_SERVER" not in settings:
-        settings["EMBEDDED"] = embedded = MailServer()
+        settings["EMBEDDED"] = embedded = MailServer(settings.get("MAIL_PORT", 0))
         settings["MAIL_PORT"] = embedded.port
         print(f"Mail goes to an embedded server on port {embedded.port}.", flush=True)
 
     with tempfile.TemporaryDirectory() as directory:
-        settings["DATABASE"] = f"{directory}/signup.sqlite"
+        settings.setdefault("DATABASE", f"{directory}/signup.sqlite")
         # The flag is read once, by ApiTask: so there is an app for each, and the switch
         # is a link between them. An application of yours just sets the flag.
         app = create_app(settings, background=True)
@@ -248,3 +293,5 @@ PAGE = """<!doctype html><html lang="en">
 
 if __name__ == "__main__":
     main()
+elif "FLASK_BROKER" in os.environ:
+    celery = create_app(load_settings(), background=True).extensions["celery"]

@@ -25,6 +25,7 @@ if "READTHEDOCS" in os.environ:
     extensions.append("sphinx.ext.intersphinx")
 
 intersphinx_mapping = {
+    "celery": ("https://docs.celeryq.dev/en/stable/", None),
     "flask": ("https://flask.palletsprojects.com/", None),
     "python": ("https://docs.python.org/3/", None),
     "sqlalchemy": ("https://docs.sqlalchemy.org/en/20/", None),
@@ -35,7 +36,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(asyncio|concurrent|flask|io|logging|math|smtplib|sqlalchemy|threading|time)\..*",
+        r"(asyncio|celery|concurrent|flask|fnmatch|io|logging|math)\..*"
+        r"|(smtplib|sqlalchemy|threading|time)\..*",
     ),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.

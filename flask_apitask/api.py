@@ -7,6 +7,7 @@ import time
 import typing as t
 
 from . import request_scope
+from . import routes
 from .block_scope import Block
 from .block_scope import read_limits
 from .config import read_wait
@@ -67,15 +68,21 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     context, and an exception is raised to the caller.
 
     Not for work that must survive the process, be retried, or take longer than the
-    client cares to wait: that belongs in a task queue.
+    client cares to wait: that belongs in a task queue, to which :data:`APITASK_ROUTES`
+    sends tasks by their names.
 
     :param task: A callable, sync or ``async def``, or a :class:`Task`.
     :param args: Its positional arguments.
     :param kwargs: Its keyword arguments; none is taken by :func:`run` itself.
-    :raises TypeError: ``task`` can't be called.
+    :raises TypeError: ``task`` can't be called, or it is routed to Celery, and JSON
+        can't carry an argument exactly.
     :return: The :class:`concurrent.futures.Future` of the task's result, which is done
-        after a plain call. An ``async def`` view may ``await`` it.
+        after a plain call. An ``async def`` view may ``await`` it. That of a task that
+        goes to Celery is of its :class:`celery.result.AsyncResult`.
     """
+    if routes.router is not None:
+        task, args, kwargs = routes.router(task, args, kwargs)
+
     scope = _find_scope()
 
     if scope is not None:

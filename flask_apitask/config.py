@@ -12,6 +12,8 @@ import typing as t
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+Routes: t.TypeAlias = tuple[tuple[str, str], ...]
+
 _TRUE: t.Final = frozenset({"true", "t", "yes", "y", "on", "1"})
 _FALSE: t.Final = frozenset({"false", "f", "no", "n", "off", "0"})
 # The keys of Flask-Mail, which people take for ours.
@@ -92,6 +94,16 @@ def read_seconds(key: str, value: object) -> float:
     return number
 
 
+def read_retries(key: str, value: object) -> int:
+    """Read a whole number that is at least 0."""
+    number = _number(value)
+
+    if not (number >= 0 and number.is_integer()):
+        raise refuse(key, value, "a whole number of at least 0")
+
+    return int(number)
+
+
 def read_keepalive(key: str, value: object) -> float:
     """Read a number of seconds, of which 0 means none at all."""
     number = _number(value)
@@ -120,6 +132,24 @@ def read_names(key: str, value: object) -> tuple[str, ...]:
             return tuple(names)
 
     raise refuse(key, value, "names, as in ('request_id', 'lang_code')")
+
+
+def read_routes(key: str, value: object) -> Routes:
+    """Read patterns of task names and where these run, as a dict or as JSON."""
+    routes = value
+
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            routes = json.loads(value) if value.strip() else {}
+
+    if not isinstance(routes, dict) or not all(
+        isinstance(pattern, str) and pattern and route in ("thread", "celery")
+        for pattern, route in routes.items()
+    ):
+        allowed = "patterns, each with 'celery' or 'thread': {'report.*': 'celery'}"
+        raise refuse(key, value, allowed)
+
+    return tuple(routes.items())
 
 
 def read_trust(key: str, value: object) -> bool | str:
@@ -178,6 +208,16 @@ class Config:
     mail_connections: int = _key(4, read_count)
     mail_keepalive: float = _key(30.0, read_keepalive)
     mail_tls_verify: bool | str = _key(True, read_trust)
+    routes: tuple[tuple[str, str], ...] = _key((), read_routes)
+    celery_timeout: float = _key(2.0, read_seconds)
+    celery_mail_retries: int = _key(20, read_retries)
+    celery_mail_backoff: float = _key(5.0, read_seconds)
+    celery_mail_size: int = _key(1_048_576, read_count)
+
+    @property
+    def uses_celery(self) -> bool:
+        """Whether there is a route to Celery."""
+        return any(route == "celery" for _, route in self.routes)
 
     @classmethod
     def from_mapping(cls, mapping: cabc.Mapping[str, t.Any]) -> Config:

@@ -99,8 +99,8 @@ def walk_frames() -> cabc.Iterator[Frame]:
         frame = frame.parent
 
 
-def is_in_task(request: Request) -> bool:
-    """Return whether the caller is in a task of this request."""
+def is_in_task(request: Request | None) -> bool:
+    """Return whether the caller is in a task of this request, or of none."""
     frames = walk_frames()
     return any(frame.scope is None and frame.request is request for frame in frames)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import typing as t
 import weakref
 
 from flask import Flask
@@ -17,6 +18,9 @@ from .log import log
 from .log import log_once
 from .watching import watch
 from .watching import watch_responses
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
 
 # Those that have had no request yet.
 _unserved: weakref.WeakSet[Flask] = weakref.WeakSet()
@@ -66,12 +70,23 @@ class ApiTask:
             ``0`` opens one per batch.
         -   ``APITASK_MAIL_TLS_VERIFY`` (``True``): verify certificate and host name, by
             the system's trust store or by a file of CA certificates, given as its path.
+        -   ``APITASK_ROUTES`` (``{}``): patterns of task names, with ``"celery"`` or
+            ``"thread"`` each, of which the first that matches counts.
+        -   ``APITASK_CELERY_TIMEOUT`` (``2.0``): seconds after which a broker that does
+            not confirm counts as down.
+        -   ``APITASK_CELERY_MAIL_RETRIES`` (``20``): most further attempts at a mail.
+        -   ``APITASK_CELERY_MAIL_BACKOFF`` (``5.0``): seconds before the first of them,
+            which double each time.
+        -   ``APITASK_CELERY_MAIL_SIZE`` (``1048576``): most bytes of a mail that goes
+            to Celery.
 
         :param app: The app, with its configuration loaded.
         :raises RuntimeError: The app has an :class:`ApiTask` already, or
-            ``APITASK_MAIL_BACKGROUND`` is on and no mail library is installed.
+            ``APITASK_MAIL_BACKGROUND`` is on and no mail library is installed, or
+            ``APITASK_ROUTES`` names Celery, which is not installed.
         :raises TypeError: ``app`` is no Flask app.
-        :raises ValueError: A key has a value that is not allowed.
+        :raises ValueError: A key has a value that is not allowed, or two functions
+            have a name that is routed to Celery.
         """
         if isinstance(app, LocalProxy):
             app = app._get_current_object()
@@ -98,6 +113,8 @@ class ApiTask:
 
             reroute = find_reroute()
 
+        use_celery = _find_use_celery() if config.uses_celery else None
+
         # Flask refuses these once the app has served. Then nothing else has been done.
         app.teardown_request(request_scope.end_request)
 
@@ -109,6 +126,9 @@ class ApiTask:
 
         if reroute is not None:
             reroute(app, config)
+
+        if use_celery is not None:
+            use_celery(app, config)
 
         state = request_scope.AppState(config, ThreadPool(config.pool_size))
         app.extensions["apitask"] = state
@@ -138,3 +158,18 @@ def _warn_of_late_keys(app: Flask, **extra: object) -> None:
             " before that.",
             key,
         )
+
+
+def _find_use_celery() -> cabc.Callable[[Flask, Config], None]:
+    try:
+        from .celery import use_celery
+    except ImportError as error:
+        if error.name != "celery":
+            raise
+
+        raise RuntimeError(
+            "APITASK_ROUTES sends tasks to Celery, but Celery is not installed. Install"
+            ' it with: pip install "flask-apitask[celery]"'
+        ) from error
+
+    return use_celery

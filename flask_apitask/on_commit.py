@@ -4,6 +4,7 @@ import logging
 import time
 import typing as t
 
+from . import routes
 from .api import current_scope
 from .api import warn_without_apitask
 from .context import find_app_context
@@ -79,11 +80,15 @@ def run_on_commit(
         :class:`~sqlalchemy.orm.scoped_session` such as Flask-SQLAlchemy's
         ``db.session``.
     :param task: As for :func:`run`, with its arguments.
-    :raises TypeError: ``session`` is no such session, or ``task`` can't be called.
+    :raises TypeError: ``session`` is no such session, or as for :func:`run`.
     :return: A future as that of :func:`run`. As long as the task is put off, to wait
         for it is a :exc:`RuntimeError`.
     """
     session = _find_session(session)
+
+    if routes.router is not None:
+        task, args, kwargs = routes.router(task, args, kwargs)
+
     scope, future = current_scope(), None
 
     if scope is not None:

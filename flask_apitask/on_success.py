@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import typing as t
 
+from . import routes
 from .api import find_holder
 from .api import run
 
@@ -53,10 +54,13 @@ def run_on_success(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[
     :func:`run_on_commit`.
 
     :param task: As for :func:`run`, with its arguments.
-    :raises TypeError: ``task`` can't be called.
+    :raises TypeError: As for :func:`run`.
     :return: A future as that of :func:`run`. As long as the task is put off, to wait
         for it is a :exc:`RuntimeError`.
     """
+    if routes.router is not None:
+        task, args, kwargs = routes.router(task, args, kwargs)
+
     scope = find_holder()
     held = None if scope is None else scope.hold(task, args, kwargs, for_success=True)
     return run(task, *args, **kwargs) if held is None else held

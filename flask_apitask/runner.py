@@ -8,6 +8,8 @@ import typing as t
 import weakref
 from types import CoroutineType
 
+from flask import current_app
+
 from .context import current_frame
 from .context import Frame
 from .context import task_context
@@ -76,6 +78,25 @@ class PlainRunner(Runner):
         fields |= {"args": args, "kwargs": kwargs}
         fields["reason"] = reason or "it was cancelled"
         notify(task_dropped, self._app, fields)
+
+
+class HandsOver:
+    """A task that has another one done elsewhere, and so is not to be observed."""
+
+    def hand_over(
+        self,
+        app: Flask,
+        how: How,
+        submitted: float,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+    ) -> t.Any:
+        """Do it; the parameters are those of :func:`call_observed`."""
+        raise NotImplementedError
+
+    def __call__(self, *args: t.Any, **kwargs: t.Any) -> t.Any:
+        app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+        return self.hand_over(app, "thread", time.monotonic(), args, kwargs)
 
 
 class TaskRunner(PlainRunner):
@@ -200,6 +221,10 @@ def call_observed(
     :param app: The sender; without one there are no signals.
     :param submitted: Seconds of the monotonic clock.
     """
+    if app is not None and isinstance(task, HandsOver):
+        # Not the task itself: that is observed where it is done.
+        return task.hand_over(app, how, submitted, args, kwargs)
+
     fields: dict[str, t.Any] = {}
 
     if app is not None and (task_started.receivers or task_finished.receivers):

@@ -13,9 +13,11 @@ is the :class:`~flask.Flask` app. Keyword arguments:
 
 -   ``name``: the task's name, see :func:`.task`.
 -   ``how``: ``"thread"`` on a thread of the pool, ``"inline"`` for a plain call, or
-    if no thread was available.
+    if no thread was available, ``"celery"`` in a worker of Celery. To hand a task over
+    to Celery sends no signal.
 -   ``args``, ``kwargs``: what the task is called with.
--   ``submitted``, ``started``: seconds of :func:`time.monotonic`.
+-   ``submitted``, ``started``: seconds of :func:`time.monotonic`. A worker of Celery
+    knows no other time of submission than that at which it begins.
 
 Not sent for a plain call outside of any application context. If a receiver raises, the
 error is logged and the task runs all the same.

@@ -30,7 +30,7 @@ class RecordedTask:
     args: tuple[t.Any, ...]
     #: Its keyword arguments.
     kwargs: dict[str, t.Any]
-    #: ``"thread"``, ``"inline"`` or ``"dropped"``.
+    #: ``"thread"``, ``"inline"``, ``"celery"`` or ``"dropped"``.
     how: str = "dropped"
     #: What it raised, ``None`` if it did not.
     exception: BaseException | None = None

@@ -8,6 +8,7 @@ import threading
 import time
 import typing as t
 
+import brokers
 import flask
 import pytest
 from flask import Flask
@@ -18,6 +19,8 @@ from flask_apitask import context
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
+
+    import celery_app
 
 # Seconds after which a test that waits for another thread has failed.
 PATIENCE = 10.0
@@ -33,6 +36,12 @@ def wait_until(condition: cabc.Callable[[], bool], patience: float = PATIENCE) -
     while not condition():
         assert time.monotonic() < patient_until, "it has not come about"
         time.sleep(0.01)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported by now out of the way of each ``gc.collect()``."""
+    gc.collect()
+    gc.freeze()
 
 
 class AppFactory(t.Protocol):
@@ -52,6 +61,51 @@ def make_app() -> AppFactory:
         return flask_app
 
     return factory
+
+
+@pytest.fixture(scope="session")
+def redis() -> cabc.Iterator[brokers.Broker]:
+    """Run Redis for the whole session, where it can be had."""
+    yield from _run_broker("redis")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> cabc.Iterator[brokers.Broker]:
+    """Run RabbitMQ for the whole session, where it can be had: it takes its time."""
+    yield from _run_broker("rabbitmq")
+
+
+@pytest.fixture(params=["redis", "rabbitmq"])
+def broker(request: pytest.FixtureRequest) -> brokers.Broker:
+    """Return one broker of each kind."""
+    found: brokers.Broker = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def celeries() -> cabc.Iterator[celery_app.Celeries]:
+    """Make apps with Celery, and leave nothing of them."""
+    from celery_app import Celeries
+
+    made = Celeries()
+    yield made
+    made.close()
+    gc.collect()
+
+
+def _run_broker(name: str) -> cabc.Iterator[brokers.Broker]:
+    kind = brokers.BROKERS[name]
+
+    if not kind.is_installed():
+        missing = f"There is no {name} (Debian: {kind.package})"
+
+        if os.environ.get("APITASK_REQUIRE_SERVICES") == "1":
+            pytest.fail(missing)
+
+        pytest.skip(missing)
+
+    with brokers.running(name) as running:
+        yield running
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ if t.TYPE_CHECKING:
 def create_app() -> Flask:
     """Make the app; ``FLASK_...`` variables configure it.
 
-    ``LEDGER_MAIL`` names who sends: ``"apitask"``, or one that is not waited for:
-    ``"thread"`` for one thread per mail, ``"executor"`` for the pool of Flask-Executor.
+    ``LEDGER_MAIL`` names who sends: ``"apitask"``, ``"celery"`` for a worker that it
+    hands the mail over to, or one that is not waited for: ``"thread"`` for one thread
+    per mail, ``"executor"`` for the pool of Flask-Executor.
     """
     app = Flask(__name__)
     app.config.update(MAIL_SERVER="127.0.0.1", MAIL_DEFAULT_SENDER="app@ledger.example")
@@ -53,6 +54,14 @@ def _use_apitask(app: Flask, mail: Mail) -> cabc.Callable[[Message], object]:
     return mail.send
 
 
+def _use_celery(app: Flask, mail: Mail) -> cabc.Callable[[Message], object]:
+    from celery_app import celery_init_app
+
+    app.config["APITASK_ROUTES"] = {"flask_mail.send": "celery"}
+    celery_init_app(app)
+    return _use_apitask(app, mail)
+
+
 def _use_threads(app: Flask, mail: Mail) -> cabc.Callable[[Message], object]:
     def send(message: Message) -> None:
         with app.app_context():
@@ -68,8 +77,10 @@ def _use_executor(app: Flask, mail: Mail) -> cabc.Callable[[Message], object]:
 
 _SENDERS: t.Final = {
     "apitask": _use_apitask,
+    "celery": _use_celery,
     "thread": _use_threads,
     "executor": _use_executor,
 }
 
 app = create_app()
+celery_app = app.extensions.get("celery")

@@ -25,6 +25,8 @@ KEEPALIVE = "must be a number of seconds, or 0 for one connection per batch."
 WAIT = "must be 'teardown' or 'close'."
 START = "must be 'send' or 'success'."
 NAMES = "must be names, as in ('request_id', 'lang_code')."
+RETRIES = "must be a whole number of at least 0."
+ROUTES = "must be patterns, each with 'celery' or 'thread': {'report.*': 'celery'}."
 TRUST = "must be True, False, or the path of a file of CA certificates."
 
 ALLOWED = {
@@ -41,6 +43,11 @@ ALLOWED = {
     "mail_connections": COUNT,
     "mail_keepalive": KEEPALIVE,
     "mail_tls_verify": TRUST,
+    "routes": ROUTES,
+    "celery_timeout": SECONDS,
+    "celery_mail_retries": RETRIES,
+    "celery_mail_backoff": SECONDS,
+    "celery_mail_size": COUNT,
 }
 
 GOOD_FLAGS = [
@@ -88,6 +95,13 @@ GOOD: dict[str, list[tuple[object, object]]] = {
     ],
     SECONDS: [*GOOD_SECONDS],
     KEEPALIVE: [*GOOD_SECONDS, (0, 0.0), ("0", 0.0)],
+    RETRIES: [*GOOD_COUNTS, (0, 0), ("0", 0)],
+    ROUTES: [
+        ({}, ()),
+        ("", ()),
+        ({"a.*": "thread", "*": "celery"}, (("a.*", "thread"), ("*", "celery"))),
+        (' {"a.*": "thread", "*": "celery"}', (("a.*", "thread"), ("*", "celery"))),
+    ],
     TRUST: [*GOOD_FLAGS],
 }
 
@@ -102,6 +116,20 @@ BAD: dict[str, list[object]] = {
     NAMES: [None, 1, "a b", "a,,b", "[a", ["a-b"], [1], {"a": 1}],
     SECONDS: [*NO_NUMBERS, None, "none", 0, "0", math.inf, "inf", TOO_BIG],
     KEEPALIVE: [*NO_NUMBERS, None, "none", -0.1, math.inf, TOO_BIG],
+    RETRIES: [*NO_NUMBERS, None, 0.5, math.inf, TOO_BIG],
+    ROUTES: [
+        None,
+        1,
+        ["a"],
+        "celery",
+        "[]",
+        '{"a": 1}',
+        {"": "celery"},
+        {1: "celery"},
+        {"a": "rq"},
+        {"a": None},
+        {"a": ["celery"]},
+    ],
     TRUST: [None, 2, "", "maybe", "/no/such/file.pem", pathlib.Path("/"), []],
 }
 
@@ -127,6 +155,11 @@ def test_defaults() -> None:
         mail_connections=4,
         mail_keepalive=30.0,
         mail_tls_verify=True,
+        routes=(),
+        celery_timeout=2.0,
+        celery_mail_retries=20,
+        celery_mail_backoff=5.0,
+        celery_mail_size=1_048_576,
     )
 
 

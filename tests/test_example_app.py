@@ -7,6 +7,10 @@ import typing as t
 import urllib.parse
 
 import pytest
+from brokers import find_port
+from brokers import Worker
+from child_process import PATIENCE
+from conftest import wait_until
 from example import Example
 from example import fetch
 from mailbox_server import Mailbox
@@ -14,6 +18,8 @@ from mailbox_server import Mailbox
 if t.TYPE_CHECKING:
     import collections.abc as cabc
     import pathlib
+
+    from brokers import Broker
 
 # Seconds that the example's mail server takes for a mail, as its page says.
 DELAY = 0.3
@@ -191,3 +197,29 @@ def test_interrupt_ends_it(tmp_path: pathlib.Path) -> None:
     assert "Traceback" not in example.output
     assert "@" not in example.output
     assert os.listdir(tmp_path) == []
+
+
+def test_worker_of_the_example(broker: Broker, tmp_path: pathlib.Path) -> None:
+    """With a broker, a worker sends the mails and writes the audit of the example."""
+    pytest.importorskip("celery")
+    environ = {
+        "FLASK_BROKER": broker.url,
+        "FLASK_DATABASE": f"{tmp_path}/signup.sqlite",
+        "FLASK_MAIL_PORT": f"{find_port()}",
+    }
+
+    with Example(**environ) as example:
+        url = example.address()
+        answer = fetch(f"{url}/signup", {"address": "worker@example.org"})
+        assert answer.status == 303
+        # There is no worker yet.
+        assert fetch(f"{url}/inbox").audit == []
+
+        with Worker(tmp_path, "example_app:celery", "prefork", environ) as worker:
+            wait_until(lambda: len(fetch(f"{url}/inbox").audit) == 1, PATIENCE)
+            wait_until(
+                lambda: len(find_mails(url, "worker@example.org")) == 2, PATIENCE
+            )
+            assert "Task signup.audit[" in worker.output()
+
+    assert "WARNING in" not in example.output

@@ -21,6 +21,7 @@ CORES = ("executor.*", "mail.envelope", "mail.pool", "mail.smtp")
 
 # What imports these modules, and nothing else does.
 IMPORTERS = {
+    "celery": {"extension"},
     "debugtoolbar": set(),
     "extension": {"__init__"},
     "mail": {"extension"},
@@ -105,7 +106,8 @@ def own_name(imported: str) -> str:
     package, _, rest = imported.partition(".")
 
     if package != "flask_apitask":
-        return package
+        # Celery is not our module of the name.
+        return f"{package}!" if package in MODULES else package
 
     # The last part is a module, or a name in one.
     return rest if rest in MODULES else rest.rpartition(".")[0] or "__init__"

@@ -10,7 +10,7 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
     import concurrent.futures
 
-How = t.Literal["thread", "inline"]
+How = t.Literal["thread", "inline", "celery"]
 
 _logger = logging.getLogger("flask_apitask")
 

@@ -2,13 +2,20 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 import typing as t
+import weakref
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 T_co = t.TypeVar("T_co", covariant=True)
 F = t.TypeVar("F", bound="cabc.Callable[..., t.Any]")
+
+# The functions that task() has named, by their names, for as long as they live.
+_named: dict[str, list[weakref.ref[types.FunctionType]]] = {}
+# Each is called with a name and its functions, the newest last, which it may refuse.
+naming_checks: list[cabc.Callable[[str, list[types.FunctionType]], None]] = []
 
 
 class Task(t.Protocol[T_co]):
@@ -40,6 +47,8 @@ def task(name: str) -> cabc.Callable[[F], F]:
     :param name: Low-cardinality: ``"mailer.welcome"``, never with an id in it.
     :raises TypeError: The name is missing, as in a bare ``@task``, or what it is for
         can't be named.
+    :raises ValueError: Another function has this name, and :data:`APITASK_ROUTES`
+        sends it to Celery, which knows a task by its name alone.
     """
     if not (isinstance(name, str) and name.strip()):  # type: ignore[redundant-expr]
         raise TypeError(
@@ -62,9 +71,29 @@ def task(name: str) -> cabc.Callable[[F], F]:
                 " Name the function where it is defined, or a functools.partial of it."
             ) from None
 
+        if isinstance(fn, types.FunctionType):
+            function: types.FunctionType = fn
+            functions = [*find_named(name), function]
+
+            for check in naming_checks:
+                check(name, functions)
+
+            _named[name] = [weakref.ref(known) for known in functions]
+
         return fn
 
     return decorator
+
+
+def find_named(name: str) -> list[types.FunctionType]:
+    """Return the functions that a name was given to, the newest last."""
+    functions = [reference() for reference in _named.get(name, ())]
+    return [function for function in functions if function is not None]
+
+
+def all_names() -> list[str]:
+    """Return the names that were given so far."""
+    return list(_named)
 
 
 def make_callable(task: t.Any) -> t.Any:

@@ -5,8 +5,6 @@ import typing as t
 import weakref
 
 from ..api import find_holder
-from ..executor.task import task
-from ..on_success import run_on_success
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -34,12 +32,18 @@ class Outbox:
 
         if scope is None:
             announce()
+            return
+
+        # Not by run_on_success(): it is not sent, so it does not go to Celery either.
+        work = self._last.get(scope), announce
+        held = scope.hold(_tell_next, work, {}, for_success=True)
+
+        if held is None:
+            _tell_next(*work)
         else:
-            last = self._last.get(scope)
-            self._last[scope] = run_on_success(_tell_next, last, announce)
+            self._last[scope] = held
 
 
-@task("flask_mail.send")
 def _tell_next(
     last: concurrent.futures.Future[None] | None, announce: Announce
 ) -> None:
@@ -47,3 +51,7 @@ def _tell_next(
         concurrent.futures.wait([last])
 
     announce()
+
+
+# Not by task(), which would name a second function so.
+_tell_next.task_name = "flask_mail.send"  # type: ignore[attr-defined]

@@ -11,7 +11,6 @@ from flask import current_app
 from flask_mail import Message
 
 from ..exceptions import DeliveryError
-from ..executor.task import task
 from ..log import log_once
 from .patches import find_in_class
 from .patches import find_parts
@@ -186,7 +185,6 @@ def _send(
 
 # It has no exit_grace, unlike our own: Flask-Mail gives smtplib no timeout, so nothing
 # else bounds it.
-@task("flask_mail.send")
 def _replay(
     change: Change, connect: cabc.Callable[[], t.Any], calls: list[Call]
 ) -> None:
@@ -211,3 +209,7 @@ def _replay(
             reply=None if code is None else (code, getattr(error, "smtp_error", b"")),
             recipients=recipients,
         ) from None
+
+
+# Not by task(), which would name a second function so.
+_replay.task_name = "flask_mail.send"  # type: ignore[attr-defined]

@@ -108,7 +108,8 @@ class BackgroundConnection:
         # What is suppressed takes no time, and the outbox of a test is in order so.
         if not is_suppressed(self.mail):
             pool = find_pool(self._rerouted, self.mail)
-            self._block = MailBlock(self._rerouted, pool, deliver)
+            delivery = self._rerouted.find_handover() or deliver
+            self._block = MailBlock(self._rerouted, pool, delivery)
 
         return self
 

@@ -16,6 +16,7 @@ from ..config import refuse
 from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
 from ..on_success import run_on_success
+from ..runner import HandsOver
 from .announcing import Outbox
 from .pool import find_pool
 from .settings import read_settings
@@ -59,6 +60,8 @@ class ReroutedMail:
         # A pool lives while it is in use or has something idle. So nothing is left of
         # the settings of a tenant that sends no more.
         self._pools: Pools = weakref.WeakValueDictionary()
+        # Finds what hands the mail of Flask-Mail over to Celery, where it goes there.
+        self.find_handover: cabc.Callable[[], HandsOver | None] = lambda: None
 
     def pool(self, keys: cabc.Mapping[str, t.Any]) -> ConnectionPool:
         """Return the pool for what a library says of its mail server by now.
@@ -100,7 +103,7 @@ class MailBlock:
     In a scope they are collected, and delivered by one task at the end of the block;
     some megabytes are delivered before that, by one task after another, unless mail
     waits for the success of the request. Without a scope a message is delivered at
-    once.
+    once. Where mail goes to Celery, the task hands it over, with a scope or without.
 
     :param deliver: The task, which raises or returns what :func:`deliver` returns.
     :param ends: It ends for sure. Else nothing is collected: a task delivers each.
@@ -117,7 +120,8 @@ class MailBlock:
         self._pool = pool
         self._deliver = deliver
         # What each message goes over, without a scope.
-        self._connection = None if rerouted.find_scope() else pool.connection()
+        is_kept = rerouted.find_scope() or isinstance(deliver, HandsOver)
+        self._connection = None if is_kept else pool.connection()
         self._batch: Batch = collections.deque()
         self._size = 0
         self._limit = 0.0 if not ends else math.inf if rerouted.on_success else BATCH

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import typing as t
+
+from celery import states
+from celery.result import EagerResult
+from celery.utils import uuid
+
+from ..executor.task import find_named
+from ..executor.task import make_callable
+from ..executor.task import task_name
+from ..log import log_once
+from ..runner import call_observed
+from ..runner import HandsOver
+from .arguments import copy_arguments
+from .state import find_celery
+from .state import find_state
+from .worker import find_place
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    import celery.result
+    from flask import Flask
+
+    from ..executor.runner import How
+    from .state import CeleryState
+
+
+class Handover(HandsOver):
+    """A task that hands another one over to Celery, or does it if that is not possible.
+
+    :param fn: The function that :func:`.task` has named.
+    """
+
+    def __init__(self, state: CeleryState, fn: cabc.Callable[..., t.Any]) -> None:
+        self._state = state
+        self.task_name = task_name(fn)
+        self.__wrapped__ = fn
+
+    def hand_over(
+        self,
+        app: Flask,
+        how: How,
+        submitted: float,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+    ) -> celery.result.AsyncResult:
+        published = self._state.publish(app, self.task_name, args, kwargs, submitted)
+
+        if published is not None:
+            return published
+
+        result = call_observed(app, how, submitted, self.__wrapped__, args, kwargs)
+        return EagerResult(uuid(), result, states.SUCCESS, name=self.task_name)
+
+
+def route(task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]) -> t.Any:
+    """Return what to call in place of a task; for :data:`.routes.router`."""
+    found = None if isinstance(task, HandsOver) else find_state()
+
+    if found is None:
+        return task, args, kwargs
+
+    app, state = found
+    task = make_callable(task)
+    name = task_name(task)
+
+    if not state.takes(name):
+        return task, args, kwargs
+
+    # The same function may be defined anew, by a factory of apps for example.
+    if find_place(task) not in map(find_place, find_named(name)):
+        log_once(
+            app,
+            f"route_{name}",
+            "Task %r stays on threads, though APITASK_ROUTES sends that name to Celery:"
+            " a worker finds only functions to which @task('...') gives the name, as"
+            " the outermost decorator, and mail that Flask-Mail sends unchanged.",
+            name,
+        )
+        return task, args, kwargs
+
+    find_celery(app, name)
+    args, kwargs = copy_arguments(name, task, args, kwargs)
+    return Handover(state, task), args, kwargs

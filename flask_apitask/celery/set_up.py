@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import typing as t
+
+from .. import routes
+from .handover import route
+from .mail import MAIL
+from .mail import MailHandover
+from .state import CeleryState
+from .worker import bind_names
+
+if t.TYPE_CHECKING:
+    from flask import Flask
+
+    from ..config import Config
+
+
+def use_celery(app: Flask, config: Config) -> None:
+    """Give the routed tasks of an app their way.
+
+    :raises ValueError: Two functions have a name that is routed to Celery.
+    """
+    state = CeleryState(config)
+    bind_names(app, state.takes)
+    app.extensions["apitask_celery"] = state
+    routes.router = route
+
+    if "apitask_mail" in app.extensions and state.takes(MAIL):
+        app.extensions["apitask_mail"].find_handover = MailHandover(state).find

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import os
+import typing as t
+
+from .. import routes
+from ..context import find_app_context
+from ..context import find_request_context
+from ..context import is_in_task
+from ..log import log_once
+from .broker import Broker
+
+if t.TYPE_CHECKING:
+    import celery
+    import celery.result
+    from flask import Flask
+
+    from ..config import Config
+
+# The header by which an eager task knows when it was submitted.
+_SUBMITTED: t.Final = "apitask_submitted"
+_PICKLE: t.Final = {"pickle", "application/x-python-serialize"}
+
+
+class CeleryState:
+    """What ``app.extensions["apitask_celery"]`` holds. It does not refer to the app."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        # By process and Celery app. An entry is added in one step, and never changed.
+        self._brokers: dict[tuple[int, celery.Celery], Broker] = {}
+
+    def takes(self, name: str) -> bool:
+        """Tell whether tasks of this name go to Celery."""
+        return routes.find_route(self.config.routes, name) == "celery"
+
+    def publish(
+        self,
+        app: Flask,
+        name: str,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        submitted: float,
+        **options: t.Any,
+    ) -> celery.result.AsyncResult | None:
+        """Publish a task of an app; ``None`` if it has to be done here.
+
+        :param submitted: Seconds of this process's clock, so not for another one.
+        """
+        celery_app = find_celery(app, name)
+        task = celery_app.tasks[name]
+
+        if celery_app.conf.task_always_eager:
+            # As apply_async() does. But that sets a flag of the process meanwhile, and
+            # with it no view can get a result; two threads leave it set for ever.
+            headers = {_SUBMITTED: submitted}
+            return task.apply(args, kwargs, headers=headers, **options)
+
+        broker = self._find_broker(app, celery_app)
+        return broker.publish(app.logger, task, args, kwargs, **options)
+
+    def close(self) -> None:
+        """Close the connections to brokers that this process has, after a test say."""
+        for (pid, _), broker in self._brokers.items():
+            if pid == os.getpid():
+                broker.close()
+
+    def _find_broker(self, app: Flask, celery_app: celery.Celery) -> Broker:
+        key = os.getpid(), celery_app
+
+        if key not in self._brokers:
+            self._warn_once(app, celery_app.conf)
+            broker = Broker(celery_app, self.config.celery_timeout)
+            return self._brokers.setdefault(key, broker)
+
+        return self._brokers[key]
+
+    @staticmethod
+    def _warn_once(app: Flask, settings: t.Any) -> None:
+        """Say what does not go well with Celery's settings."""
+        if _PICKLE & set(settings.accept_content):
+            log_once(
+                app,
+                "pickle",
+                "The Celery app accepts pickle: whoever can write to its broker can run"
+                " code in its workers. Take it out of accept_content.",
+            )
+
+        if str(settings.result_backend).startswith("rpc") and not (
+            settings.task_ignore_result
+        ):
+            log_once(
+                app,
+                "rpc",
+                "Results by rpc:// reach the thread that publishes, which is not the"
+                " view's: AsyncResult.get() would wait for ever. Set result_backend to"
+                " a store, such as Redis, or task_ignore_result.",
+            )
+
+
+def find_submitted(task: celery.Task, started: float) -> float:
+    """Return when a called task was submitted: as it started, unless it is eager."""
+    headers = task.request.headers if task.request.is_eager else None
+    submitted: float = (headers or {}).get(_SUBMITTED, started)
+    return submitted
+
+
+def find_celery(app: Flask, name: str) -> celery.Celery:
+    """Return the Celery app of a Flask app.
+
+    :raises RuntimeError: It has none.
+    """
+    celery_app = app.extensions.get("celery")
+
+    if celery_app is None:
+        raise RuntimeError(
+            f"Task {name!r} is routed to Celery (APITASK_ROUTES), but the app"
+            f" {app.name!r} has no Celery app in app.extensions['celery']. Make one as"
+            " Flask's documentation does, with celery_init_app(app):"
+            " https://flask.palletsprojects.com/patterns/celery/"
+        )
+
+    return celery_app
+
+
+def find_state() -> tuple[Flask, CeleryState] | None:
+    """Return the current app and its routes, where a task may be handed over.
+
+    In a task, and so in a worker, everything is a plain call.
+    """
+    context = find_app_context()
+
+    if context is None or "apitask_celery" not in context.app.extensions:
+        return None
+
+    request_context = find_request_context()
+
+    if is_in_task(request_context and request_context.request):
+        return None
+
+    return context.app, context.app.extensions["apitask_celery"]

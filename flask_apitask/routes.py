@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import fnmatch
+import functools
+import typing as t
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    from .config import Routes
+
+    Work: t.TypeAlias = "tuple[t.Any, tuple[t.Any, ...], dict[str, t.Any]]"
+
+# What finds the way of a task; set once an app of the process has a route to Celery, so
+# that the others don't pay for it.
+router: cabc.Callable[[t.Any, tuple[t.Any, ...], dict[str, t.Any]], Work] | None = None
+
+
+@functools.lru_cache(maxsize=1024)
+def find_route(routes: Routes, name: str) -> str:
+    """Return where tasks of a name run: what the first pattern says that it matches."""
+    for pattern, route in routes:
+        if fnmatch.fnmatchcase(name, pattern):
+            return route
+
+    return "thread"

@@ -1,0 +1,358 @@
+"""Handing over to real brokers, which die, hang, refuse and come back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+import typing as t
+
+import pytest
+from conftest import wait_until
+
+from flask_apitask import run
+from flask_apitask import task_finished
+
+pytest.importorskip("celery")
+pytest.importorskip("redis")
+
+from celery.result import AsyncResult
+from celery.result import EagerResult
+from celery_app import double
+from celery_app import fail
+from redis import Redis
+
+import flask_apitask.celery.broker as broker_module
+
+if t.TYPE_CHECKING:
+    from brokers import Broker
+    from celery_app import Celeries
+    from flask import Flask
+
+# Seconds after which a broker that is silent counts as down, in these tests.
+TIMEOUT = 1.0
+PATIENCE = 10.0
+
+
+def hand_over(app: Flask, number: int = 4) -> tuple[t.Any, float]:
+    """Hand one task over; return its result, and how long it took."""
+    began = time.monotonic()
+
+    with app.test_request_context():
+        result: t.Any = run(double, number).result(PATIENCE)
+
+    return result, time.monotonic() - began
+
+
+def find_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what was said of the broker."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno >= logging.INFO and "broker of Celery" in record.getMessage()
+    ]
+
+
+def find_task(app: Flask, number: str) -> dict[str, t.Any]:
+    """Take messages from the queue up to the one with an id, and return its headers."""
+    with app.extensions["celery"].connection_for_read() as connection:
+        queue = connection.SimpleQueue("celery")
+
+        while True:
+            message = queue.get(timeout=PATIENCE)
+            message.ack()
+
+            if message.headers["id"] == number:
+                assert message.content_type == "application/json"
+                queue.close()
+                return {**message.headers, "payload": message.payload}
+
+
+def test_published_task(celeries: Celeries, broker: Broker) -> None:
+    """What is in the queue when a request ends is the task, by its name, in JSON."""
+    app = celeries.make(broker.url)
+    result, _ = hand_over(app)
+    assert type(result).__mro__[1] is AsyncResult
+    headers = find_task(app, result.id)
+    assert (headers["task"], headers["id"]) == ("report.double", result.id)
+    assert headers["payload"][:2] == [[4], {}]
+    assert headers["ignore_result"] is False
+
+
+def test_connections_are_kept_and_bounded(celeries: Celeries, redis: Broker) -> None:
+    """Ten tasks at once use the connections that Celery's key allows, again."""
+    app = celeries.make(redis.url, CELERY={"broker_pool_limit": 2})
+
+    with Redis(port=redis.port) as client:
+        before = client.info("stats")["total_connections_received"]
+
+        for _ in range(2):
+            with app.test_request_context():
+                futures: list[t.Any] = [run(double, number) for number in range(10)]
+                results = [future.result(PATIENCE) for future in futures]
+
+            assert not any(isinstance(result, EagerResult) for result in results)
+
+        connections = client.info("stats")["total_connections_received"] - before
+
+    # Kombu opens one more for each of the two.
+    assert 0 < connections <= 2 * 2
+
+
+def test_broker_that_is_killed(
+    celeries: Celeries,
+    broker: Broker,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A task of an outage runs here, with one WARNING, and without a restart after."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.5)
+    keys = [{"task_ignore_result": ignored} for ignored in (False, True)]
+    apps = [
+        celeries.make(broker.url, CELERY=celery, APITASK_CELERY_TIMEOUT=TIMEOUT)
+        for celery in keys
+    ]
+    idle = celeries.make(broker.url)
+
+    for app in (*apps, idle):
+        hand_over(app)
+
+    broker.kill()
+
+    try:
+        for app in apps * 5:
+            result, seconds = hand_over(app)
+            assert isinstance(result, EagerResult)
+            assert result.get() == 8
+            assert seconds < TIMEOUT + 0.5
+    finally:
+        broker.start()
+
+    # Its kept connections are dead, which is no outage.
+    result, _ = hand_over(idle)
+    assert not isinstance(result, EagerResult)
+    assert find_task(idle, result.id)["task"] == "report.double"
+    until = time.monotonic() + PATIENCE
+
+    for app in apps:
+        while isinstance(hand_over(app)[0], EagerResult):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    # Of two apps; the third one had no outage.
+    cause = f"The broker of Celery did not confirm a task within {TIMEOUT} s"
+    down, back = find_warnings(caplog)[:2], find_warnings(caplog)[2:]
+    assert [text.startswith(cause) for text in down] == [True, True]
+    assert back == ["The broker of Celery is back."] * 2
+
+
+@pytest.mark.parametrize("connection", ["kept", "new"])
+def test_broker_that_hangs(
+    celeries: Celeries,
+    broker: Broker,
+    connection: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A silent broker holds one task for the timeout, and the next ones not at all."""
+    app = celeries.make(broker.url, APITASK_CELERY_TIMEOUT=TIMEOUT)
+
+    if connection == "kept":
+        hand_over(app)
+
+    broker.signal(signal.SIGSTOP)
+
+    try:
+        first, first_seconds = hand_over(app)
+        second, second_seconds = hand_over(app)
+    finally:
+        broker.signal(signal.SIGCONT)
+
+    assert [first.get(), second.get()] == [8, 8]
+    assert TIMEOUT / 4 < first_seconds < TIMEOUT + 0.5
+    assert second_seconds < TIMEOUT / 4
+    assert len(find_warnings(caplog)) == 1
+
+
+def test_confirmation_that_is_lost(celeries: Celeries, redis: Broker) -> None:
+    """A task that came through without a confirmation is done here as well."""
+    app = celeries.make(redis.url, APITASK_CELERY_TIMEOUT=TIMEOUT)
+
+    with Redis(port=redis.port) as client:
+        client.delete("celery")
+        hand_over(app)
+        assert client.llen("celery") == 1
+        redis.signal(signal.SIGSTOP)
+
+        try:
+            result, _ = hand_over(app)
+        finally:
+            redis.signal(signal.SIGCONT)
+
+        assert result.get() == 8
+        # It was in the socket, and Redis reads on where it was stopped.
+        wait_until(lambda: client.llen("celery") == 2)
+
+
+def test_broker_that_is_full(
+    celeries: Celeries, redis: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A broker that refuses what it is given is none for now."""
+    app = celeries.make(redis.url)
+
+    with Redis(port=redis.port) as client:
+        client.config_set("maxmemory", 1)
+
+        try:
+            result, _ = hand_over(app)
+        finally:
+            client.config_set("maxmemory", 0)
+
+    assert result.get() == 8
+    assert len(find_warnings(caplog)) == 1
+
+
+def test_queue_that_is_full(
+    celeries: Celeries, rabbitmq: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RabbitMQ says no by its confirmation, which is heard."""
+    arguments = {"x-max-length": 0, "x-overflow": "reject-publish"}
+    queues = {"full": {"queue_arguments": arguments}}
+    routing = {"task_queues": queues, "task_default_queue": "full"}
+    app = celeries.make(rabbitmq.url, CELERY=routing)
+    result, _ = hand_over(app)
+    assert result.get() == 8
+    assert len(find_warnings(caplog)) == 1
+
+
+def test_many_threads_of_an_outage(
+    celeries: Celeries, broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Requests that meet an outage together write one WARNING."""
+    app = celeries.make(broker.url, APITASK_CELERY_TIMEOUT=TIMEOUT)
+    broker.signal(signal.SIGSTOP)
+
+    try:
+        began = time.monotonic()
+
+        with app.test_request_context():
+            futures = [run(double, number) for number in range(8)]
+            values: list[t.Any] = [future.result(PATIENCE) for future in futures]
+
+        assert time.monotonic() - began < TIMEOUT + 0.5
+    finally:
+        broker.signal(signal.SIGCONT)
+
+    assert [value.get() for value in values] == [2 * number for number in range(8)]
+    assert len(find_warnings(caplog)) == 1
+
+
+def test_one_looks_for_the_others(
+    celeries: Celeries,
+    redis: Broker,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While one task tries a broker that is down, the others do without it."""
+    monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
+    app = celeries.make(redis.url, APITASK_CELERY_TIMEOUT=TIMEOUT)
+    redis.signal(signal.SIGSTOP)
+
+    try:
+        hand_over(app)
+        looks = threading.Thread(target=hand_over, args=[app])
+        looks.start()
+        time.sleep(TIMEOUT / 10)
+        result, seconds = hand_over(app)
+        looks.join(PATIENCE)
+    finally:
+        redis.signal(signal.SIGCONT)
+
+    assert result.get() == 8
+    assert seconds < TIMEOUT / 4
+    assert len(find_warnings(caplog)) == 1
+
+
+def test_task_that_fails_here(
+    celeries: Celeries, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task of an outage that fails is one ERROR, and its future raises it."""
+    app = celeries.make("redis://127.0.0.1:1/0")
+    hows: list[str] = []
+
+    def receive(app: Flask, how: str, **extra: object) -> None:
+        hows.append(how)
+
+    with app.test_request_context(), task_finished.connected_to(receive):
+        future = run(fail, "no")
+
+        with pytest.raises(LookupError, match="no"):
+            future.result(PATIENCE)
+
+    assert hows == ["thread"]
+    (record,) = [r for r in caplog.records if r.levelname == "ERROR"]
+    assert record.getMessage().startswith("Task 'report.fail' of GET ")
+    assert record.funcName == "fail"
+
+
+def test_broker_url_is_not_logged(
+    celeries: Celeries, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What may hold a password is not in the WARNING."""
+    app = celeries.make("redis://:hunter2@127.0.0.1:1/0")
+    hand_over(app)
+    assert len(find_warnings(caplog)) == 1
+    assert "hunter2" not in caplog.text
+
+
+def test_pickle_is_warned_of(
+    celeries: Celeries, redis: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A Celery app that accepts pickle lets its broker run code: one WARNING."""
+    app = celeries.make(redis.url, CELERY={"accept_content": ["json", "pickle"]})
+
+    for _ in range(2):
+        hand_over(app)
+
+    warned = [r.getMessage() for r in caplog.records if "accepts pickle" in r.message]
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_results_by_rpc_are_warned_of(
+    celeries: Celeries,
+    rabbitmq: Broker,
+    caplog: pytest.LogCaptureFixture,
+    ignored: bool,
+) -> None:
+    """Results that no view could get are one WARNING, unless nobody wants them."""
+    backend = {"result_backend": "rpc://", "task_ignore_result": ignored}
+    app = celeries.make(rabbitmq.url, CELERY=backend)
+
+    for _ in range(2):
+        hand_over(app)
+
+    warned = [r.getMessage() for r in caplog.records if "rpc://" in r.message]
+    assert len(warned) == (0 if ignored else 1)
+
+
+def test_fork_after_use(celeries: Celeries, broker: Broker) -> None:
+    """A child has connections of its own, and those of its parent still work."""
+    app = celeries.make(broker.url)
+    first, _ = hand_over(app)
+    pid = os.fork()
+
+    if pid == 0:
+        # Whatever happens, the child is not to go on with the tests.
+        try:
+            result, _ = hand_over(app)
+            app.extensions["apitask_celery"].close()
+            os._exit(int(isinstance(result, EagerResult)))
+        finally:
+            os._exit(2)
+
+    assert os.waitpid(pid, 0)[1] == 0
+    second, _ = hand_over(app)
+    assert find_task(app, first.id)["id"] != find_task(app, second.id)["id"]

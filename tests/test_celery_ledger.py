@@ -1,0 +1,167 @@
+"""Every mail of a load, while the broker, the worker or both are killed."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import re
+import secrets
+import time
+import typing as t
+
+import ledger
+import pytest
+from ledger import Load
+from ledger_mail import MailServer
+from ledger_mail import reserve_port
+from ledger_report import Report
+from wsgi_servers import serve
+
+pytest.importorskip("celery")
+pytest.importorskip("redis")
+
+from brokers import Worker
+
+if t.TYPE_CHECKING:
+    import pathlib
+
+    from brokers import Broker
+    from brokers import Program
+
+pytestmark = pytest.mark.servers
+
+# Requests of two mails each, in the ways to be killed together.
+REQUESTS: t.Final = int(os.environ.get("APITASK_LEDGER_REQUESTS", "60"))
+CLIENTS: t.Final = 2
+# Seconds that the mail server takes for a message.
+DELAY: t.Final = 0.01
+# Seconds without any mail after which no more will come. They are more than it takes
+# Redis to give out anew what a killed worker had.
+PATIENCE: t.Final = 6.0
+# Seconds without the killed ones.
+OUTAGE: t.Final = 0.2
+# An hour by default. The other two look for such messages each second.
+REDIS: t.Final = {
+    "visibility_timeout": 3,
+    "unacked_restore_interval": 1,
+    "unacked_restore_throttle": 1,
+}
+REPORT: t.Final = Report(
+    "celery-ledger",
+    labels={"broker": "broker"},
+    numbers={
+        "requests": "requests",
+        "acknowledged": "acknowledged",
+        "delivered": "mails delivered",
+        "lost": "**acknowledged, not delivered, no ERROR**",
+        "errors": "ERRORs",
+        "doubled": "**delivered twice**",
+    },
+)
+
+
+class Kill(enum.Enum):
+    """What is killed with SIGKILL, and started again."""
+
+    BROKER = "the broker"
+    WORKER = "the worker"
+    BOTH = "both"
+
+
+def kill(what: Kill, broker: Broker, worker: Worker) -> None:
+    """Kill, wait a moment, and start again."""
+    programs: list[Program] = []
+
+    if what is not Kill.WORKER:
+        programs.append(broker)
+
+    if what is not Kill.BROKER:
+        programs.append(worker)
+
+    for program in programs:
+        program.kill()
+
+    time.sleep(OUTAGE)
+
+    for program in programs:
+        program.start()
+
+
+def test_celery_ledger(broker: Broker, tmp_path: pathlib.Path) -> None:
+    """Each mail of an acknowledged request arrives, or there is an ERROR."""
+    key = secrets.token_hex()
+    begun = tmp_path / "begun"
+    celery: dict[str, t.Any] = {
+        "broker_url": broker.url,
+        "broker_connection_retry_on_startup": True,
+        "task_default_queue": key,
+        "worker_prefetch_multiplier": 1,
+    }
+
+    is_redis = broker.package == "redis-server"
+
+    if is_redis:
+        celery["broker_transport_options"] = REDIS
+
+    with reserve_port() as port, MailServer(port, delay=DELAY) as mail_server:
+        environ = ledger.app_environ(
+            key=key, begun=begun, mail_port=port, mail="celery"
+        ) | {"FLASK_CELERY": json.dumps(celery)}
+
+        with (
+            Worker(tmp_path, "ledger_app:celery_app", "prefork", environ) as worker,
+            serve("gunicorn-gthread", "ledger_app:app", env=environ) as server,
+        ):
+            with Load(port=server.port, key=key, clients=CLIENTS) as load:
+                for what in Kill:
+                    load.wait_for_more(REQUESTS // (len(Kill) + 1))
+                    kill(what, broker, worker)
+
+                load.wait_for_more(REQUESTS // (len(Kill) + 1))
+
+            acknowledged = load.of(ledger.Outcome.ACKNOWLEDGED)
+            promised = {
+                ledger.message_id(number, copy)
+                for number in acknowledged
+                for copy in range(ledger.COPIES)
+            }
+            failed: set[str] = set()
+            last_count, last_at = -1, time.monotonic()
+
+            while promised - mail_server.delivered.keys() - failed:
+                if last_count != mail_server.delivered.total():
+                    last_count, last_at = (
+                        mail_server.delivered.total(),
+                        time.monotonic(),
+                    )
+                elif time.monotonic() > last_at + PATIENCE:
+                    break
+
+                time.sleep(0.1)
+                output = server.output() + worker.output()
+                named = set(re.findall(r"Message-ID: (<[^<>]+>)", output))
+                failed = named & promised
+
+            output = server.output()
+
+    sums = ledger.balance(load, ledger.read_begun(begun), mail_server)
+    lost = promised - mail_server.delivered.keys() - failed
+    REPORT.add(
+        {
+            "broker": broker.package.removesuffix("-server"),
+            "requests": sums.requests,
+            "acknowledged": sums.acknowledged,
+            "delivered": sums.delivered,
+            "lost": len(lost),
+            "errors": len(failed),
+            "doubled": sums.doubled,
+        }
+    )
+    # Celery takes a message off Redis, and then notes in Redis that it has it. One that
+    # is on its way between the two is lost with either of them.
+    assert len(lost) <= (len(Kill) if is_redis else 0), lost
+    # The web process was never ended, and had a broker at last.
+    assert output.count("The broker of Celery did not confirm") >= 1
+    assert sums.acknowledged == sums.requests
+    assert sums.acknowledged >= REQUESTS // (len(Kill) + 1) * (len(Kill) + 1)

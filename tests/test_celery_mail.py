@@ -1,0 +1,140 @@
+"""What a worker does with a mail that can't be sent, called as Celery calls it."""
+
+from __future__ import annotations
+
+import base64
+import typing as t
+
+import pytest
+from smtp_servers import Certificates
+from smtp_servers import Fault
+from smtp_servers import ScriptedServer
+from smtp_servers import Stage
+
+from flask_apitask import DeliveryError
+
+pytest.importorskip("celery")
+
+from celery.exceptions import Reject
+
+if t.TYPE_CHECKING:
+    import pathlib
+
+    from celery_app import Celeries
+    from flask import Flask
+
+NO_BROKER = "redis://127.0.0.1:1/0"
+CONTENT = b"Message-ID: <1@celery.example>\n\nHello.\n"
+
+
+def work(app: Flask, *recipients: str, sender: str = "app@celery.example") -> None:
+    """Do what a worker does with a mail."""
+    task = app.extensions["celery"].tasks["flask_mail.send"]
+    task.push_request(id="1", retries=0, is_eager=False, called_directly=False)
+
+    try:
+        task.run(
+            sender=sender,
+            recipients=list(recipients),
+            content=base64.b64encode(CONTENT).decode(),
+            message_id="<1@celery.example>",
+            mail_options=[],
+            rcpt_options=[],
+        )
+    finally:
+        task.pop_request()
+
+
+def find_errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the ERRORs of mail."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelname == "ERROR" and "flask_mail.send" in record.getMessage()
+    ]
+
+
+def test_retry_without_a_broker(
+    celeries: Celeries, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mail that can't be published anew stays with the broker that it came from."""
+    with ScriptedServer() as server:
+        app = celeries.make(NO_BROKER, MAIL_PORT=server.port)
+        server.fail(Stage.DATA, Fault.TEMPORARY)
+
+        with pytest.raises(Reject) as caught:
+            work(app, "ada@example.com")
+
+        app.extensions.pop("apitask_mail")
+
+    assert caught.value.requeue
+    assert not find_errors(caplog)
+
+
+def test_retry_for_some_without_a_broker(
+    celeries: Celeries, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that some recipients have is not given out again to all: it is an ERROR."""
+    with ScriptedServer() as server:
+        app = celeries.make(NO_BROKER, MAIL_PORT=server.port)
+        server.fail(Stage.RCPT, None, Fault.TEMPORARY)
+
+        with pytest.raises(DeliveryError) as caught:
+            work(app, "ada@example.com", "bob@example.com")
+
+        app.extensions.pop("apitask_mail")
+
+    assert caught.value.recipients.keys() == {"bob@example.com"}
+    assert len(find_errors(caplog)) == 1
+
+
+def test_certificate_that_is_refused(
+    celeries: Celeries, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that is not the right one is not tried again."""
+    certificate = Certificates(tmp_path).context("localhost")
+
+    with ScriptedServer(tls=certificate) as server:
+        app = celeries.make(NO_BROKER, MAIL_PORT=server.port, MAIL_USE_TLS=True)
+
+        with pytest.raises(DeliveryError, match="could not be verified"):
+            work(app, "ada@example.com")
+
+    assert len(find_errors(caplog)) == 1
+
+
+def test_mail_that_is_no_mail(
+    celeries: Celeries, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was published by others, and is no mail, is an ERROR."""
+    app = celeries.make(NO_BROKER)
+
+    with pytest.raises(ValueError, match="has a line break"):
+        work(app, "ada@example.com", sender="app@celery.example\r\nDATA")
+
+    assert len(find_errors(caplog)) == 1
+
+
+def test_worker_that_suppresses_mail(celeries: Celeries) -> None:
+    """A worker that is told to send nothing sends nothing."""
+    app = celeries.make(NO_BROKER, MAIL_SUPPRESS_SEND=True, MAIL_PORT=1)
+    work(app, "ada@example.com")
+
+
+def test_mail_in_eager_mode(
+    celeries: Celeries, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With ``task_always_eager``, a mail is sent at once, and is not tried again."""
+    eager = {"task_always_eager": True}
+
+    with ScriptedServer() as server:
+        app = celeries.make(NO_BROKER, CELERY=eager, MAIL_PORT=server.port)
+        server.fail(Stage.DATA, None, Fault.TEMPORARY)
+
+        for _ in range(2):
+            assert app.test_client().post("/mail/ada").text == "sent"
+
+        app.extensions.pop("apitask_mail")
+        assert len(server.taken) == 1
+
+    assert len(find_errors(caplog)) == 1
