@@ -11,6 +11,7 @@ version = release = importlib.metadata.version("flask-apitask")
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx_copybutton",
 ]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -35,8 +36,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(asyncio|celery|concurrent|flask|fnmatch|logging|math|smtplib|sqlalchemy)\..*"
-        r"|(threading|time)\..*",
+        r"(asyncio|celery|concurrent|flask|fnmatch|io|logging|math)\..*"
+        r"|(smtplib|sqlalchemy|threading|time)\..*",
     ),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.
@@ -47,4 +48,9 @@ nitpick_ignore_regex = [
 ]
 
 html_theme = "furo"
-html_title = project
+html_title = f"{project} {version}"
+html_static_path = ["static"]
+html_css_files = ["tables.css"]
+# What is copied from a console is what was typed.
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True

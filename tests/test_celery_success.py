@@ -217,7 +217,7 @@ def test_mail_of_flask_mailman(
 
 
 def test_flask_mail_is_not_imported_for_flask_mailman() -> None:
-    """A route for mail does not bring Flask-Mail, which changes how text is encoded."""
+    """A route for mail brings no Flask-Mail, which changes how mail is encoded."""
     pytest.importorskip("flask_mailman")
     code = (
         "import sys, flask_mailman\n"

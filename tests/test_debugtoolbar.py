@@ -54,7 +54,7 @@ pytestmark = pytest.mark.skipif(
 
 in_browser = pytest.mark.skipif(
     chromium.DRIVER is None and os.environ.get("APITASK_REQUIRE_SERVICES") != "1",
-    reason="chromedriver is not installed",
+    reason="chromedriver is not installed (Debian: chromium-driver)",
 )
 
 ROOT = "document.documentElement"

@@ -15,7 +15,7 @@ if t.TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(
     chromium.DRIVER is None and os.environ.get("APITASK_REQUIRE_SERVICES") != "1",
-    reason="chromedriver is not installed",
+    reason="chromedriver is not installed (Debian: chromium-driver)",
 )
 
 

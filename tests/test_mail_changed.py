@@ -662,3 +662,22 @@ with app.test_request_context():
             assert child.wait() == 0
 
     assert "past their deadline with it: 'flask_mail.send'" in child.output
+
+
+def test_the_class_of_messages_may_be_mocked_too() -> None:
+    """A test of a view mocks both, and looks at what was sent to."""
+    app = Flask(__name__)
+    app.config.update(MAIL_DEFAULT_SENDER="a@x.org", APITASK_MAIL_BACKGROUND=True)
+    mail = Mail(app)
+    ApiTask(app)
+
+    @app.get("/")
+    def index() -> str:
+        mail.send(flask_mail.Message("hi", recipients=["b@x.org"]))
+        return "ok"
+
+    with mock.patch("flask_mail.Message") as message:
+        with mock.patch("flask_mail.Mail.send") as send:
+            assert app.test_client().get("/").text == "ok"
+
+    send.assert_called_once_with(message.return_value)

@@ -139,6 +139,8 @@ def test_call_before_the_transaction(sites: list[Site]) -> None:
     def view() -> None:
         site.session.commit()
         site.futures.append(run_on_commit(site.session, site.note, "early"))
+        # There is nothing to roll back yet.
+        site.session.rollback()
         site.session.add(Account(name="ada"))
         site.session.commit()
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import pathlib
 import re
 
@@ -46,8 +47,12 @@ def test_hidden_code_is_hidden_everywhere() -> None:
 
 def test_readme_is_rendered_on_a_package_index() -> None:
     """The index's own renderer has nothing to say of it, and leaves no markup."""
-    markdown = pytest.importorskip("readme_renderer.markdown")
-    pytest.importorskip("comrak")
+    if os.environ.get("APITASK_REQUIRE_SERVICES") != "1":
+        pytest.importorskip("comrak")
+        pytest.importorskip("readme_renderer")
+
+    from readme_renderer import markdown
+
     warnings = io.StringIO()
     page = markdown.render(README.read_text("utf-8"), stream=warnings)
     assert page is not None

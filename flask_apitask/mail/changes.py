@@ -8,6 +8,7 @@ import typing as t
 
 import flask_mail
 from flask import current_app
+from flask_mail import Message
 
 from ..exceptions import DeliveryError
 from ..log import log_once
@@ -164,8 +165,8 @@ class RecordedConnection:
 
 
 def _freeze(value: t.Any) -> t.Any:
-    """Take a message as it is now."""
-    return snapshot(value) if isinstance(value, flask_mail.Message) else value
+    """Take a message as it is now. A mock in the place of its class has none."""
+    return snapshot(value) if isinstance(value, Message) else value
 
 
 def _send(

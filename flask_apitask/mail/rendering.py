@@ -7,6 +7,8 @@ import re
 import typing as t
 
 import flask_mail
+from flask_mail import Attachment
+from flask_mail import Message
 
 from .envelope import Envelope
 
@@ -96,7 +98,7 @@ def _header_texts(
 
 def _clean(value: t.Any) -> t.Any:
     """Copy a message, or a part of it, without separators in what goes into headers."""
-    if isinstance(value, flask_mail.Message | flask_mail.Attachment):
+    if isinstance(value, Message | Attachment):
         clean = copy.copy(value)
         texts = vars(value).keys() - {"body", "alts", "data"}
         vars(clean).update((name, _clean(getattr(value, name))) for name in texts)
