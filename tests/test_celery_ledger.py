@@ -144,6 +144,8 @@ def test_celery_ledger(broker: Broker, tmp_path: pathlib.Path) -> None:
                 failed = named & promised
 
             output = server.output()
+            # To end by itself takes it seconds, and there is nothing left to do.
+            worker.kill()
 
     sums = ledger.balance(load, ledger.read_begun(begun), mail_server)
     lost = promised - mail_server.delivered.keys() - failed
