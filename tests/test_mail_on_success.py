@@ -193,6 +193,20 @@ def test_mail_of_a_task_that_was_put_off(inbox: Mailbox) -> None:
     assert seen == [["1"]]
 
 
+def test_suppressed_mail_of_a_task_that_was_put_off() -> None:
+    """Such a task tells of its mail at once, whatever waits for its own thread."""
+    site = Site(None, APITASK_MAX_WORKERS=1, APITASK_TIMEOUT=5.0)
+
+    def view() -> None:
+        run_on_success(site.mail.send, site.message(1))
+        site.mail.send(site.message(2))
+
+    with site.mail.record_messages() as outbox:
+        site.get(view)
+
+    assert [message.subject for message in outbox] == ["1", "2"]
+
+
 @pytest.mark.parametrize("status", [200, 404])
 def test_changed_flask_mail(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     """What somebody has put in Flask-Mail's place waits as well."""

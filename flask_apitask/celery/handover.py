@@ -35,7 +35,7 @@ class Handover(HandsOver):
 
     def __init__(self, state: CeleryState, fn: cabc.Callable[..., t.Any]) -> None:
         self._state = state
-        self.task_name = task_name(fn)
+        self.task_name: str = task_name(fn)
         self.__wrapped__ = fn
 
     def hand_over(

@@ -28,18 +28,15 @@ class Outbox:
         ] = weakref.WeakKeyDictionary()
 
     def tell(self, announce: Announce) -> None:
-        scope = find_holder() if self._on_success else None
+        scope, held = find_holder() if self._on_success else None, None
 
-        if scope is None:
+        if scope is not None:
+            # Not by run_on_success(): it is not sent, so it does not go to Celery.
+            work = self._last.get(scope), announce
+            held = scope.hold(_tell_next, work, {}, for_success=True)
+
+        if scope is None or held is None:
             announce()
-            return
-
-        # Not by run_on_success(): it is not sent, so it does not go to Celery either.
-        work = self._last.get(scope), announce
-        held = scope.hold(_tell_next, work, {}, for_success=True)
-
-        if held is None:
-            _tell_next(*work)
         else:
             self._last[scope] = held
 
