@@ -454,3 +454,26 @@ def test_thousand_tasks_of_a_request(
     assert (len(references), alive) == (1000, 0)
     # Those of the pool, and one more for the request that waits.
     assert len(threads) <= 4
+
+
+def test_interrupt_does_not_lose_the_report() -> None:
+    """A Ctrl-C while other threads are started leaves what was cancelled to be told."""
+
+    class Interrupted(ThreadPool):
+        def replace_abandoned(self) -> None:
+            raise KeyboardInterrupt
+
+    reporting, gate = Reporting(), Gate()
+    scope = make_scope(1, Interrupted(1), timeout=0.01, runner=reporting)
+    scope.submit(gate)
+    scope.submit(str)
+    assert gate.begun.wait(PATIENCE)
+
+    with pytest.raises(KeyboardInterrupt):
+        scope.end()
+
+    (report,) = reporting.reports
+    assert report.cancelled == ["builtins.str"]
+    assert [name for name, _ in report.running] == ["scopes.Gate"]
+    gate.opened.set()
+    wait_until(lambda: not scope._running)

@@ -64,7 +64,9 @@ def abandon(pool: ThreadPool, scope: Calling, grace: float = 0.0) -> int:
     overdue = [
         OverdueTask("stuck", "", thread.ident or 0, grace) for thread in scope.threads
     ]
-    return pool.abandon(t.cast("t.Any", scope), overdue)
+    abandoned = pool.abandon(t.cast("t.Any", scope), overdue)
+    pool.replace_abandoned()
+    return abandoned
 
 
 def close(pool: ThreadPool) -> None:

@@ -123,9 +123,7 @@ class ThreadPool:
         return count
 
     def abandon(self, scope: TaskQueue, overdue: list[OverdueTask]) -> int:
-        """Let other threads take the place of those that a scope's tasks hold.
-
-        Each counts again as soon as its task is done.
+        """Don't count the threads that a scope's tasks hold, until these are done.
 
         :return: How many threads are abandoned now, by any scope.
         """
@@ -138,8 +136,10 @@ class ThreadPool:
                     self._abandoned[worker] = tasks[worker.ident]
 
             self._settled.notify_all()
-            abandoned = len(self._abandoned)
+            return len(self._abandoned)
 
+    def replace_abandoned(self) -> None:
+        """Let other threads take the place of those that were abandoned."""
         while True:
             with self._lock:
                 # It looks for a scope when it comes. Until then, a thread that begins
@@ -147,7 +147,7 @@ class ThreadPool:
                 other = self._find_worker() if self._waiting else None
 
             if other is None or not self._wake(other):
-                return abandoned
+                return
 
     def close(self, started: float) -> None:
         """Refuse further requests and wait for the busy threads, as the process exits.

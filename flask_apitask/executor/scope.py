@@ -167,9 +167,14 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
         overdue = find_overdue(running, timeout)
         abandoned = self._pool.abandon(self, overdue)
 
-        if cancelled or overdue:
-            stacks = [(task.name, task.stack) for task in overdue]
-            self._runner.report(TimeoutReport(timeout, cancelled, stacks, abandoned))
+        try:
+            self._pool.replace_abandoned()
+        finally:
+            # Whoever is interrupted and ends it again finds nothing to report.
+            if cancelled or overdue:
+                stacks = [(task.name, task.stack) for task in overdue]
+                report = TimeoutReport(timeout, cancelled, stacks, abandoned)
+                self._runner.report(report)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
