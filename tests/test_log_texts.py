@@ -3,8 +3,14 @@ from __future__ import annotations
 import ast
 import pathlib
 import re
+import threading
 
 import pytest
+from conftest import PATIENCE
+from flask import Flask
+
+from flask_apitask import ApiTask
+from flask_apitask import run
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What formats a value: of the % operator, and of str.format(). That of an f-string is
@@ -122,3 +128,29 @@ def test_all_records_are_listed() -> None:
                         missing.append(text)
 
     assert missing == []
+
+
+def test_attributes_are_listed(caplog: pytest.LogCaptureFixture) -> None:
+    """The attributes of records about tasks stand in the page about monitoring."""
+    page = ROOT.joinpath("docs", "monitoring.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(apitask_\w+)` \|", page, re.M)
+    app = Flask(__name__)
+    app.config.update(APITASK_TIMEOUT=0.01, APITASK_MAX_WORKERS=1)
+    ApiTask(app)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE)
+
+    @app.get("/")
+    def index() -> str:
+        run(hold)
+        assert begun.wait(PATIENCE)
+        run(str)
+        return ""
+
+    assert app.test_client().get("/").status_code == 200
+    go_on.set()
+    found = {name for record in caplog.records for name in vars(record)}
+    assert {name for name in found if name.startswith("apitask_")} == set(listed)
