@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import abc
 import contextvars
 import logging
 import threading
@@ -83,6 +84,7 @@ class PlainRunner(Runner):
 class HandsOver:
     """A task that has another one done elsewhere, and so is not to be observed."""
 
+    @abc.abstractmethod
     def hand_over(
         self,
         app: Flask,
@@ -92,7 +94,6 @@ class HandsOver:
         kwargs: dict[str, t.Any],
     ) -> t.Any:
         """Do it; the parameters are those of :func:`call_observed`."""
-        raise NotImplementedError
 
     def __call__(self, *args: t.Any, **kwargs: t.Any) -> t.Any:
         app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
