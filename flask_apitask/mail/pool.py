@@ -180,7 +180,9 @@ class ConnectionPool:
     def opens_others(self, session: SMTPSession) -> bool:
         """Tell whether others are being opened, or work."""
         with _lock:
-            return any(other.sock for other in self._in_use - {session})
+            others = self._in_use - {session}
+            # Before its connect returns, it has no socket, and the server has it.
+            return any(other.opening or other.sock for other in others)
 
     def tell(self, cause: int | str, stage: str) -> None:
         """Say once for an owner that a server has a limit, and by what it was found."""

@@ -43,6 +43,8 @@ class SMTPSession(SMTPStream):
     def __init__(self, settings: SMTPSettings) -> None:
         super().__init__(settings)
         self._messages = 0
+        # It is being opened, by the thread that it is for.
+        self.opening = False
         # The server is ready for messages.
         self.let_in = False
         # When it last took one.
@@ -60,6 +62,7 @@ class SMTPSession(SMTPStream):
         self._messages = 0
         self.local_hostname = _local_hostname()
         self.set_debuglevel(settings.debug)
+        self.opening = True
 
         try:
             self._connect()
@@ -78,6 +81,8 @@ class SMTPSession(SMTPStream):
             reply = Reply(error.smtp_code, t.cast("bytes", error.smtp_error))
             raise self._refused(self._stage, reply) from None
         finally:
+            self.opening = False
+
             if not self._in_order:
                 self.close()
 
