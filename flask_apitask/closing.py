@@ -102,7 +102,12 @@ def end_all(scopes: tuple[TaskScope, ...]) -> None:
 
 def take_raised(scopes: tuple[TaskScope, ...]) -> BaseException | None:
     """Return what the end of these scopes is to raise, if anything."""
-    return next(filter(None, [scope.take_raised() for scope in scopes]), None)
+    raised: BaseException | None = None
+
+    for scope in scopes:
+        raised = raised or scope.take_raised()
+
+    return raised
 
 
 def raise_error(error: BaseException | None) -> None:

@@ -115,15 +115,18 @@ class TaskRunner(PlainRunner):
     def __init__(
         self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()
     ) -> None:
-        super().__init__(app)
+        self._app = app
         self._frame = Frame(app, None, request)
         self._copier = find_copier(app, copy_g)
 
         if self._copier is not None:
             self.copy_context = self._copier.copy_context
 
-        if request is not None:
-            share_body(request)
+        # The request if it has a body to share; most have none.
+        self._shared: Request | None = None
+
+        if request is not None and share_body(request):
+            self._shared = request
 
     def make_scope(
         self, pool: ThreadPool, max_workers: int, timeout: float | None
@@ -143,7 +146,9 @@ class TaskRunner(PlainRunner):
         how: How,
     ) -> t.Any:
         app, started = self._app, time.monotonic()
-        task = share_method(self._frame.request, task)
+
+        if self._shared is not None:
+            task = share_method(self._shared, task)
 
         try:
             # Most apps have no receivers, and each task pays for a call.

@@ -148,10 +148,16 @@ class BodyLock:
             )
 
 
-def share_body(request: Request) -> None:
-    """Let several threads ask for the body of a request, if it has one. Idempotent."""
+def share_body(request: Request) -> bool:
+    """Let several threads ask for the body of a request, if it has one. Idempotent.
+
+    :return: Whether it has one.
+    """
+    if not _has_body(request.environ):
+        return False
+
     # Two threads may come at once, if both start the first task.
-    if _has_body(request.environ) and not isinstance(request, SharedBody):
+    if not isinstance(request, SharedBody):
         kept = vars(request)
         is_taken = "stream" in kept and "form" not in kept and not _is_kept(request)
         kept.setdefault(_LOCK, BodyLock(is_taken))
@@ -162,10 +168,12 @@ def share_body(request: Request) -> None:
         if "files" in kept:
             share_files(kept["files"])
 
+    return True
 
-def share_method(request: Request | None, task: t.Any) -> t.Any:
+
+def share_method(request: Request, task: t.Any) -> t.Any:
     """Replace a ``get_data`` that was looked up before the body was shared."""
-    if getattr(task, "__self__", None) is not request or request is None:
+    if getattr(task, "__self__", None) is not request:
         return task
 
     return request.get_data if task.__name__ == "get_data" else task

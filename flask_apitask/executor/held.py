@@ -88,7 +88,13 @@ class HoldingQueue(TaskQueue):
             if not self._settled:
                 self._settled, self._failure = True, failure
 
-            futures = [future for future, success in self._held.items() if success]
+            # Most scopes hold nothing, and each is settled.
+            futures = self._held and [
+                future for future, success in self._held.items() if success
+            ]
+
+        if not futures:
+            return
 
         if self._failure is None:
             self.start(*futures)
@@ -130,7 +136,7 @@ class HoldingQueue(TaskQueue):
 
         with self._lock:
             self._closed = True
-            held = [
+            held = self._held and [
                 future
                 for future, is_for_success in self._held.items()
                 if for_success or not is_for_success
