@@ -1037,3 +1037,18 @@ def test_slow_client_on_real_servers(kind: str) -> None:
             answer += more
 
     assert answer.count(digest.encode()) == 2, answer
+
+
+def test_two_scopes_share_a_body(make_app: AppFactory) -> None:
+    """That of a block, and that of the request around it."""
+    app = make_app()
+
+    @app.post("/")
+    def index() -> list[object]:
+        with open_scope():
+            first = run(request.get_json)
+
+        return [first.result(), run(request.get_json).result(), request.get_json()]
+
+    response = app.test_client().post("/", json="whole")
+    assert response.json == ["whole"] * 3

@@ -231,3 +231,12 @@ def test_a_lazy_text_is_looked_at(mail: Mail) -> None:
         assert is_sound(message, sent.content)
     else:
         assert isinstance(sent, BadHeaderError)
+
+
+@pytest.mark.parametrize("separator", ["\x0b", "\x1c"])
+def test_a_separator_in_the_name_of_a_header(mail: Mail, separator: str) -> None:
+    """No version of Python delivers it as it is."""
+    with context(mail):
+        headers = {f"X{separator}Note": "a"}
+        message = Message("hi", ["ada@example.org"], "text", extra_headers=headers)
+        assert isinstance(send_ours(message), BadHeaderError)
