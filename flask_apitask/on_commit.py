@@ -72,9 +72,9 @@ def run_on_commit(
     The request waits for the task as for those of :func:`run`. The future of a task
     that is dropped is cancelled, and one INFO says why.
 
-    Where there is no scope, and in a task, the task is called by what commits, after
-    the commit. What it raises is logged, and in its future: a ``commit()`` that has
-    succeeded does not raise it.
+    Where there is no scope, and in a task, ``commit()`` calls the task itself, after it
+    has committed. An exception of the task is logged and kept in its future:
+    ``commit()``, which has succeeded, does not raise it.
 
     :param session: A :class:`sqlalchemy.orm.Session`, or a
         :class:`~sqlalchemy.orm.scoped_session` such as Flask-SQLAlchemy's

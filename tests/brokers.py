@@ -197,6 +197,15 @@ class RabbitMQ(Broker):
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 1:1 +sbwt none",
         }
 
+    def is_ready(self) -> bool:
+        """Tell whether it answers, which it does a moment after it accepts."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1.0) as connection:
+                connection.sendall(b"AMQP\0\0\x09\1")
+                return connection.recv(1) == b"\1"
+        except OSError:
+            return False
+
     def __enter__(self) -> te.Self:
         where = ["-address", "127.0.0.1", "-port", str(self._epmd_port)]
         self._epmd = subprocess.Popen(["epmd", *where])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import os
 import random
 import threading
 import types
@@ -296,12 +297,30 @@ def explore(
         schedule = Schedule(seed, **chances)
 
         try:
-            with schedule.patched():
+            with _on_one_processor(), schedule.patched():
                 check = program(schedule)
                 schedule.run()
                 check()
         except BaseException as error:
             raise AssertionError(f"With the seed {seed!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _on_one_processor() -> cabc.Iterator[None]:
+    """Start threads that run in turns on one processor: to change it takes longer."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+
+    allowed = os.sched_getaffinity(0)
+    # One for each process of pytest-xdist.
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {sorted(allowed)[number % len(allowed)]})
+
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def _always() -> bool:

@@ -31,7 +31,7 @@ INTRODUCTION = """\
 
 <!-- Written by `python tests/test_mail_faults.py`, and checked by the tests. -->
 
-What becomes of one message if the server does one wrong thing at one place of the
+This is the fate of one message if the server does one wrong thing at one place of the
 dialogue, over STARTTLS and AUTH. Each cell was played by a scripted server, with
 PIPELINING and without, and both ended alike.
 

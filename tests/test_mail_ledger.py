@@ -18,9 +18,12 @@ from smtp_servers import Stage
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.exceptions import DeliveryUnknown
+from flask_apitask.mail import delivery
 from flask_apitask.mail.pool import ConnectionPool
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     from flask_apitask.mail.envelope import Envelope
 
 STAGES = [
@@ -99,6 +102,15 @@ class Ledger:
 
         assert not taken, "the server has messages that nobody sent"
         return counts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_pauses() -> cabc.Iterator[None]:
+    """Ask a server that has enough again at once: only the outcome counts here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delivery, "_FIRST_PAUSE", 0.001)
+        patch.setattr(delivery, "_LONGEST_PAUSE", 0.001)
+        yield
 
 
 @pytest.mark.parametrize("pipelining", [True, False])
