@@ -86,26 +86,24 @@ def _close(closings: list[Closing]) -> None:
 
 def end_scopes(*scopes: TaskScope) -> None:
     """End scopes in order, and raise what a task has raised if that is configured."""
-    end_all(scopes)
-    raise_error(take_raised(scopes))
+    raise_error(end_all(scopes))
 
 
-def end_all(scopes: tuple[TaskScope, ...]) -> None:
-    """End scopes in order, all of them though one wait is interrupted."""
+def end_all(scopes: tuple[TaskScope, ...]) -> BaseException | None:
+    """End scopes in order, all of them though one wait is interrupted.
+
+    :return: What is to be raised then, if anything.
+    """
+    raised: BaseException | None = None
+
     for count, scope in enumerate(scopes, 1):
         try:
-            scope.end()
+            error = scope.end()
         except BaseException:
             end_all(scopes[count:])
             raise
 
-
-def take_raised(scopes: tuple[TaskScope, ...]) -> BaseException | None:
-    """Return what the end of these scopes is to raise, if anything."""
-    raised: BaseException | None = None
-
-    for scope in scopes:
-        raised = raised or scope.take_raised()
+        raised = raised or error
 
     return raised
 

@@ -22,20 +22,16 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED: t.Final = hasattr(AppContext, "has_request")
 
-# The objects behind the proxies. These raise a RuntimeError where there is none.
-_app_ctx: t.Any = flask.globals.app_ctx
-_request_ctx: t.Any = _app_ctx if MERGED else flask.globals.request_ctx
-get_app_context: cabc.Callable[[], t.Any] = _app_ctx._get_current_object
-get_request_context: cabc.Callable[[], t.Any] = _request_ctx._get_current_object
+# The variables behind the proxies, which Werkzeug documents as this attribute.
+_app_var: contextvars.ContextVar[t.Any]
+_app_var = flask.globals.app_ctx.__wrapped__  # type: ignore[attr-defined]
+_request_var: contextvars.ContextVar[t.Any]
+_request_var = _app_var if MERGED else flask.globals.request_ctx.__wrapped__  # type: ignore[attr-defined]
 
 
 def find_app_context() -> t.Any | None:
     """Return the current app context, if there is one."""
-    # Not has_app_context() first: each task looks for it, and nearly always finds it.
-    try:
-        return get_app_context()
-    except RuntimeError:
-        return None
+    return _app_var.get(None)
 
 
 def find_request_context() -> t.Any | None:
@@ -43,12 +39,8 @@ def find_request_context() -> t.Any | None:
 
     What :func:`flask.copy_current_request_context` pushes is another object.
     """
-    try:
-        context = get_request_context()
-    except RuntimeError:
-        return None
-
-    return context if not MERGED or context.has_request else None
+    context = _request_var.get(None)
+    return None if MERGED and context and not context.has_request else context
 
 
 def is_pushed_again(request_context: t.Any) -> bool:

@@ -7,10 +7,8 @@ import typing as t
 from .closing import Closing
 from .closing import end_all
 from .closing import raise_error
-from .closing import take_raised
+from .context import find_app_context
 from .context import find_request_context
-from .context import get_app_context
-from .context import get_request_context
 from .context import is_pushed_again
 from .context import MERGED
 from .context import mix_in
@@ -111,7 +109,7 @@ class RequestScope:
                 if not MERGED:
                     # In tests, many requests may come in one app context.
                     others = getattr(app_context, _LEFTOVERS, ())
-                    left = [other for other in others if not other.ended]
+                    left = others and [other for other in others if not other.ended]
                     setattr(app_context, _LEFTOVERS, [*left, self])
 
             scope = self._scope
@@ -182,8 +180,8 @@ class RequestScope:
             if closing.answers_first:
                 now = ()
 
-        end_all(now)
-        self.raised = self.raised or take_raised(now)
+        raised = end_all(now)
+        self.raised = self.raised or raised
 
     def take_raised(self) -> BaseException | None:
         """Return what the end of the request is to raise, if anything, and drop it."""
@@ -219,7 +217,7 @@ class Propagating(_Base):
 
 def begin_request() -> None:
     """Give a request its scope; for :meth:`flask.Flask.before_request`."""
-    request_context = get_request_context()
+    request_context = find_request_context()
 
     # A task that was started before has made it already.
     if getattr(request_context, _SCOPE, None) is None:
@@ -229,7 +227,7 @@ def begin_request() -> None:
 
 def end_request(error: BaseException | None = None) -> None:
     """End the request's scope; for :meth:`flask.Flask.teardown_request`."""
-    scope = find_request_scope(get_request_context())
+    scope = find_request_scope(find_request_context())
 
     if error is not None:
         scope.note(error)
@@ -244,7 +242,7 @@ def end_leftovers(error: BaseException | None = None) -> None:
     were registered before it from being called, :func:`end_request` among them.
     """
     # Each task has an app context, too, and pays for this.
-    for scope in getattr(get_app_context(), _LEFTOVERS, ()):
+    for scope in getattr(find_app_context(), _LEFTOVERS, ()):
         if scope.ended:
             continue
 

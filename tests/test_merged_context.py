@@ -166,7 +166,7 @@ def test_context_of_a_task_on_flask_3_2(monkeypatch: pytest.MonkeyPatch) -> None
     app = Flask(__name__)
     pushed = StandIn(app, "request")
     monkeypatch.setattr(context, "MERGED", True)
-    monkeypatch.setattr(context, "get_request_context", lambda: pushed)
+    monkeypatch.setattr(context, "find_request_context", lambda: pushed)
 
     def fail() -> t.NoReturn:
         with context._merged_task_context(app):
@@ -187,7 +187,8 @@ def test_context_of_a_task_on_flask_3_2(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
     for other in (StandIn(app, None), StandIn(Flask("other"), "request")):
-        monkeypatch.setattr(context, "get_request_context", lambda other=other: other)
+        found = other if other._request else None
+        monkeypatch.setattr(context, "find_request_context", lambda found=found: found)
 
         with context._merged_task_context(app) as plain:
             assert isinstance(plain, type(app.app_context()))

@@ -7,10 +7,6 @@ from .future import TaskFuture
 from .queue import TaskQueue
 from .task import make_callable
 
-if t.TYPE_CHECKING:
-    from .pool import ThreadPool
-    from .runner import Runner
-
 
 class HoldingQueue(TaskQueue):
     """A queue with tasks beside it that are put off until something has happened.
@@ -24,23 +20,17 @@ class HoldingQueue(TaskQueue):
     there to the queue, in one step each, under the lock of the queue.
     """
 
-    def __init__(
-        self,
-        pool: ThreadPool,
-        max_workers: int,
-        timeout: float | None = None,
-        runner: Runner | None = None,
-    ) -> None:
-        TaskQueue.__init__(self, pool, max_workers, timeout, runner)
-        # What is put off, and whether it waits for the success of the scope.
-        self._held: dict[TaskFuture[t.Any], bool] = {}
-        self._settled = False
-        self._failure: str | None = None
+    # What is put off, and whether it waits for the success of the scope. Most scopes
+    # have nothing of that.
+    _held: dict[TaskFuture[t.Any], bool] | None = None
+    _settled: bool = False
+    _failure: str | None = None
 
     @property
     def awaits_success(self) -> bool:
         """Whether there are tasks that wait for the success of the scope."""
-        return any(tuple(self._held.values()))
+        held = self._held
+        return held is not None and any(tuple(held.values()))
 
     def hold(
         self,
@@ -67,6 +57,7 @@ class HoldingQueue(TaskQueue):
 
             if not settled and (for_success or not self._closed):
                 future.held = True
+                self._held = self._held or {}
                 self._held[future] = for_success
                 return future
 
@@ -88,13 +79,10 @@ class HoldingQueue(TaskQueue):
             if not self._settled:
                 self._settled, self._failure = True, failure
 
-            # Most scopes hold nothing, and each is settled.
-            futures = self._held and [
-                future for future, success in self._held.items() if success
-            ]
+            if not self._held:
+                return
 
-        if not futures:
-            return
+            futures = [future for future, success in self._held.items() if success]
 
         if self._failure is None:
             self.start(*futures)
@@ -110,7 +98,7 @@ class HoldingQueue(TaskQueue):
 
         with self._lock:
             for future in futures:
-                if self._held.pop(future, None) is not None:
+                if self._take_held(future):
                     future.held = False
                     lacking += self._add(future)
 
@@ -122,25 +110,19 @@ class HoldingQueue(TaskQueue):
             return
 
         with self._lock:
-            held = [
-                future for future in futures if self._held.pop(future, None) is not None
-            ]
+            held = [future for future in futures if self._take_held(future)]
 
         for future in held:
             future.drop(reason)
 
-    def _drop_all(self, reason: str, *, for_success: bool) -> None:
-        """Refuse further tasks, and drop what waits for a commit, or for anything."""
-        if self._forked:
-            return
-
+    def _drop_held(self, reason: str, *, for_success: bool) -> None:
+        """Drop what waits for a commit, or for anything. The scope is closed."""
         with self._lock:
-            self._closed = True
-            held = self._held and [
-                future
-                for future, is_for_success in self._held.items()
-                if for_success or not is_for_success
-            ]
+            held = tuple((self._held or {}).items())
 
-        if held:
-            self.drop(reason, *held)
+        futures = (future for future, success in held if for_success or not success)
+        self.drop(reason, *futures)
+
+    def _take_held(self, future: TaskFuture[t.Any]) -> bool:
+        """Return whether a task is held, and hold it no more. Needs the lock."""
+        return self._held is not None and self._held.pop(future, None) is not None

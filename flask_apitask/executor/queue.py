@@ -202,14 +202,9 @@ class TaskQueue:
             # What failed refers to this frame, as its caller: no cycle through it.
             del future
 
-    def _join(self, timeout: float | None, *, close: bool = False) -> int:
+    def _join(self, timeout: float | None) -> int:
         """Wait, and return how many of the tasks submitted so far are not done."""
-        if self._forked:
-            return 0
-
         with self._lock:
-            self._closed |= close
-
             if not self._unfinished:
                 return 0
 
@@ -243,7 +238,8 @@ class TaskQueue:
     def _expedite(self, lacking: int) -> None:
         """Request threads such that none queues at the pool while this one waits."""
         # What queues is requested anew: the pool sees now that it is waited for.
-        self._request_threads(lacking or self._pool.withdraw(self))
+        if lacking := lacking or self._pool.withdraw(self):
+            self._request_threads(lacking)
 
     def _claim_threads(self, most: int) -> int:
         """Return how many threads to request now, and note that. Needs the lock."""
@@ -283,12 +279,13 @@ class TaskQueue:
             if alone:
                 self.serve("inline")
 
-        # The scope may have ended before a request could be withdrawn.
-        self._drop_requests()
+        # It may have ended before a request could be withdrawn.
+        if self._closed:
+            self._drop_requests()
 
     def _drop_requests(self) -> None:
         """Let the pool not keep a scope, and so a request, that needs no thread."""
-        if self._closed and self._requested and not self._queue:
+        if self._requested and not self._queue:
             self._pool.withdraw(self)
 
     def _next(self, done: TaskFuture[t.Any] | None = None) -> TaskFuture[t.Any] | None:

@@ -111,7 +111,9 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
         :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
         :raises TimeoutError: Some are not done yet. They go on, and so does the scope.
         """
-        if unfinished := self._join(timeout):
+        unfinished = 0 if self._forked else self._join(timeout)
+
+        if unfinished:
             raise TimeoutError(
                 f"{unfinished} of the scope's tasks were not done after {timeout} s."
             )
@@ -133,29 +135,36 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
         if cancel_futures:
             self._cancel_queued()
-            self._drop_all("its scope was shut down", for_success=True)
+            self._drop_held("its scope was shut down", for_success=True)
 
         if wait:
             self._join(None)
 
         self._drop_requests()
 
-    def end(self) -> None:
+    def end(self) -> BaseException | None:
         """Refuse further tasks, and wait for those submitted until the deadline.
 
         The runner reports what is left behind then.
+
+        :return: What the runner would have raised, if anything, and once only.
         """
-        self._drop_all("its scope ended before the commit", for_success=False)
+        if not self._forked:
+            with self._lock:
+                self._closed = True
 
-        if self._join(self._timeout, close=True) and self._timeout is not None:
-            self._give_up(self._timeout)
+            # Most scopes hold nothing.
+            if self._held:
+                reason = "its scope ended before the commit"
+                self._drop_held(reason, for_success=False)
 
-        self._drop_requests()
+            if self._join(self._timeout) and self._timeout is not None:
+                self._give_up(self._timeout)
 
-    def take_raised(self) -> BaseException | None:
-        """Return what whoever ends the scope is to raise, if anything, and drop it."""
-        failure, self._runner.raised = self._runner.raised, None
-        return failure
+            self._drop_requests()
+
+        raised, self._runner.raised = self._runner.raised, None
+        return raised
 
     def _give_up(self, timeout: float) -> None:
         """Cancel what is queued, have what runs replaced, and report both."""
