@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import pathlib
 import re
 import shutil
@@ -23,8 +24,9 @@ BUILD_SECONDS = 120
 
 
 class Distributions(t.NamedTuple):
-    """The files in the wheel and in the sdist, and the wheel's metadata."""
+    """The wheel and the sdist, the files in each, and the metadata of the wheel."""
 
+    paths: list[pathlib.Path]
     wheel: set[str]
     sdist: set[str]
     metadata: importlib.metadata.PackageMetadata
@@ -47,7 +49,8 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
         sdist_names = {file.name.partition("/")[2] for file in sdist if file.isfile()}
 
     (installed,) = importlib.metadata.distributions(path=[str(wheel_path)])
-    return Distributions(wheel_names, sdist_names, installed.metadata)
+    paths = [wheel_path, sdist_path]
+    return Distributions(paths, wheel_names, sdist_names, installed.metadata)
 
 
 def find_requirements(distributions: Distributions, extra: str = "") -> set[str]:
@@ -102,10 +105,12 @@ def test_install_brings_flask_only(distributions: Distributions) -> None:
     assert find_requirements(distributions) == {"Flask"}
 
 
-def test_extras_are_declared(distributions: Distributions) -> None:
-    """The extras that the documentation names can be installed."""
+def test_extras_are_explained(distributions: Distributions) -> None:
+    """The page for contributors says which extras are for users, and which are not."""
+    page = ROOT.joinpath("docs", "contributing.md").read_text("utf-8")
+    (section,) = re.findall("^## Extras\n(.*?)(?=^## )", page, re.M | re.S)
     extras = distributions.metadata.get_all("Provides-Extra", [])
-    assert {"mail", "test", "docs", "example"} <= set(extras)
+    assert sorted(re.findall(r"^\| `(\w+)`", section, re.M)) == sorted(extras)
     assert find_requirements(distributions, "mail") == {"Flask", "Flask-Mail"}
 
 
@@ -118,6 +123,15 @@ def test_page_on_the_index(distributions: Distributions) -> None:
     assert metadata.json["description"] == ROOT.joinpath("README.md").read_text("utf-8")
     classifiers = set(metadata.get_all("Classifier", []))
     assert {"Framework :: Flask", "Typing :: Typed"} <= classifiers
+
+
+def test_distributions_can_be_uploaded(distributions: Distributions) -> None:
+    """The index takes the wheel and the sdist, and can render their description."""
+    if os.environ.get("APITASK_REQUIRE_SERVICES") != "1":
+        pytest.importorskip("twine")
+
+    command = [sys.executable, "-m", "twine", "check", "--strict"]
+    subprocess.run([*command, *distributions.paths], check=True, timeout=60)
 
 
 def test_environments_are_explained() -> None:
