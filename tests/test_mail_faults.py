@@ -47,8 +47,8 @@ The next message is delivered in every case.
 HEADINGS = {
     False: "## On a new connection\n",
     True: "## On a kept connection\n\n"
-    f"For the rows up to {OPENING[-1].value}, the server has closed the kept connection,"
-    " and the one\nopened in its place meets the fault.\n",
+    f"For the rows up to {OPENING[-1].value}, the server has closed the kept"
+    " connection, and the one\nopened in its place meets the fault.\n",
 }
 
 

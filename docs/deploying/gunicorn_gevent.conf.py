@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from gevent import monkey
 
-# Patch before anything else is imported. The worker patches too, but with --preload that
-# is too late: locks made before then block the whole worker.
+# Patch before anything else is imported. The worker patches too, but with --preload
+# that is too late: locks made before then block the whole worker.
 monkey.patch_all()
 
 worker_class = "gevent"
