@@ -45,6 +45,20 @@ def test_hidden_code_is_hidden_everywhere() -> None:
     assert shown == []
 
 
+def test_named_tests_are_there() -> None:
+    """Each file of tests that the security policy, or another page, names is there."""
+    names = {
+        name
+        for page in PAGES
+        if page.name != "tutorial.md"  # which has a test_app.py of its own
+        for name in re.findall(r"\btest_\w+\.py\b", page.read_text("utf-8"))
+    }
+    assert len(names) > 5
+    assert {
+        name for name in names if not ROOT.joinpath("tests", name).is_file()
+    } == set()
+
+
 def test_readme_is_rendered_on_a_package_index() -> None:
     """The index's own renderer has nothing to say of it, and leaves no markup."""
     if os.environ.get("APITASK_REQUIRE_SERVICES") != "1":
