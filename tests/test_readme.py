@@ -45,6 +45,12 @@ def test_hidden_code_is_hidden_everywhere() -> None:
     assert shown == []
 
 
+def test_roles_are_not_visible() -> None:
+    """A code host shows MyST's roles as they are, so no page but the API has any."""
+    role = re.compile(r"\{[a-z:]+\}`[^`]|^:::", re.M)
+    assert [page.name for page in PAGES if role.search(page.read_text("utf-8"))] == []
+
+
 def test_named_tests_are_there() -> None:
     """Each file of tests that the security policy, or another page, names is there."""
     names = {
@@ -85,9 +91,11 @@ def test_readme_leads_to_every_page() -> None:
 
 
 def test_all_keys_are_in_the_table() -> None:
-    """The table of the configuration has each key, in order, with its default."""
+    """Each key is explained, and in a table in order, with its default."""
     page = DOCS.joinpath("configuration.md").read_text("utf-8")
     rows = re.findall(r"^\| `(APITASK_\w+)` \| `(.*?)` \|", page, re.M)
-    assert [key for key, _ in rows] == [f"APITASK_{k.upper()}" for k in vars(Config())]
+    keys = [f"APITASK_{k.upper()}" for k in vars(Config())]
+    assert [key for key, _ in rows] == keys
+    assert sorted(re.findall(r"^### `(\w+)`$", page, re.M)) == sorted(keys)
     table = {key: ast.literal_eval(default) for key, default in rows}
     assert Config.from_mapping(table) == Config()
