@@ -8,6 +8,7 @@ import typing as t
 
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.transforms import SphinxTransform
 from sphinx.util.nodes import make_refnode
 
@@ -51,15 +52,11 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(asyncio|celery|concurrent|flask|fnmatch|io|logging|math)\..*"
+        r"(asyncio|celery|concurrent|contextlib|flask|fnmatch|io|logging|math)\..*"
         r"|(smtplib|sqlalchemy|threading|time)\..*",
     ),
     ("py:mod", "logging|smtplib"),
-    # What only type checkers see, as it stands in a signature.
-    (
-        "py:class",
-        r"cabc\..*|Flask|Sessions|P|P\.args|P\.kwargs|F|(flask_apitask\..*\.)?T|TaskFuture|Callback|.*\bT_co",
-    ),
+    ("py:class", "Flask"),
 ]
 
 html_theme = "furo"
@@ -133,6 +130,13 @@ def resolve_key(
 
     anchor = key.lower().replace("_", "-")
     return make_refnode(app.builder, node["refdoc"], "configuration", anchor, text)
+
+
+# The API page has one signature for each function, and not those for type checkers.
+for module in ("api", "on_commit", "on_success"):
+    analyzer = ModuleAnalyzer.for_module(f"flask_apitask.{module}")
+    analyzer.analyze()
+    analyzer.overloads.clear()
 
 
 def setup(app: Sphinx) -> None:

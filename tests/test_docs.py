@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+import inspect
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import typing as t
 
 import pytest
 from smtp_servers import ScriptedServer
 from sybil.document import Document
 from sybil.parsers.myst import PythonCodeBlockParser
+
+import flask_apitask
+from flask_apitask import TaskScope
+from flask_apitask import testing
+from flask_apitask.executor.future import TaskFuture
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -19,6 +30,8 @@ PAGES = sorted(
     # Its blocks are typed into one file, see test_tutorial.py.
     and path.name != "tutorial.md"
 )
+# What the API page has in place of a signature of the code.
+SIGNATURE = r"^ *\.\. auto(?:function|method):: (?:[\w.]*\.)?(\w+)\((.+)\)"
 # What these packages patch or keep in the process is not for other tests.
 ALONE = {"monitoring.md": ["prometheus_client", "sentry_sdk", "structlog"]}
 
@@ -54,6 +67,29 @@ def test_examples_run(page: pathlib.Path, caplog: pytest.LogCaptureFixture) -> N
     command = [sys.executable, "-W", "error", "-c", code, str(page)]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(command, check=True, env=environ, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    re.findall(SIGNATURE, ROOT.joinpath("docs", "api.md").read_text("utf-8"), re.M),
+)
+def test_signature_is_that_of_the_function(name: str, written: str) -> None:
+    """What the API page has in place of overloads is what the function takes."""
+    owners = (flask_apitask, testing, TaskScope, TaskFuture)
+    function = next(vars(owner)[name] for owner in owners if name in vars(owner))
+    namespace: dict[str, t.Any] = {}
+    exec(f"from __future__ import annotations\ndef written({written}): ...", namespace)
+    assert list_parameters(namespace["written"]) == list_parameters(function)
+
+
+def list_parameters(function: cabc.Callable[..., object]) -> list[object]:
+    """Return all that counts for a call, without annotations."""
+    parameters = inspect.signature(function).parameters.values()
+    return [
+        (each.name, each.kind, each.default)
+        for each in parameters
+        if each.name != "self"
+    ]
 
 
 def test_quick_start_delivers(

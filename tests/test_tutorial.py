@@ -27,7 +27,7 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "tutorial.md"
-ADDRESS = "http://127.0.0.1:5000"
+ADDRESS = "127.0.0.1:5000"
 LAST = "Step 7: Test it"
 
 
