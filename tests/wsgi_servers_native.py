@@ -57,15 +57,17 @@ class BuiltInKind(Kind):
     """A kind of server with an interpreter of Debian's, of which there is one version.
 
     :param built_in: The module of the server, for the version that runs the tests.
+    :param package: The package of Debian's that has it.
     """
 
     built_in: pathlib.Path = pathlib.Path()
+    package: str = ""
 
     @property
     def missing(self) -> str | None:
         """Return what is not installed, if anything is not."""
         if not self.built_in.exists():
-            return str(self.built_in)
+            return f"{self.built_in} (Debian: {self.package})"
 
         return super().missing
 
@@ -142,6 +144,7 @@ KINDS["uwsgi"] = BuiltInKind(
     ends_empty=False,
     ends_streams=False,
     built_in=UWSGI_PLUGIN,
+    package="uwsgi-plugin-python3",
 )
 KINDS["mod_wsgi"] = BuiltInKind(
     _mod_wsgi,
@@ -152,4 +155,5 @@ KINDS["mod_wsgi"] = BuiltInKind(
     ends_streams=False,
     graceful=False,
     built_in=MOD_WSGI,
+    package="libapache2-mod-wsgi-py3",
 )
