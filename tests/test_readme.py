@@ -51,6 +51,17 @@ def test_roles_are_not_visible() -> None:
     assert [page.name for page in PAGES if role.search(page.read_text("utf-8"))] == []
 
 
+def test_included_files_are_linked() -> None:
+    """A code host does not show what a page includes, so there is a link to it, too."""
+    includes = [
+        (text, name)
+        for text in (page.read_text("utf-8") for page in PAGES)
+        for name in re.findall(r"^```\{(?:literal)?include\} (\S+)", text, re.M)
+    ]
+    missing = [name for text, name in includes if f"]({name}):\n\n```{{" not in text]
+    assert missing == ["../CHANGES.md"]  # which is all of its page
+
+
 def test_named_tests_are_there() -> None:
     """Each file of tests that the security policy, or another page, names is there."""
     names = {
