@@ -42,18 +42,19 @@ _running = contextvars.ContextVar("flask_apitask_span", default=None)
 def trace_tasks(
     app: Flask, *, tracer_provider: trace.TracerProvider | None = None
 ) -> None:
-    """Make a span of OpenTelemetry for each task of an app. Idempotent.
+    """Trace the tasks of an app: make an OpenTelemetry span for each. Idempotent.
 
-    It is a child of the span that was current where the task was started, such as that
-    of the request, and is current while the task runs. It is named as the task is, and
-    has no arguments. What the task raises is recorded, and the span's status is an
-    error then. A task that is dropped, or cancelled, is an event of that other span, if
-    it has not ended.
+    The span is a child of the one that is current where the task is started, which is
+    usually the request's, and it is current while the task runs. It has the name of the
+    task, and none of the arguments. If the task raises an exception, that is recorded,
+    and the span's status is an error. A task that is dropped or cancelled has no span:
+    it is an event of the span that would have been its parent, unless that has ended.
 
-    Not for metrics, as traces may be sampled: :data:`task_finished` has every task. And
-    not without instrumentation for Flask, as each task would be a trace of its own.
+    Not for metrics, as traces may be sampled: the signal :data:`.task_finished` is sent
+    for every task. Nor for an app whose requests are not traced, as each of its tasks
+    would be a trace of its own.
 
-    :param tracer_provider: What gives the tracer, ``None`` for the global one.
+    :param tracer_provider: Where the tracer comes from, ``None`` for the global one.
     :raises TypeError: ``app`` is no Flask app.
     """
     if isinstance(app, LocalProxy):
