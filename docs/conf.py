@@ -53,7 +53,7 @@ nitpick_ignore_regex = [
     (
         "py:.*",
         r"(asyncio|celery|concurrent|contextlib|flask|fnmatch|io|logging|math)\..*"
-        r"|(smtplib|sqlalchemy|threading|time)\..*",
+        r"|(opentelemetry|smtplib|sqlalchemy|threading|time)\..*",
     ),
     ("py:mod", "logging|smtplib"),
     ("py:class", "Flask"),

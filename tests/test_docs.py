@@ -33,7 +33,15 @@ PAGES = sorted(
 # What the API page has in place of a signature of the code.
 SIGNATURE = r"^ *\.\. auto(?:function|method):: (?:[\w.]*\.)?(\w+)\((.+)\)"
 # What these packages patch or keep in the process is not for other tests.
-ALONE = {"monitoring.md": ["prometheus_client", "sentry_sdk", "structlog"]}
+ALONE = {
+    "monitoring.md": [
+        "opentelemetry.instrumentation.flask",
+        "opentelemetry.sdk",
+        "prometheus_client",
+        "sentry_sdk",
+        "structlog",
+    ]
+}
 
 
 def run_examples(page: pathlib.Path, **names: object) -> Document:
