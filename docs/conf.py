@@ -86,6 +86,7 @@ NAMES = {
     "ApiTask.init_app()": "flask_apitask.ApiTask.init_app",
     "TaskScope.submit()": "flask_apitask.TaskScope.submit",
     "record_tasks()": "flask_apitask.testing.record_tasks",
+    "trace_tasks()": "flask_apitask.opentelemetry.trace_tasks",
 }
 
 
