@@ -59,15 +59,24 @@ def render(
 
     :raises flask_mail.BadHeaderError: A separator has made a header of a text.
     """
+    texts = _header_texts(message, envelope_from)
+    has_separator = any(map(_SEPARATOR.search, texts))
+
     try:
         content = message.as_bytes()
+        sound = not has_separator or _outline(content) == _outline(
+            _clean(message).as_bytes()
+        )
+    except (email.errors.MessageError, ValueError) as error:
+        # Newer versions of Python find it out by themselves. Another ValueError is for
+        # text that can't be encoded.
+        if not has_separator and not isinstance(error, email.errors.MessageError):
+            raise
 
-        if any(map(_SEPARATOR.search, _header_texts(message, envelope_from))):
-            if _outline(content) != _outline(_clean(message).as_bytes()):
-                raise flask_mail.BadHeaderError(_BAD_HEADER)
-    except email.errors.MessageError as error:
-        # Newer versions of Python find it out by themselves.
         raise flask_mail.BadHeaderError(_BAD_HEADER) from error
+
+    if not sound:
+        raise flask_mail.BadHeaderError(_BAD_HEADER)
 
     return Envelope(
         flask_mail.sanitize_address(envelope_from or message.sender),
