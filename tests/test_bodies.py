@@ -362,7 +362,7 @@ def test_view_that_reads_the_stream(make_app: AppFactory) -> None:
     assert len(lengths) > 5
 
 
-READ_BY = "{} reads request.stream by itself"
+READ_BY = "{} reads request.stream directly"
 REMEDY = "Read the body with request.get_data() in the view before run()"
 
 

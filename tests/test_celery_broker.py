@@ -51,7 +51,7 @@ def find_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if record.levelno >= logging.INFO and "broker of Celery" in record.getMessage()
+        if record.levelno >= logging.INFO and "Celery's broker" in record.getMessage()
     ]
 
 
@@ -141,10 +141,10 @@ def test_broker_that_is_killed(
         wait_until(lambda app=app: not isinstance(hand_over(app)[0], EagerResult))  # type: ignore[misc]
 
     # Of two apps; the third one had no outage.
-    cause = f"The broker of Celery did not confirm a task within {TIMEOUT} s"
+    cause = f"Celery's broker did not confirm a task within {TIMEOUT} s"
     down, back = find_warnings(caplog)[:2], find_warnings(caplog)[2:]
     assert [text.startswith(cause) for text in down] == [True, True]
-    assert back == ["The broker of Celery is back."] * 2
+    assert back == ["Celery's broker is back."] * 2
 
 
 @pytest.mark.parametrize("connection", ["kept", "new"])

@@ -169,7 +169,7 @@ def test_celery_app_of_no_flask_app() -> None:
     with Celery("other", config_source=EAGER, set_as_current=False) as other:
         called = other.tasks["report.double"].apply([1])
 
-    with pytest.raises(RuntimeError, match="No Flask app of this process has"):
+    with pytest.raises(RuntimeError, match="No Flask app in this process has"):
         called.get()
 
 
@@ -308,8 +308,8 @@ def test_other_callables_stay_on_threads(
     warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warned) == 3
     assert warned[0].startswith(
-        f"Task '{name}' stays on threads, though APITASK_ROUTES sends that name to"
-        " Celery: a worker finds only functions to which @task('...') gives the name"
+        f"Task '{name}' stays on threads, although APITASK_ROUTES sends it to Celery. A"
+        " worker only finds functions that have @task('...') as their outermost"
     )
 
 
@@ -383,7 +383,7 @@ def test_function_of_a_factory(celeries: Celeries, name: str) -> None:
     del first, future
     gc.collect()
 
-    with pytest.raises(RuntimeError, match="The function of this name is gone"):
+    with pytest.raises(RuntimeError, match="function with this name no longer exists"):
         celery_task.apply().get()
 
 
@@ -404,17 +404,17 @@ CYCLE.append(CYCLE)
 @pytest.mark.parametrize(
     ("value", "cause"),
     [
-        (Model(), "number exactly, which is of the type 'Model'"),
-        ((1, 2), "number exactly, which is of the type 'tuple'"),
-        ({1, 2}, "number exactly, which is of the type 'set'"),
-        (b"1", "number exactly, which is of the type 'bytes'"),
-        (Text("1"), "number exactly, which is of the type 'Text'"),
-        (math.nan, "number exactly, which is not finite"),
-        ([math.inf], "number[0] exactly, which is not finite"),
-        ({1: 2}, "number exactly, which has a key that is no text"),
+        (Model(), "number exactly, because it is of type 'Model'"),
+        ((1, 2), "number exactly, because it is of type 'tuple'"),
+        ({1, 2}, "number exactly, because it is of type 'set'"),
+        (b"1", "number exactly, because it is of type 'bytes'"),
+        (Text("1"), "number exactly, because it is of type 'Text'"),
+        (math.nan, "number exactly, because it is not finite"),
+        ([math.inf], "number[0] exactly, because it is not finite"),
+        ({1: 2}, "number exactly, because it has a key that is not text"),
         ({"a": [1, {"b": {}, "c": (1,)}]}, "number['a'][1]['c'] exactly"),
-        ({"__type__": "uuid", "__value__": 1}, "by which Kombu marks other types"),
-        (CYCLE, "number exactly, which is nested too deeply, or in itself"),
+        ({"__type__": "uuid", "__value__": 1}, "with which Kombu marks other types"),
+        (CYCLE, "number exactly, because it is nested too deeply, or contains itself"),
     ],
 )
 def test_arguments_that_json_changes(
@@ -434,7 +434,7 @@ def test_arguments_that_json_changes(
         text = str(caught.value)
         assert text.startswith("Task 'report.double' goes to Celery (APITASK_ROUTES), ")
         assert cause in text
-        assert "Pass the id of an object" in text
+        assert "Pass an object's id" in text
         assert "hunter2" not in text
 
 

@@ -26,7 +26,7 @@ WAIT = "must be 'teardown' or 'close'."
 START = "must be 'send' or 'success'."
 NAMES = "must be names, as in ('request_id', 'lang_code')."
 RETRIES = "must be a whole number of at least 0."
-ROUTES = "must be patterns, each with 'celery' or 'thread': {'report.*': 'celery'}."
+ROUTES = "must be a dict of patterns to 'celery' or 'thread': {'report.*': 'celery'}."
 TRUST = "must be True, False, or the path of a file of CA certificates."
 
 ALLOWED = {
@@ -206,7 +206,7 @@ def test_file_without_certificates(content: bytes, tmp_path: pathlib.Path) -> No
         Config.from_mapping({"APITASK_MAIL_TLS_VERIFY": path})
 
     assert f"{caught.value}".startswith(f"APITASK_MAIL_TLS_VERIFY is {path!r}, but ")
-    assert "Name a file in PEM format" in f"{caught.value}"
+    assert "Use a file in PEM format" in f"{caught.value}"
 
 
 def test_config_is_frozen() -> None:

@@ -111,7 +111,7 @@ def test_tasks_left_behind_are_reported(
     assert [record.levelname for record in records] == ["ERROR", "ERROR", "WARNING"]
     assert [record.apitask_task for record in records[:2]] == ["never.one", "never.two"]
     assert [record.getMessage() for record in records[:2]] == [
-        f"Task {name!r} of GET / was cancelled: not begun within {DEADLINE} s"
+        f"Task {name!r} of GET / was cancelled: not started within {DEADLINE} s"
         " (APITASK_TIMEOUT)."
         for name in ("never.one", "never.two")
     ]
@@ -349,7 +349,7 @@ def test_task_that_is_about_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stack_of_a_task_on_no_thread_of_the_system() -> None:
     """A task that a greenlet runs is reported without a stack."""
     future: TaskFuture[None] = TaskFuture(Runner(), None, (nothing, (), {}, 0.0))
-    no_stack = "  (no stack: it is on no thread of the system, or async)\n"
+    no_stack = "  (no stack: the task is async, or no thread is running it)\n"
     expected = [("scopes.nothing", no_stack)]
     assert [task[:2] for task in find_overdue([future], 0.0)] == expected
     # Nor of a thread that is not in the task any more.

@@ -90,7 +90,7 @@ def test_second_one_is_refused(same: bool) -> None:
 
     assert str(excinfo.value) == (
         "An 'ApiTask' instance has already been registered on this Flask app."
-        " One is enough: run() and the others find it by the current app."
+        " One is enough: run() and the other functions use the current app's."
     )
     assert app.extensions["apitask"] is state
     assert hooks_of(app) == hooks

@@ -519,7 +519,8 @@ def test_exit_does_not_wait_longer_than_a_task_says(grace: str) -> None:
         + GRACE
     )
     assert said[-1] == (
-        "The process exits, and 1 task(s) past their deadline with it: 'endless'"
+        "The process exits without waiting any longer for 1 task(s) past their"
+        " deadline: 'endless'"
     )
 
 

@@ -292,7 +292,7 @@ def test_log_that_can_not_be_written(
     assert "Task 'builtins.divmod' of GET (no route) failed after 0." in written
     assert "ZeroDivisionError" in written
     cause = f"The logger '{logger.name}' is disabled." if how == "disabled" else ""
-    assert (cause or "It could not be logged:\n") in written
+    assert (cause or "This could not be logged:\n") in written
     assert ("no log today" in written) is (how != "disabled")
 
 
@@ -545,7 +545,7 @@ def test_logger_with_another_signature(
     written = capsys.readouterr().err
     assert has_text(written)
     assert "ValueError" in written
-    assert "It could not be logged:\n" in written
+    assert "This could not be logged:\n" in written
 
 
 class AppWithoutLogger(Flask):
@@ -777,7 +777,7 @@ def test_report_of_a_request_at_its_deadline(
     cancelled, running = t.cast("list[t.Any]", caplog.records)
     assert cancelled.levelname == "ERROR"
     assert cancelled.getMessage() == (
-        "Task 'builtins.str' of GET /<name> was cancelled: not begun within 0.05 s"
+        "Task 'builtins.str' of GET /<name> was cancelled: not started within 0.05 s"
         " (APITASK_TIMEOUT)."
     )
     assert running.levelname == "WARNING"
@@ -785,9 +785,9 @@ def test_report_of_a_request_at_its_deadline(
     assert running.apitask_tasks == [name]
     assert (running.apitask_abandoned_threads, running.apitask_endpoint) == (1, "index")
     assert running.getMessage().startswith(
-        "The wait for tasks of GET /<name> is over after 0.05 s (APITASK_TIMEOUT), and"
-        " 1 task(s) still run. Such tasks hold 1 thread(s) of the app now. These are"
-        f" in:\n\n{name!r}:\n"
+        "Stopped waiting for the tasks of GET /<name> after 0.05 s (APITASK_TIMEOUT): 1"
+        " task(s) still running. Overdue tasks now hold 1 thread(s) of the app. Stacks"
+        f" of those still running:\n\n{name!r}:\n"
     )
     assert "release.wait(PATIENCE)" in running.getMessage()
 
@@ -802,6 +802,6 @@ def test_report_of_tasks_that_never_ran(
         TaskRunner(app, None).report(TimeoutReport(0.5, ["a", "b"], [], 0))
 
     assert caplog.messages == [
-        f"Task '{name}' was cancelled: not begun within 0.5 s (APITASK_TIMEOUT)."
+        f"Task '{name}' was cancelled: not started within 0.5 s (APITASK_TIMEOUT)."
         for name in "ab"
     ]

@@ -88,7 +88,7 @@ def test_a_text_that_is_not_ours_is_not_known() -> None:
     ours = "Task 'shop.fail' of GET /fails failed after 0.012 s."
     assert is_known(ours)
     assert not is_known(ours.replace("after", "in"))
-    assert not is_known("There is no key APITASK_TIMOUT, you know.")
+    assert not is_known("Unknown configuration key APITASK_TIMOUT, you know.")
 
 
 @pytest.mark.parametrize("page", ["errors.md", "troubleshooting.md"])

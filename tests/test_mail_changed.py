@@ -559,7 +559,7 @@ REFUSED = {"ada@example.org": (550, b"5.1.1 <ada@example.org> no such user")}
             "(535, b'5.7.8 <hidden>, not <hidden>')",
             535,
         ),
-        (DeliveryError("It was not tried."), "It was not tried.", None),
+        (DeliveryError("It was not attempted."), "It was not attempted.", None),
     ],
 )
 @pytest.mark.parametrize("way", ["SMTP", "send() of a subclass"])
@@ -661,7 +661,7 @@ with app.test_request_context():
         with ChildProcess([sys.executable, "-c", script, f"{server.port}"]) as child:
             assert child.wait() == 0
 
-    assert "past their deadline with it: 'flask_mail.send'" in child.output
+    assert "past their deadline: 'flask_mail.send'" in child.output
 
 
 def test_the_class_of_messages_may_be_mocked_too() -> None:

@@ -679,7 +679,7 @@ def test_what_a_silent_server_costs_a_batch(
     assert server.connects == timeouts + (not kept)
     assert len(caplog.records) == 1
     assert "4 of 4 messages were not delivered" in caplog.text
-    assert caplog.text.count("It was not tried.") == untried
+    assert caplog.text.count("It was not attempted.") == untried
 
 
 def test_what_a_batch_costs_that_gets_no_connection(
@@ -702,7 +702,7 @@ def test_what_a_batch_costs_that_gets_no_connection(
     assert SHORT <= time.monotonic() - began < SHORT * 3
     assert len(caplog.records) == 1
     assert "3 of 3 messages were not delivered" in caplog.text
-    assert caplog.text.count("It was not tried.") == 2
+    assert caplog.text.count("It was not attempted.") == 2
     assert all(message.msgId in caplog.text for message in sent)
 
 
@@ -822,7 +822,7 @@ def test_send_after_the_block_is_refused(
             with mail.connect() as connection:
                 pass
 
-            with pytest.raises(RuntimeError, match="Send inside of the block"):
+            with pytest.raises(RuntimeError, match="Send inside the block"):
                 connection.send(letter())
 
 
@@ -935,8 +935,9 @@ def test_an_app_that_lacks_its_apitask(
 
     assert inbox.subjects == ["hello", "hello"]
     assert [record.getMessage() for record in caplog.records] == [
-        "A mail was sent in a request of 'lacking', which has no ApiTask: it was sent"
-        " on the spot. Create one with ApiTask(app), or call its init_app(app)."
+        "A mail was sent in a request of 'lacking', which has no ApiTask, so nothing"
+        " ran in the background. Create one with ApiTask(app), or call its"
+        " init_app(app)."
     ] * in_request
 
 

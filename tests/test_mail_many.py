@@ -211,7 +211,7 @@ def test_a_large_block_gives_up_once(
         assert time.monotonic() - began < SHORT * 3
 
     assert server.connects == 1
-    assert caplog.text.count("It was not tried.") == 19
+    assert caplog.text.count("It was not attempted.") == 19
 
 
 def test_a_large_block_past_the_deadline(

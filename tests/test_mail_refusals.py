@@ -297,8 +297,8 @@ def test_recipients_that_were_refused() -> None:
     assert (error.stage, error.smtp_code, error.smtp_error) == ("RCPT", None, None)
     assert shown == (
         "All 2 recipients were refused by SERVER: 554 5.7.1 <address>: Relay access"
-        " denied (2 times). If the server relays for those who log in: Set"
-        " MAIL_USERNAME and MAIL_PASSWORD. Else check MAIL_SERVER."
+        " denied (2 times). If the server relays for users who log in: Set"
+        " MAIL_USERNAME and MAIL_PASSWORD. If not, check MAIL_SERVER."
     )
 
 

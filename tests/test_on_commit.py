@@ -119,7 +119,7 @@ def test_commit(sites: list[Site]) -> None:
         wait(PATIENCE)
         assert site.seen == []
 
-        with pytest.raises(RuntimeError, match="is put off"):
+        with pytest.raises(RuntimeError, match="is deferred"):
             site.futures[0].result()
 
         site.session.commit()
@@ -322,8 +322,9 @@ def test_without_apitask(sites: list[Site], caplog: pytest.LogCaptureFixture) ->
 
     assert site.seen == [("ada", ["ada"])]
     assert caplog.messages == [
-        "A task was started in a request of 'shop', which has no ApiTask: it was"
-        " started on the spot. Create one with ApiTask(app), or call its init_app(app)."
+        "A task was started in a request of 'shop', which has no ApiTask, so nothing"
+        " ran in the background. Create one with ApiTask(app), or call its"
+        " init_app(app)."
     ]
 
 

@@ -168,7 +168,7 @@ def test_it_waits_for_the_request(make_app: AppFactory, end: str) -> None:
         assert not first.done()
 
         for wait_for in (first.result, second.exception):
-            with pytest.raises(RuntimeError, match=r"Calls\.note' is put off"):
+            with pytest.raises(RuntimeError, match=r"Calls\.note' is deferred"):
                 wait_for()
 
         return "ok"
@@ -473,7 +473,8 @@ def test_streams(
         assert calls.futures[0].cancelled()
         [reason] = reasons(caplog)
         error = {"error": "Broken was raised", "close": "KeyError was raised"}
-        assert reason == error.get(how, "it was left before its end")
+        closed = "the stream or block was closed before its end"
+        assert reason == error.get(how, closed)
 
 
 def test_file(make_app: AppFactory) -> None:
@@ -537,7 +538,7 @@ def test_async_view(make_app: AppFactory) -> None:
     async def page() -> str:
         calls.put_off()
 
-        with pytest.raises(RuntimeError, match="is put off"):
+        with pytest.raises(RuntimeError, match="is deferred"):
             await t.cast("t.Any", calls.futures[0])
 
         return "ok"

@@ -97,7 +97,7 @@ def test_async_task_has_no_stack(
         return "ok"
 
     first, text = report(app, caplog)
-    assert first.endswith("  (no stack: it is on no thread of the system, or async)")
+    assert first.endswith("  (no stack: the task is async, or no thread is running it)")
     assert "asgiref" not in text
 
 

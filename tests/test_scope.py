@@ -117,9 +117,9 @@ def test_submit_after_the_end() -> None:
         scope.submit(nothing)
 
     assert str(caught.value) == (
-        "Task 'scopes.nothing' was submitted to a scope that has ended. Submit"
-        " before the end of the request or of the 'with' block, or use run(), which"
-        " then calls the task on the spot."
+        "Task 'scopes.nothing' was submitted to a scope that has ended. Submit it"
+        " before the request or the 'with' block ends, or use run(), which then calls"
+        " the task on the spot."
     )
     assert scope.closed
 
@@ -456,8 +456,8 @@ def test_no_thread_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("flask_apitask", "WARNING")
     assert record.getMessage() == (
-        "No thread can be had for tasks, so they run one after the other where they are"
-        " started or waited for: can't start new thread"
+        "No thread can be started for tasks, so they run one after the other where they"
+        " are started or waited for: can't start new thread"
     )
 
 

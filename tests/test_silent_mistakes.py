@@ -41,8 +41,8 @@ if t.TYPE_CHECKING:
     from flask import Request
 
 WITHOUT = (
-    "run() was called in a request of 'shop', which has no ApiTask: it was called on"
-    " the spot. Create one with ApiTask(app), or call its init_app(app)."
+    "run() was called in a request of 'shop', which has no ApiTask, so nothing ran in"
+    " the background. Create one with ApiTask(app), or call its init_app(app)."
 )
 
 
@@ -115,11 +115,8 @@ def test_warning_of_other_work(caplog: pytest.LogCaptureFixture) -> None:
     with app.test_request_context():
         warn_without_apitask(app, "Mail was sent")
 
-    assert find_warnings(caplog) == [
-        WITHOUT.replace("run() was called", "Mail was sent").replace(
-            "it was called", "it was sent"
-        )
-    ]
+    expected = WITHOUT.replace("run() was called", "Mail was sent")
+    assert find_warnings(caplog) == [expected]
 
 
 # Keys
@@ -142,7 +139,7 @@ def test_unknown_key(
 ) -> None:
     """A key that there is not is a WARNING at the start, with what may be meant."""
     make_app(**{key: 5, "APITASK_ENABLED": True, "APITASK": 1, "MY_APITASK_X": 2})
-    assert find_warnings(caplog) == [f"There is no key {key}. {hint}"]
+    assert find_warnings(caplog) == [f"Unknown configuration key {key}. {hint}"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +178,7 @@ def test_key_that_comes_late(
     late = ["APITASK_ENABLED", "APITASK_POOL_SIZE", "APITASK_MAIL_BACKGROUND"]
     text = "was changed after ApiTask(app) had read it, which has no effect."
     assert find_warnings(caplog) == [
-        f"{key} {text} Set it before that." for key in late
+        f"{key} {text} Set it before ApiTask(app)." for key in late
     ]
     assert request_started.receivers
     other.test_client().get("/")
@@ -219,9 +216,9 @@ def count_up() -> int:
 
 
 DROPPED = (
-    "Task 'test_silent_mistakes.set_colour' of POST / has changed the session (colour),"
-    " which is dropped. The cookie may have been made by then: change the session in"
-    " the view."
+    "Task 'test_silent_mistakes.set_colour' of POST / changed the session (colour). The"
+    " change was dropped, because the response may already have its cookie. Change the"
+    " session in the view."
 )
 
 
@@ -587,12 +584,12 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
     "wait": (
         lambda: wait("5"),  # type: ignore[arg-type]
         TypeError,
-        "wait() takes a number of seconds, or None, and not '5'.",
+        "wait() takes a number of seconds or None, not '5'.",
     ),
     "run": (
         lambda: run(5),  # type: ignore[call-overload]
         TypeError,
-        "Pass the function and its arguments apart",
+        "Pass the function and its arguments separately",
     ),
     "run of nothing": (lambda: run(None), TypeError, "not None. Pass the function"),  # type: ignore[call-overload]
     "run of text": (lambda: run("f"), TypeError, "not 'f'. Pass the function"),  # type: ignore[call-overload]
@@ -608,12 +605,12 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
     "task on a result": (
         lambda: task("mailer.welcome")(5),  # type: ignore[type-var]
         TypeError,
-        "task('mailer.welcome') names a function, and not 5.",
+        "task('mailer.welcome') names a function, not 5.",
     ),
     "app": (
         lambda: ApiTask("shop"),  # type: ignore[arg-type]
         TypeError,
-        "ApiTask takes the Flask app, and not 'shop'.",
+        "ApiTask takes the Flask app, not 'shop'.",
     ),
 }
 

@@ -170,7 +170,7 @@ def test_exit_in_the_middle() -> None:
 
             def emit(self, record):
                 text = record.getMessage()
-                self.refused += text.startswith("No thread can be had")
+                self.refused += text.startswith("No thread can be started")
                 self.left += text.startswith("The process exits")
 
         def work(start):

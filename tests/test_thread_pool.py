@@ -409,7 +409,8 @@ def test_close_waits_for_an_abandoned_task_in_its_grace(
     trap.opened.set()
     join(ending, *stuck[0].threads)
     assert caplog.messages == [
-        "The process exits, and 1 task(s) past their deadline with it: 'stuck'"
+        "The process exits without waiting any longer for 1 task(s) past their"
+        " deadline: 'stuck'"
     ]
     endless_trap.opened.set()
 
