@@ -255,14 +255,14 @@ def _check_view(view: t.Any) -> None:
     """Refuse an object that can't run inside a scope."""
     if not callable(view) or inspect.isclass(view):
         raise TypeError(
-            f"scoped() takes a function, or limits by name, as in"
+            f"scoped() takes a function, or keyword arguments as in"
             f" @scoped(max_workers=2), not {view!r}."
         )
 
     if inspect.isgeneratorfunction(view) or inspect.isasyncgenfunction(view):
         raise TypeError(
             f"scoped() can't wait for {view!r}: its body runs after it has returned."
-            " Use 'with open_scope()' in it."
+            " Use 'with open_scope()' inside it."
         )
 
 

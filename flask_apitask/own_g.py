@@ -23,7 +23,7 @@ _copied: contextvars.ContextVar[dict[str, t.Any]] = contextvars.ContextVar(
 
 
 def find_copier(app: Flask, names: tuple[str, ...]) -> GCopier | None:
-    """Return a copier of these names and Flask-Babel's locale, if there is anything."""
+    """Return a copier for these names and Flask-Babel's locale, if there are any."""
     # Other libraries register themselves as "babel" too.
     has_babel = "babel" in app.extensions and "flask_babel" in sys.modules
     return GCopier(names, has_babel) if names or has_babel else None

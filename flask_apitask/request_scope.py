@@ -194,9 +194,8 @@ class RequestScope:
 
     def _find_closing(self, closing: weakref.ref[Closing]) -> Closing | None:
         """Return the closing of a response if the response is going to be closed."""
-        # If an exception is propagating, the server gets no response. GeneratorExit is
-        # the exception: the server raises it by closing a generator that holds the
-        # request's context.
+        # If an exception is propagating, the server gets no response. But GeneratorExit
+        # only means that the server closes a generator with the request's context.
         error = sys.exc_info()[1]
         is_sent = error is None or isinstance(error, GeneratorExit)
         return closing() if is_sent else None

@@ -482,8 +482,8 @@ def test_a_busy_server_is_asked_again(server: ScriptedServer, pools: Pools) -> N
     # After 0.1 s, after 0.2 s, and when the time was over.
     assert 5 <= server.connects <= 6
     assert f"{caught.value}" == (
-        f"The connection to {pool.settings} failed at the greeting: '421 4.7.0 too many"
-        " connections' ended it. The server may allow fewer connections"
+        f"The connection to {pool.settings} failed at the greeting: the server ended it"
+        " with '421 4.7.0 too many connections'. It may allow fewer connections"
         " (APITASK_MAIL_CONNECTIONS) or messages (MAIL_MAX_EMAILS)."
         " A 4xx reply is temporary: the server may accept the message later."
     )

@@ -377,7 +377,7 @@ def test_not_a_reply(answer: bytes) -> None:
         error = fail_to_send(server.settings())
 
     assert isinstance(error, ConnectionLost)
-    assert "failed at MAIL: its answer " in f"{error}"
+    assert "failed at MAIL: the server's answer " in f"{error}"
 
 
 def test_a_reply_without_text() -> None:
@@ -398,7 +398,7 @@ def test_a_reply_nobody_asked_for() -> None:
 
     assert f"{error}" == (
         f"The connection to {server.settings()} failed at RCPT: the server said"
-        " '250 ok' unasked."
+        " '250 ok' out of turn."
     )
 
 
@@ -410,7 +410,7 @@ def test_a_reply_in_the_middle_of_a_message() -> None:
 
     assert isinstance(error, ConnectionLost)
     assert (
-        "failed at the message: the server said '552 5.3.4 too big' unasked"
+        "failed at the message: the server said '552 5.3.4 too big' out of turn"
         in f"{error}"
     )
 

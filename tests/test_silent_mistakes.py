@@ -569,7 +569,7 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
     "number": (
         lambda: scoped(5),  # type: ignore[call-overload]
         TypeError,
-        "scoped() takes a function, or limits by name, as in @scoped(max_workers=2),"
+        "scoped() takes a function, or keyword arguments as in @scoped(max_workers=2),"
         " not 5.",
     ),
     "text": (lambda: scoped("close"), TypeError, "not 'close'"),  # type: ignore[call-overload]

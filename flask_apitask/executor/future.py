@@ -91,7 +91,7 @@ class TaskFuture(concurrent.futures.Future[T]):
         # Only coroutines get here, and asyncio is slow to import.
         import asyncio
 
-        # The shortcut saves waiting until a thread calls back.
+        # Without these shortcuts, it would wait until a thread calls back.
         if self.cancelled():
             raise asyncio.CancelledError
 

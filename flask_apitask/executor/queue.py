@@ -112,7 +112,7 @@ class TaskQueue:
 
     @contextlib.contextmanager
     def waiting(self) -> cabc.Iterator[None]:
-        """See to it that a thread comes while the caller waits for one of the tasks."""
+        """Make sure that a thread comes while the caller waits for one of the tasks."""
         if self._forked:
             yield
             return

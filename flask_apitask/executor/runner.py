@@ -74,7 +74,7 @@ class Runner:
         submitted: float,
         reason: str | None = None,
     ) -> None:
-        """Report that a task will never run. Has the task's context variables.
+        """Report that a task will never run. Called with its context variables.
 
         :param reason: A clause; ``None`` if the future was cancelled.
         """

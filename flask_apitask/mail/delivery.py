@@ -104,7 +104,7 @@ class _Attempts:
         self._doubt: tuple[int | str, str] | None = None
 
     def settle(self, kept: bool, *, let_in: bool) -> None:
-        """Settle what a doubtful refusal was about, by a try on a kept connection."""
+        """Resolve a doubtful refusal, once a kept connection has been tried."""
         if self._doubt is not None and kept:
             if let_in:
                 self._pool.tell(*self._doubt)

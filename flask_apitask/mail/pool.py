@@ -287,7 +287,7 @@ def find_pool(pools: Pools, settings: SMTPSettings, **options: t.Any) -> Connect
 
 
 def _watch(pool: ConnectionPool, closes_at: float) -> None:
-    """See to it that a pool's idle connection is closed in time. Needs the lock."""
+    """Make sure that a pool's idle connection is closed in time. Needs the lock."""
     global _closer
     _idle_pools.add(pool)
 

@@ -281,7 +281,7 @@ class SMTPSession(SMTPStream):
             reply = self.getreply()
 
             if reply.code // 100 == 3:
-                raise self._lost(f"{reply.code} is no answer to a message")
+                raise self._lost(f"{reply.code} is not a reply to a message")
         except ConnectionLost as lost:
             if lost.smtp_code == 421:
                 raise

@@ -122,7 +122,7 @@ class SMTPStream(SMTP):
             if self._is_dropped():
                 reply = self.getreply()
                 shown = show([reply], self._secrets)
-                raise self._lost(f"the server said {shown!r} unasked", reply)
+                raise self._lost(f"the server said {shown!r} out of turn", reply)
 
             self.sock.settimeout(self.settings.timeout)
 
@@ -147,10 +147,10 @@ class SMTPStream(SMTP):
             size += len(line) + 1
 
             if not _REPLY_LINE.fullmatch(line) or line[:3] != lines[0][:3]:
-                raise self._lost("its answer is not an SMTP reply")
+                raise self._lost("the server's answer is not an SMTP reply")
 
             if size > _REPLY:
-                raise self._lost("its answer has no end")
+                raise self._lost("the server's answer is too long")
 
         self.heard_at = time.monotonic()
         words = b"\n".join(line[4:].strip() for line in lines)
@@ -158,8 +158,9 @@ class SMTPStream(SMTP):
 
         if reply.code == 421:
             raise self._lost(
-                f"{show([reply], self._secrets)!r} ended it. The server may allow fewer"
-                " connections (APITASK_MAIL_CONNECTIONS) or messages (MAIL_MAX_EMAILS)",
+                f"the server ended it with {show([reply], self._secrets)!r}. It may"
+                " allow fewer connections (APITASK_MAIL_CONNECTIONS) or messages"
+                " (MAIL_MAX_EMAILS)",
                 reply,
             )
 
@@ -168,7 +169,7 @@ class SMTPStream(SMTP):
     def _read_line(self, deadline: float) -> bytes:
         while b"\n" not in self._received:
             if len(self._received) > _REPLY:
-                raise self._lost("its answer has no end")
+                raise self._lost("the server's answer is too long")
 
             try:
                 # A timeout of 0 would make the socket non-blocking, with another error.
