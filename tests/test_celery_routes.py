@@ -73,7 +73,7 @@ def test_celery_is_not_installed() -> None:
 
 
 def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is broken in an installed Celery is said as it is."""
+    """An error from a broken Celery installation is raised as it is."""
     monkeypatch.delitem(sys.modules, "flask_apitask.celery", raising=False)
     monkeypatch.setitem(sys.modules, "flask_apitask.celery.set_up", None)
     app = Flask(__name__)
@@ -174,7 +174,7 @@ def test_celery_app_of_no_flask_app() -> None:
 
 
 def test_signals_of_a_called_task(celeries: Celeries) -> None:
-    """A task that Celery calls sends the signals, once; to hand it over sends none."""
+    """A task that Celery calls sends the signals once; handing it over sends none."""
     app = celeries.make(CELERY=EAGER)
     seen: list[tuple[str, str, bool]] = []
 
@@ -209,7 +209,7 @@ def test_failure_of_a_called_task(
 def test_words_of_celery_are_no_failure(
     celeries: Celeries, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a task says to Celery by an exception is Celery's affair."""
+    """An exception that is meant for Celery, such as a retry, is left to Celery."""
     app = celeries.make(CELERY=EAGER)
 
     @task(name)
@@ -278,7 +278,7 @@ def test_view_gets_a_result_while_another_task_runs(
 def test_other_callables_stay_on_threads(
     celeries: Celeries, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a worker would not find by the name runs here, with one WARNING."""
+    """A task that a worker could not find by its name runs here, with one WARNING."""
     app = celeries.make(CELERY=EAGER)
 
     @task(name)
@@ -355,7 +355,7 @@ def test_two_functions_before_the_route() -> None:
 
 
 def test_function_of_a_factory(celeries: Celeries, name: str) -> None:
-    """A function that is defined anew is the same one, and an older one may go."""
+    """A function that is defined again counts as the same, and the old one may go."""
     app = celeries.make(CELERY=EAGER)
 
     def define(number: int) -> cabc.Callable[[], int]:
@@ -439,7 +439,7 @@ def test_arguments_that_json_changes(
 
 
 def test_argument_without_a_name(celeries: Celeries, name: str) -> None:
-    """An argument that has no name of its own is counted."""
+    """An argument without a name is named by its number."""
     app = celeries.make()
 
     @task(name)
@@ -451,7 +451,7 @@ def test_argument_without_a_name(celeries: Celeries, name: str) -> None:
 
 
 def test_arguments_are_those_of_the_call(celeries: Celeries, name: str) -> None:
-    """What a view changes after the call changes nothing, and JSON keeps the rest."""
+    """Changing an argument after the call has no effect, and JSON keeps the rest."""
     app = celeries.make(CELERY=EAGER)
 
     @task(name)
@@ -468,7 +468,7 @@ def test_arguments_are_those_of_the_call(celeries: Celeries, name: str) -> None:
 
 
 def test_g_of_a_handover(celeries: Celeries) -> None:
-    """The names of APITASK_COPY_G are no concern of a worker."""
+    """A worker ignores APITASK_COPY_G."""
     app = celeries.make(CELERY=EAGER, APITASK_COPY_G=("request_id",))
 
     with app.test_request_context():

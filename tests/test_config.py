@@ -198,7 +198,7 @@ def test_certificates_from_a_file(
 
 @pytest.mark.parametrize("content", [b"", b"no PEM\n", b"\x30\x82\x01\x0a\x00"])
 def test_file_without_certificates(content: bytes, tmp_path: pathlib.Path) -> None:
-    """A file that is none of certificates stops the set-up, and not the first mail."""
+    """A file without certificates fails at set-up, not when the first mail is sent."""
     path = tmp_path / "ca.pem"
     path.write_bytes(content)
 
@@ -210,7 +210,7 @@ def test_file_without_certificates(content: bytes, tmp_path: pathlib.Path) -> No
 
 
 def test_config_is_frozen() -> None:
-    """A configuration that was read can't be changed by accident."""
+    """A configuration can't be changed by accident once it was read."""
     config: t.Any = Config()
 
     with pytest.raises(dataclasses.FrozenInstanceError):

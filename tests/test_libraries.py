@@ -43,7 +43,7 @@ def test_identity_of_flask_principal(
 def test_token_of_flask_wtf(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, view_asks_first: bool
 ) -> None:
-    """A token made in a task is valid if the session has one, and else warned of."""
+    """A token made in a task is valid if the session has one, else warned about."""
     csrf = pytest.importorskip("flask_wtf.csrf")
     app = make_app(SECRET_KEY="only here")
 

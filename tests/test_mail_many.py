@@ -124,7 +124,7 @@ def test_what_closes_connections_keeps_nothing_of_a_request(
 
 
 def test_a_newsletter_is_held_in_part() -> None:
-    """Sixty messages of 1 MiB in a block take far less than they have."""
+    """Sixty messages of 1 MiB in a block take far less than 60 MiB of memory."""
     with ScriptedServer() as server:
         shown = run_script(
             """

@@ -202,7 +202,7 @@ def test_no_time_for_goodbye(
 def test_the_size_is_the_limit_without_keepalive(
     server: ScriptedServer, pools: Pools
 ) -> None:
-    """Without a keepalive a connection goes to who waits for it, and else is closed."""
+    """Without keepalive, a connection goes to a waiting thread, or is closed."""
     pool = pools(size=2, keepalive=0)
 
     with concurrent.futures.ThreadPoolExecutor(8) as executor:
@@ -217,7 +217,7 @@ def test_the_size_is_the_limit_without_keepalive(
 
 
 def test_waiters_are_served_in_order(pools: Pools) -> None:
-    """Who came first gets the connection first, and one who comes last stands last."""
+    """Threads get the connection in the order in which they came."""
     pool = pools(size=1)
     first = Holder(pool)
     assert first.has_it.wait(PATIENCE)
@@ -281,7 +281,7 @@ def test_waiting_has_an_end(server: ScriptedServer, pools: Pools) -> None:
 
 
 class Interrupted(BaseException):
-    """What a signal or the kill of a greenlet raises in the middle of anything."""
+    """Stands for what a signal, or killing a greenlet, raises at any point."""
 
 
 def test_an_interrupted_wait(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +412,7 @@ def test_a_shorter_keepalive_comes_first(server: ScriptedServer, pools: Pools) -
 
 
 def test_close_idle(server: ScriptedServer, pools: Pools) -> None:
-    """What is idle is closed, and what is in use is not."""
+    """Idle connections are closed, and those in use are not."""
     pool = pools()
     holder = Holder(pool)
     assert holder.has_it.wait(PATIENCE)
@@ -449,7 +449,7 @@ def test_a_connection_that_dies_in_use_is_replaced(
 
 
 def test_the_second_attempt_is_the_last(server: ScriptedServer, pools: Pools) -> None:
-    """What fails on a kept and then on a new connection is reported."""
+    """A failure on a kept and then on a new connection is reported."""
     pool = pools()
     send(pool)
     server.fail(Stage.DATA, Fault.DROP, Fault.DROP)
@@ -503,7 +503,7 @@ def test_421_for_a_message_is_a_definite_no(
 def test_a_message_whose_fate_is_unknown_is_sent_once(
     server: ScriptedServer, pools: Pools, *, kept: bool
 ) -> None:
-    """What may be delivered is not sent again, and the batch goes on."""
+    """A message that may be delivered is not sent again, and the batch goes on."""
     pool = pools()
 
     if kept:

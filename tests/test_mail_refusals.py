@@ -285,7 +285,7 @@ def test_recipients_for_different_reasons() -> None:
 
 
 def test_recipients_that_were_refused() -> None:
-    """Who was refused is data, with code and words, as smtplib has it."""
+    """Refused recipients are data, with code and words, as in smtplib."""
     error, shown = refuse(
         Stage.RCPT,
         b"554 5.7.1 <x@y.example>: Relay access denied",
@@ -498,7 +498,7 @@ def test_a_short_traceback(
 
 @pytest.mark.parametrize("text", ["false", "F", "n", "0", " no ", "off", "", "None"])
 def test_flags_that_are_text(text: str) -> None:
-    """A word for no is no."""
+    """A word for "no" turns the flag off."""
     flags = dict.fromkeys(["MAIL_USE_TLS", "MAIL_USE_SSL", "MAIL_SUPPRESS_SEND"], text)
 
     with ScriptedServer() as server:
@@ -512,7 +512,7 @@ def test_flags_that_are_text(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["true", "T", "y", "1", "on", "yes"])
 def test_flags_that_are_yes(text: str) -> None:
-    """A word for yes is yes."""
+    """A word for "yes" turns the flag on."""
     with ScriptedServer() as server:
         app, mail = make_app(server, MAIL_USE_TLS=text)
 
@@ -559,7 +559,7 @@ WRONG = [
 def test_a_key_of_flask_mail_that_is_wrong(
     key: str, value: object, allowed: str
 ) -> None:
-    """It is an error at start-up, whichever extension comes first, if mail is ours."""
+    """It is an error at start-up, in either order, if mail is rerouted."""
     text = f"^{re.escape(f'{key} is {value!r}, but must be {allowed}.')}$"
     app = Flask(__name__)
     app.config.update({key: value}, APITASK_MAIL_BACKGROUND=True)

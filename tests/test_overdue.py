@@ -47,7 +47,7 @@ def report(app: Flask, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
 def test_stack_begins_with_the_task(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, gate: Gate
 ) -> None:
-    """Nothing of what calls a task is in its stack."""
+    """The stack of a task has no frame of the code that calls tasks."""
     app = make_app(APITASK_TIMEOUT=DEADLINE)
 
     def work() -> None:

@@ -93,7 +93,7 @@ def test_run_outside_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_apitask_that_comes_late(caplog: pytest.LogCaptureFixture) -> None:
-    """An app that was warned of can be set up all the same."""
+    """After the warning, the app can still be set up."""
     app = Flask("shop")
 
     with app.test_request_context():
@@ -108,7 +108,7 @@ def test_apitask_that_comes_late(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_warning_of_other_work(caplog: pytest.LogCaptureFixture) -> None:
-    """Other work that is done on the spot can be warned of as well."""
+    """The warning can name other work too."""
     app = Flask("shop")
     warn_without_apitask(app, "Mail was sent")
 
@@ -137,7 +137,7 @@ def test_warning_of_other_work(caplog: pytest.LogCaptureFixture) -> None:
 def test_unknown_key(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, key: str, hint: str
 ) -> None:
-    """A key that there is not is a WARNING at the start, with what may be meant."""
+    """An unknown key is a WARNING at the start, with a suggestion."""
     make_app(**{key: 5, "APITASK_ENABLED": True, "APITASK": 1, "MY_APITASK_X": 2})
     assert find_warnings(caplog) == [f"Unknown configuration key {key}. {hint}"]
 
@@ -225,7 +225,7 @@ DROPPED = (
 def test_session_that_a_task_changes(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a task writes never reaches the cookie, be it early or late: one WARNING."""
+    """What a task writes never gets into the cookie, early or late: one WARNING."""
     app = make_app(SECRET_KEY="test")
     cookies: list[str | None] = []
     saved = threading.Event()
@@ -370,7 +370,7 @@ def test_flask_login(
 
 
 class Opaque:
-    """A value of which every copy is another one."""
+    """A value that equals none of its copies."""
 
 
 class Vexed:
@@ -384,7 +384,7 @@ class Vexed:
 
 @dataclasses.dataclass
 class Box:
-    """A value that is compared by what is in it."""
+    """A value that is compared by its contents."""
 
     content: object
 
@@ -619,7 +619,7 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
 def test_wrong_arguments(
     call: cabc.Callable[[], object], error: type[Exception], text: str
 ) -> None:
-    """The error names what is wrong, and not what comes of it later."""
+    """The error names the mistake, not a later consequence of it."""
     with pytest.raises(error) as caught:
         call()
 
@@ -627,7 +627,7 @@ def test_wrong_arguments(
 
 
 def test_run_of_a_coroutine(make_app: AppFactory) -> None:
-    """A coroutine is no function, in a request as anywhere else."""
+    """A coroutine is not a function, in a request or elsewhere."""
 
     async def work() -> None:
         raise AssertionError
@@ -734,7 +734,7 @@ def test_await_with_a_full_pool(make_app: AppFactory) -> None:
 
 
 def test_await_without_a_scope() -> None:
-    """What was a plain call can be awaited as well."""
+    """The future of a plain call can be awaited too."""
 
     async def main() -> str:
         return await run(str, "called")

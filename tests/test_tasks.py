@@ -109,7 +109,7 @@ def test_task_returns_the_function_itself() -> None:
 
 @pytest.mark.parametrize("name", ["", None, plain, Welcome])
 def test_task_needs_a_name(name: t.Any) -> None:
-    """A bare ``@task`` is refused where it stands, not where the function is called."""
+    """A bare ``@task`` raises where it is written, not where the function is called."""
     with pytest.raises(TypeError) as caught:
         task(name)
 
