@@ -136,9 +136,7 @@ def wait(timeout: float | None = None) -> None:
     :raises TypeError: ``timeout`` is not a number.
     """
     if not isinstance(timeout, int | float | None):
-        raise TypeError(
-            f"wait() takes a number of seconds or None, not {timeout!r}."
-        )
+        raise TypeError(f"wait() takes a number of seconds or None, not {timeout!r}.")
 
     scope = _find_scope()
 

@@ -185,8 +185,7 @@ def _find_session(session: t.Any) -> orm.Session:
         else "With Flask-SQLAlchemy, that is 'db.session'."
     )
     raise TypeError(
-        f"run_on_commit() takes a SQLAlchemy session first, not {session!r}."
-        f" {hint}"
+        f"run_on_commit() takes a SQLAlchemy session first, not {session!r}. {hint}"
     )
 
 

@@ -97,6 +97,6 @@ assert flask_apitask.exceptions.DeliveryError is flask_apitask.DeliveryError
 
 
 def test_public_names() -> None:
-    """The package has all the names that it lists, and lists all that it has."""
+    """The package has all the names that it lists."""
     for name in flask_apitask.__all__:
         assert hasattr(flask_apitask, name)
