@@ -662,7 +662,7 @@ def test_deadline_counts_from_the_close(
     assert vars(cancelled)["apitask_endpoint"] == "index"
     source = "timeout of the scope" if per_view else "APITASK_TIMEOUT"
     assert cancelled.getMessage().endswith(f"within 0.01 s ({source}).")
-    assert running.getMessage().startswith("The wait for tasks of GET / is over")
+    assert running.getMessage().startswith("Stopped waiting for the tasks of GET /")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

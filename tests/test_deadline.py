@@ -190,7 +190,7 @@ def test_deadline_of_a_block(
     assert record.levelname == "WARNING"
     assert record.apitask_tasks == ["trapped"]
     assert record.apitask_endpoint is None
-    assert f"after {DEADLINE} s (timeout of the scope), and" in record.getMessage()
+    assert f"after {DEADLINE} s (timeout of the scope): 1" in record.getMessage()
 
 
 def test_stuck_threads_are_named_and_replaced(

@@ -390,7 +390,7 @@ HOLDS = {
     "python": "while True: pass",
 }
 
-GONE_ON = ["WARNING The wait fo", "ok"]
+GONE_ON = ["WARNING Stopped wai", "ok"]
 LEFT = "WARNING The process"
 
 

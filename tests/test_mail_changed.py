@@ -318,7 +318,7 @@ def test_the_change_is_what_sends(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert CHANGES[way][2] in record.getMessage()
-    assert "no kept connections and no pipelining" in record.getMessage()
+    assert "without kept connections and pipelining" in record.getMessage()
 
 
 @pytest.mark.parametrize("way", [way for way in CHANGES if "subclass" not in way])

@@ -208,8 +208,8 @@ def test_the_name_for_explicit_use(inbox: Mailbox) -> None:
 
     assert str(caught.value) == (
         f"{OURS} sends in the background, but {__name__!r} has no ApiTask with"
-        " APITASK_MAIL_BACKGROUND on. Set it, or let MAIL_BACKEND be 'smtp', which goes"
-        " by it."
+        " APITASK_MAIL_BACKGROUND on. Turn it on, or set MAIL_BACKEND to 'smtp', which"
+        " works with and without it."
     )
 
 
@@ -688,7 +688,7 @@ def test_certificate_that_is_of_no_use(tmp_path: pathlib.Path) -> None:
             with pytest.raises(ValueError, match=r"MAIL_SSL_KEYFILE.* can't be loaded"):
                 send(**files)
 
-        with pytest.raises(ValueError, match="the key is not encrypted"):
+        with pytest.raises(ValueError, match="the key must not be encrypted"):
             send(ssl_certfile=certfile, ssl_keyfile=str(keyfile))
 
         with pytest.raises(ValueError, match="Set MAIL_SSL_CERTFILE"):

@@ -320,8 +320,8 @@ def test_some_recipients_that_were_refused() -> None:
 @pytest.mark.parametrize(
     ("stage", "fault", "hint"),
     [
-        (Stage.GREETING, Fault.SILENCE, "mostly 465, set MAIL_USE_SSL."),
-        (Stage.GREETING, Fault.DROP, "mostly 465, set MAIL_USE_SSL."),
+        (Stage.GREETING, Fault.SILENCE, "(usually 465), set MAIL_USE_SSL."),
+        (Stage.GREETING, Fault.DROP, "(usually 465), set MAIL_USE_SSL."),
         # It has answered, so it does not wait for TLS.
         (Stage.GREETING, b"421 4.3.2 later\r\n", "accept the message later."),
         (Stage.EHLO, Fault.SILENCE, "more than 0.2 s (APITASK_MAIL_TIMEOUT)."),

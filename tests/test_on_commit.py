@@ -331,7 +331,7 @@ def test_without_apitask(sites: list[Site], caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize("session", [object(), orm.sessionmaker(), None])
 def test_no_session(session: t.Any) -> None:
     """Anything but a session is refused, with what to pass instead."""
-    with pytest.raises(TypeError, match=r"a session of SQLAlchemy .*'db.session'"):
+    with pytest.raises(TypeError, match=r"a SQLAlchemy session first, .*'db.session'"):
         run_on_commit(session, print)
 
 

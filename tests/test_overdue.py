@@ -37,9 +37,11 @@ def report(app: Flask, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
     """Make a request that leaves a task behind, and return its first lines and all."""
     assert in_time(app.test_client().get, "/").status_code == 200
     (record,) = [
-        r for r in caplog.records if "The wait for tasks of GET /" in r.getMessage()
+        r
+        for r in caplog.records
+        if "Stopped waiting for the tasks of GET /" in r.getMessage()
     ]
-    text = record.getMessage().partition("in:\n\n")[2]
+    text = record.getMessage().partition("running:\n\n")[2]
     assert "flask_apitask/runner.py" not in text
     return "\n".join(text.splitlines()[:2]), text
 

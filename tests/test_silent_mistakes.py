@@ -326,7 +326,7 @@ def test_flash_in_a_task(
 
     assert app.test_client().get("/").text == "['from the view']"
     assert [text[:45] for text in find_warnings(caplog)] == [
-        "Task 'flask.helpers.flash' of GET / has chang"
+        "Task 'flask.helpers.flash' of GET / changed t"
     ]
 
 
