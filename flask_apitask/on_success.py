@@ -38,8 +38,8 @@ def run_on_success(task: Task[T], /) -> TaskFuture[T]: ...
 def run_on_success(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     """Start a task once the current request has succeeded, and drop it otherwise.
 
-    A request has succeeded if no exception left the view (even one that an error
-    handler turned into a response) and the response has a status below 400 after all
+    A request has succeeded if no exception left the view, not even one that an error
+    handler answered, and the response has a status below 400 after all
     ``after_request`` functions. A streamed response must also end without an exception.
     In :func:`open_scope` and :func:`scoped`, the block or function has succeeded if no
     exception left it.
