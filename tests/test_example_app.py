@@ -59,7 +59,7 @@ def test_signup_is_done_when_it_is_answered(url: str, mode: str) -> None:
 
 @both_modes
 def test_signup_leads_to_the_form(url: str, mode: str) -> None:
-    """Signing up redirects to a page that says so, and that can be reloaded."""
+    """Who has signed up is sent to a page that says so, and may be loaded again."""
     answer = fetch(f"{url}{mode}/signup", {"address": f"led{mode[1:]}@example.org"})
     assert answer.location is not None
     page = fetch(urllib.parse.urljoin(f"{url}/", answer.location))
@@ -128,7 +128,7 @@ def test_address_signs_up_once(url: str, mode: str) -> None:
     ],
 )
 def test_address_is_checked(url: str, address: str) -> None:
-    """An invalid address is refused, gets no mail, and is shown as it was entered."""
+    """What is no address is refused, sent nothing, and shown as it was entered."""
     before = fetch(f"{url}/inbox")
     answer = fetch(f"{url}/signup", {"address": address})
     assert answer.status == 422
@@ -144,7 +144,7 @@ def test_form_without_fields(url: str) -> None:
 
 
 def test_mails_are_text(url: str) -> None:
-    """Markup is shown in the inbox as text."""
+    """What HTML gives a meaning to is shown in the inbox as the text that it is."""
     address = "mary.o'reilly&lt@example.org"
     fetch(f"{url}/signup", {"address": address})
     assert len(find_mails(url, address)) == 2

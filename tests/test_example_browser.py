@@ -42,7 +42,7 @@ def sign_up(browser: Chromium, address: str) -> None:
 
 
 def test_switch_and_times(browser: Chromium, url: str) -> None:
-    """After signing up in both modes, both times are shown side by side, as bars."""
+    """Who signs up in both modes sees both times side by side, and as bars."""
     browser.open(url)
     assert browser.text("[aria-current]") == "On"
     assert browser.text("#on dd") == browser.text("#off dd") == "not known yet"
@@ -67,7 +67,7 @@ def test_switch_and_times(browser: Chromium, url: str) -> None:
 
 
 def test_reload_sends_nothing(browser: Chromium, url: str) -> None:
-    """Reloading the page after signing up signs nobody up a second time."""
+    """To load the page again after signing up signs nobody up a second time."""
     browser.open(url)
     sign_up(browser, "reload@example.org")
     browser.reload()
