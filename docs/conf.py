@@ -37,7 +37,7 @@ nitpick_ignore_regex = [
     (
         "py:.*",
         r"(asyncio|celery|concurrent|flask|fnmatch|io|logging|math)\..*"
-        r"|(smtplib|sqlalchemy|threading|time)\..*",
+        r"|(opentelemetry|smtplib|sqlalchemy|threading|time)\..*",
     ),
     ("py:mod", "logging|smtplib"),
     # What only type checkers see, as it stands in a signature.

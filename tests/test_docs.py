@@ -18,7 +18,15 @@ PAGES = sorted(
     if "```python\n" in path.read_text("utf-8")
 )
 # What these packages patch or keep in the process is not for other tests.
-ALONE = {"monitoring.md": ["prometheus_client", "sentry_sdk", "structlog"]}
+ALONE = {
+    "monitoring.md": [
+        "opentelemetry.instrumentation.flask",
+        "opentelemetry.sdk",
+        "prometheus_client",
+        "sentry_sdk",
+        "structlog",
+    ]
+}
 
 
 def run_examples(page: pathlib.Path, **names: object) -> Document:

@@ -25,6 +25,7 @@ IMPORTERS = {
     "debugtoolbar": set(),
     "extension": {"__init__"},
     "mail": {"extension"},
+    "opentelemetry": set(),
     "testing": set(),
     "waterfall": {"debugtoolbar"},
 }
@@ -53,6 +54,7 @@ OPTIONAL = {
     "flask_debugtoolbar",
     "flask_mail",
     "flask_mailman",
+    "opentelemetry",
     "sqlalchemy",
 }
 

@@ -31,24 +31,24 @@ INTRODUCTION = """\
 
 <!-- Written by `python tests/test_mail_faults.py`, and checked by the tests. -->
 
-This is the fate of one message if the server does one wrong thing at one place of the
-dialogue, over STARTTLS and AUTH. Each cell was played by a scripted server, with
-PIPELINING and without, and both ended alike.
+The tables show what happens to a message if the server makes one mistake at one stage
+of the dialogue, over STARTTLS and AUTH. A scripted server played each of these faults,
+with and without PIPELINING, and the outcome was the same.
 
-- **delivered**: the server has taken the message once, and there is no error.
+- **delivered**: the server has accepted the message once, and there is no error.
 - **again, delivered**: the same, on a second connection.
-- **error**: a `DeliveryError`, and the server has not taken the message.
+- **error**: a `DeliveryError`, and the server has not accepted the message.
 - **unknown**: a `DeliveryUnknown`: the server had all of the message and did not say
   what it did with it. It is not sent again.
 
-The message after it is delivered in every case.
+The next message is delivered in every case.
 """
 
 HEADINGS = {
     False: "## On a new connection\n",
-    True: "## On a connection that was kept\n\n"
-    f"For the rows up to {OPENING[-1].value} the server has closed the connection that"
-    " was kept, and it is\nthe one opened in its place that meets the fault.\n",
+    True: "## On a kept connection\n\n"
+    f"For the rows up to {OPENING[-1].value}, the server has closed the kept"
+    " connection, and the one\nopened in its place meets the fault.\n",
 }
 
 

@@ -7,14 +7,14 @@ import typing as t
 
 from a2wsgi import WSGIMiddleware
 
-# Requests that a process serves at once.
+# How many requests a process serves at once.
 WORKERS = 8
 
 wsgi_app = pkgutil.resolve_name(os.environ["WSGI_APP"])
 
 
 def answer_when_done(environ: t.Any, start_response: t.Any) -> t.Any:
-    """Start the response when the app has returned, which is when its tasks are done.
+    """Start the response when the app has returned: its tasks are done by then.
 
     a2wsgi sends the headers as soon as the app has them. They are the whole response to
     a HEAD request, and wherever the body is empty.

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 worker_class = "gthread"
-# Requests that a worker serves at once.
+# How many requests a worker serves at once.
 threads = 8
-# Seconds that requests have to come to their end when the server is stopped.
+# Seconds that running requests have to finish when the server is stopped.
 graceful_timeout = 30

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 worker_class = "sync"
-# Seconds after which a worker that is silent is killed. It is silent while it serves a
+# Seconds after which a silent worker is killed. A worker is silent while it serves a
 # request, so the longest request, with the wait for its tasks, must be shorter.
 timeout = 30
-# Seconds that requests have to come to their end when the server is stopped.
+# Seconds that running requests have to finish when the server is stopped.
 graceful_timeout = 30

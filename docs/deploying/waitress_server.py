@@ -6,6 +6,6 @@ import sys
 
 from waitress.runner import run
 
-# Waitress comes to its end by Ctrl-C, but SIGTERM kills it in the middle of a request.
+# Ctrl-C stops waitress gracefully, but SIGTERM kills it in the middle of a request.
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit())
 run()
