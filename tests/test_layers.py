@@ -138,7 +138,7 @@ def test_cores_know_no_flask() -> None:
 
 
 def test_no_module_imports_those_above_it() -> None:
-    """What sets the extension up, and mail, are known by what uses them alone."""
+    """Only their users import the modules for set-up and for mail."""
     for name, importers in IMPORTERS.items():
         found = {other for other in MODULES if name in find_imports(other, types=True)}
         assert found == importers
