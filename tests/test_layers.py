@@ -206,7 +206,8 @@ def test_import_leaves_optional_packages_alone(tmp_path: pathlib.Path) -> None:
 def test_import_is_light(tmp_path: pathlib.Path) -> None:
     """Beyond what Flask brings, no module is imported but what futures are made of."""
     code = (
-        "import concurrent.futures, flask, sys; before = set(sys.modules); import flask_apitask;"
+        "import concurrent.futures, flask, sys; before = set(sys.modules);"
+        " import flask_apitask;"
         " new = sys.modules.keys() - before;"
         " print(*sorted(name for name in new if name.split('.')[0] != 'flask_apitask'))"
     )
