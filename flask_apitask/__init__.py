@@ -13,11 +13,11 @@
         run(notify_crm, "ada@example.org")  # on a thread, while the view goes on
         return "", 204  # the response leaves when notify_crm() has returned
 
-:class:`ApiTask` sets an app up. :func:`run` starts a task on a thread, and the request
+:class:`ApiTask` sets up an app. :func:`run` starts a task on a thread, and the request
 waits for its tasks before its response is finalized. :func:`wait`, :func:`scoped`,
 :func:`open_scope` and :func:`current_scope` are for when that is not enough. With
-``APITASK_MAIL_BACKGROUND`` on, what Flask-Mail and Flask-Mailman send is sent by such
-tasks.
+``APITASK_MAIL_BACKGROUND`` on, such tasks also send the mail of Flask-Mail and
+Flask-Mailman.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> t.Any:
-    # They need smtplib, which takes long to import, and most apps never ask for them.
+    # These need smtplib, which is slow to import, and most apps never use them.
     if name in ("DeliveryError", "DeliveryUnknown", "exceptions"):
         exceptions = importlib.import_module(".exceptions", __name__)
         return getattr(exceptions, name, exceptions)

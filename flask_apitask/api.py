@@ -57,28 +57,28 @@ def run(task: Task[T], /) -> TaskFuture[T]: ...
 
 
 def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
-    """Start a task that the current request, or ``with`` block, waits for.
+    """Start a task that the current request or ``with`` block waits for.
 
-    It runs on a thread, in an app context of its own, with the caller's request and
-    context variables. An exception is logged and kept in the future, and the response
-    is not affected.
+    The task runs on a thread, in its own app context, with the caller's request and
+    context variables. If it raises, the exception is logged and kept in the future; the
+    response is not affected.
 
-    Where there is no scope (outside of a request, inside another task, after the
-    request's scope was ended) the task is called here and now, in the caller's own
-    context, and an exception is raised to the caller.
+    Where there is no scope (outside a request, inside another task, or after the
+    request's scope has ended), this is a plain call: the task is called at once, in the
+    caller's own context, and its exceptions are raised to the caller.
 
-    Not for work that must survive the process, be retried, or take longer than the
-    client cares to wait: that belongs in a task queue, to which :data:`APITASK_ROUTES`
-    sends tasks by their names.
+    Don't use it for work that must survive the process, be retried, or take longer than
+    the client will wait. Such work belongs in a task queue, and :data:`APITASK_ROUTES`
+    can send tasks there by name.
 
     :param task: A callable, sync or ``async def``, or a :class:`Task`.
     :param args: Its positional arguments.
-    :param kwargs: Its keyword arguments; none is taken by :func:`run` itself.
-    :raises TypeError: ``task`` can't be called, or it is routed to Celery, and JSON
-        can't carry an argument exactly.
-    :return: The :class:`concurrent.futures.Future` of the task's result, which is done
-        after a plain call. An ``async def`` view may ``await`` it. That of a task that
-        goes to Celery is of its :class:`celery.result.AsyncResult`.
+    :param kwargs: Its keyword arguments. :func:`run` takes none for itself.
+    :raises TypeError: ``task`` can't be called, or it is routed to Celery and JSON
+        can't carry one of its arguments exactly.
+    :return: A :class:`concurrent.futures.Future` of the task's result, already done
+        after a plain call. An ``async def`` view may ``await`` it. If the task goes to
+        Celery, the result is its :class:`celery.result.AsyncResult`.
     """
     if routes.router is not None:
         task, args, kwargs = routes.router(task, args, kwargs)
@@ -107,9 +107,9 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
 
 
 def warn_without_apitask(app: Flask, what: str = "run() was called") -> None:
-    """Log a WARNING, once, in a request of an app that has no :class:`ApiTask`.
+    """Log a WARNING, once per app, in a request of an app without an :class:`ApiTask`.
 
-    :param what: What was done on the spot for that reason.
+    :param what: What was done in the request, to start the text.
     """
     request_context = None if "apitask" in app.extensions else find_request_context()
 
@@ -117,29 +117,26 @@ def warn_without_apitask(app: Flask, what: str = "run() was called") -> None:
         log_once(
             app,
             "without_apitask",
-            "%s in a request of %r, which has no ApiTask: it was %s on the spot. Create"
-            " one with ApiTask(app), or call its init_app(app).",
+            "%s in a request of %r, which has no ApiTask, so nothing ran in the"
+            " background. Create one with ApiTask(app), or call its init_app(app).",
             what,
             app.name,
-            what.rpartition(" ")[2],
         )
 
 
 def wait(timeout: float | None = None) -> None:
-    """Block until the tasks that the current scope was given so far are done.
+    """Block until the tasks submitted to the current scope so far are done.
 
-    More tasks can be started after it. Exceptions of the tasks are in their futures and
-    in the log, and are not raised here. Does nothing where there is no scope. Not
-    needed at the end of a view: the request waits by itself.
+    You can start more tasks afterwards. What a task raises goes to its future and to
+    the log, and is not raised here. Does nothing where there is no scope. Don't call it
+    at the end of a view: the request waits anyway.
 
-    :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
-    :raises TimeoutError: Some are not done yet; they go on.
+    :param timeout: The most seconds to wait, ``None`` for as long as it takes.
+    :raises TimeoutError: Some tasks are not done yet; they keep running.
     :raises TypeError: ``timeout`` is not a number.
     """
     if not isinstance(timeout, int | float | None):
-        raise TypeError(
-            f"wait() takes a number of seconds, or None, and not {timeout!r}."
-        )
+        raise TypeError(f"wait() takes a number of seconds or None, not {timeout!r}.")
 
     scope = _find_scope()
 
@@ -150,7 +147,7 @@ def wait(timeout: float | None = None) -> None:
 def current_scope() -> TaskScope | None:
     """Return the scope that :func:`run` submits to here, if there is one.
 
-    Use it as the executor that it is: ``loop.run_in_executor(current_scope(), ...)``.
+    A scope is an executor: ``loop.run_in_executor(current_scope(), ...)``.
     """
     scope = _find_scope()
     return None if scope is None or scope.closed else scope
@@ -162,12 +159,12 @@ def open_scope(
 ) -> cabc.Iterator[TaskScope]:
     """Open a scope for a block: in a command, a script, or part of a view.
 
-    The tasks started in the block are done when it is left, whether it raises or not.
-    Scopes nest: a task belongs to the innermost, and each waits for its own tasks.
+    At its end, the block waits for the tasks started in it, whether it raises or not.
+    Scopes nest: a task belongs to the innermost one, and each waits for its own tasks.
 
     :param max_workers: The most tasks that run at once, ``None`` for
         :data:`APITASK_MAX_WORKERS`.
-    :param timeout: Seconds that the end of the block waits, ``None`` for
+    :param timeout: The most seconds that the end of the block waits, ``None`` for
         :data:`APITASK_TIMEOUT`, :data:`math.inf` for as long as it takes.
     :raises ValueError: A limit is not a positive number.
     :raises RuntimeError: There is no app context, or no :class:`ApiTask` on its app.
@@ -199,16 +196,17 @@ def scoped(
 ) -> t.Any:
     """Give one view, or any function, a scope of its own.
 
-    Its tasks are done when it returns, not just at the end of the request. Use it with
-    ``APITASK_ENABLED = False`` to have scopes only where you want them, or to set other
-    limits. Put it below the route decorator, which registers the function below it::
+    It waits for its tasks before it returns, not only at the end of the request. Use it
+    to set other limits, or with ``APITASK_ENABLED = False`` to have scopes only where
+    you want them. Put it below the route decorator, which registers the function below
+    it::
 
         @app.post("/signup")
         @scoped(max_workers=2, timeout=5.0)
         def signup(): ...
 
-    Above it, it has no effect: the app has registered the view without it. This is
-    wrong::
+    Above the route decorator it has no effect, because the app has already registered
+    the view without it. This is wrong::
 
         @scoped(max_workers=2, timeout=5.0)
         @app.post("/signup")
@@ -219,8 +217,8 @@ def scoped(
     :param view: A function, sync or ``async def``.
     :param max_workers: As for :func:`open_scope`.
     :param timeout: As for :func:`open_scope`.
-    :param wait: When to wait for the tasks: ``"return"``, or ``"close"`` for after the
-        response to the request was sent, where there is a request.
+    :param wait: When to wait for the tasks: ``"return"``, or in a request ``"close"``,
+        which is after the response was sent.
     :raises TypeError: ``view`` is not a function, or it is a generator function.
     :raises ValueError: A limit is not a positive number, or ``wait`` is something else.
     """
@@ -252,31 +250,31 @@ def scoped(
 
 
 def _check_view(view: t.Any) -> None:
-    """Refuse what can't have a scope around it."""
+    """Refuse an object that can't run inside a scope."""
     if not callable(view) or inspect.isclass(view):
         raise TypeError(
-            f"scoped() takes a function, or limits by name, as in"
+            f"scoped() takes a function, or keyword arguments as in"
             f" @scoped(max_workers=2), not {view!r}."
         )
 
     if inspect.isgeneratorfunction(view) or inspect.isasyncgenfunction(view):
         raise TypeError(
             f"scoped() can't wait for {view!r}: its body runs after it has returned."
-            " Use 'with open_scope()' in it."
+            " Use 'with open_scope()' inside it."
         )
 
 
 def find_holder() -> TaskScope | None:
-    """Return the scope with whose success a task may start: in a task, that of it."""
+    """Return the scope whose success starts a task: inside a task, the task's own."""
     return _find_scope(holds=True)
 
 
 def _find_scope(*, holds: bool = False) -> TaskScope | None:
-    """Return the scope that a task goes to, and open the request's for the first one.
+    """Return the scope for a new task, and open the request's scope if need be.
 
-    ``None`` where a task is a plain call.
+    Return ``None`` where a task is a plain call.
 
-    :param holds: The task may wait for the success of what it is started in.
+    :param holds: The scope is for a task that waits for the scope's success.
     """
     app_context = find_app_context()
 
@@ -291,7 +289,7 @@ def _find_scope(*, holds: bool = False) -> TaskScope | None:
     request_context = find_request_context()
     request = request_context and request_context.request
 
-    # The innermost frame counts that is part of this request, and of this app.
+    # The innermost frame of this request and this app counts.
     for frame in walk_frames() if current_frame.get() else ():
         if request is None or frame.request is request:
             if holds and frame.task_of is not None and frame.app is app:

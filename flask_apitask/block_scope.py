@@ -25,9 +25,9 @@ if t.TYPE_CHECKING:
 
 
 class Block:
-    """Gives a block of code, or a function, a scope, and waits for it at the end.
+    """Gives a block of code or a function a scope, and waits for it at the end.
 
-    :param at_close: End the scope with the response, if there is going to be one.
+    :param at_close: End the scope when the response closes, if there is a response.
     """
 
     def __init__(
@@ -72,24 +72,25 @@ class Block:
         self, kind: object, error: BaseException | None, traceback: object
     ) -> None:
         if self._leave(error):
-            # Only an app with such a view needs it, and it takes long to import.
+            # Only an app with such a view needs asyncio, which is slow to import.
             import asyncio
 
-            # On another thread, as the tasks may need the view's event loop.
+            # On another thread, because the tasks may need the view's event loop.
             await asyncio.to_thread(end_scopes, self._scope)
 
     def _leave(self, error: BaseException | None) -> bool:
-        """Leave the block and those left open in it; return whether it ends now."""
+        """Leave the block and any left open in it; tell whether the scope ends now."""
         frame = self._frame
         self._scope.settle(find_failure(error))
 
-        # It is not there where a generator is closed in another context than it ran in.
+        # A generator may be closed in another context than it ran in, and then this
+        # frame is not among those of the caller.
         if frame in walk_frames():
             current_frame.set(frame.parent)
 
         context = find_request_context()
 
-        # A function that is called by a task has nothing to do with the response.
+        # A function called by a task has nothing to do with the response.
         if not self._at_close or context is None or is_in_task(context.request):
             return True
 
@@ -104,7 +105,7 @@ class Block:
 def read_limits(
     max_workers: int | None, timeout: float | None, config: Config | None = None
 ) -> tuple[int, float | None]:
-    """Read the limits of a block, by the configuration where they are ``None``."""
+    """Read the limits of a block; ``None`` stands for the configured limit."""
     default = config or Config()
     return (
         default.max_workers

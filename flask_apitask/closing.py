@@ -10,30 +10,31 @@ if t.TYPE_CHECKING:
 
     from .executor.scope import TaskScope
 
-# An attribute of a response: what is waited for when it is closed.
+# An attribute of a response: the closings to run when it is closed.
 _CLOSINGS: t.Final = "_flask_apitask_closings"
 
 
 class Closing:
-    """What is waited for when the server closes a response.
+    """The scopes that end when the server closes a response.
 
-    :param answers_first: The request's own scope ends here, too.
-    :param is_stream: The request has succeeded only if its body came to its end.
+    :param answers_first: The request's own scope ends here too.
+    :param is_stream: The request succeeds only if its body reaches its end.
     """
 
     def __init__(self, answers_first: bool, is_stream: bool = False) -> None:
         self.answers_first = answers_first
         self.is_stream = is_stream
         self._failure: str | None = None
-        # Flask pops the request's contexts before. What is logged finds them here.
+        # Flask pops the request's contexts before the close. Log records still need
+        # them.
         self._context = contextvars.copy_context()
-        # Guards the others: a scope may come while another thread closes.
+        # Guards the attributes below: a scope may be added while another thread closes.
         self._lock = threading.Lock()
         self._scopes: tuple[TaskScope, ...] = ()
         self._closed = False
 
     def add(self, *scopes: TaskScope) -> None:
-        """Have scopes ended at the close, or now if that was before."""
+        """End scopes at the close, or now if the response is already closed."""
         for scope in scopes:
             scope.shutdown(wait=False)
 
@@ -57,17 +58,17 @@ class Closing:
         for scope in scopes:
             scope.settle(failure)
 
-        # In a copy, as another thread may be in this one.
+        # In a copy, because another thread may be running in this context.
         self._context.copy().run(end_scopes, *scopes)
 
 
 def close_with(response: Response, closing: Closing) -> None:
-    """Have a response wait when the server closes it."""
-    # Else the server is given the body alone, and closes that alone.
+    """Make a response wait when the server closes it."""
+    # Otherwise the server is given only the body, and closes only that.
     response.direct_passthrough = False
     closings: list[Closing] | None = vars(response).get(_CLOSINGS)
 
-    # Some apps answer with one object for ever: it is hooked once.
+    # Some apps return the same response object every time, so it is hooked only once.
     if closings is None:
         closings = vars(response)[_CLOSINGS] = []
         response.call_on_close(lambda: _close(closings))
@@ -79,20 +80,20 @@ def _close(closings: list[Closing]) -> None:
     for closing in tuple(closings):
         closing.close()
 
-        # Another thread may close the same object, as the response to its own request.
+        # Another thread may be closing the same object as its own request's response.
         with contextlib.suppress(ValueError):
             closings.remove(closing)
 
 
 def end_scopes(*scopes: TaskScope) -> None:
-    """End scopes in order, and raise what a task has raised if that is configured."""
+    """End scopes in order, and raise what a task raised if that is configured."""
     raise_error(end_all(scopes))
 
 
 def end_all(scopes: tuple[TaskScope, ...]) -> BaseException | None:
-    """End scopes in order, all of them though one wait is interrupted.
+    """End scopes in order, the rest of them even if one wait is interrupted.
 
-    :return: What is to be raised then, if anything.
+    :return: The exception to raise afterwards, if any.
     """
     raised: BaseException | None = None
 
@@ -114,5 +115,5 @@ def raise_error(error: BaseException | None) -> None:
         if error is not None:
             raise error
     finally:
-        # Its traceback refers to this frame: no cycle through it.
+        # The traceback refers to this frame: avoid a reference cycle.
         del error

@@ -16,7 +16,7 @@ Routes: t.TypeAlias = tuple[tuple[str, str], ...]
 
 _TRUE: t.Final = frozenset({"true", "t", "yes", "y", "on", "1"})
 _FALSE: t.Final = frozenset({"false", "f", "no", "n", "off", "0"})
-# The keys of Flask-Mail, which people take for ours.
+# The keys of Flask-Mail, which people mistake for ours.
 _FLASK_MAIL: t.Final = (
     *("MAIL_SERVER", "MAIL_PORT", "MAIL_USE_TLS", "MAIL_USE_SSL", "MAIL_DEBUG"),
     *("MAIL_USERNAME", "MAIL_PASSWORD", "MAIL_DEFAULT_SENDER", "MAIL_MAX_EMAILS"),
@@ -25,7 +25,7 @@ _FLASK_MAIL: t.Final = (
 
 
 def is_true(value: object) -> bool:
-    """Tell whether a flag is on, of which nobody knows yet if its value is allowed."""
+    """Tell whether a flag is on, without checking that its value is allowed."""
     return isinstance(value, int | str) and str(value).strip().lower() in _TRUE
 
 
@@ -56,7 +56,7 @@ def _read_start(key: str, value: object) -> t.Any:
 
 
 def read_count(key: str, value: object) -> int:
-    """Read a whole number that is at least 1."""
+    """Read a whole number of at least 1."""
     return read_whole(key, value, "a whole number of at least 1", 1)
 
 
@@ -95,7 +95,7 @@ def read_seconds(key: str, value: object) -> float:
 
 
 def read_retries(key: str, value: object) -> int:
-    """Read a whole number that is at least 0."""
+    """Read a whole number of at least 0."""
     number = _number(value)
 
     if not (number >= 0 and number.is_integer()):
@@ -105,7 +105,7 @@ def read_retries(key: str, value: object) -> int:
 
 
 def read_keepalive(key: str, value: object) -> float:
-    """Read a number of seconds, of which 0 means none at all."""
+    """Read a number of seconds, where 0 keeps no connection."""
     number = _number(value)
 
     if not 0 <= number <= threading.TIMEOUT_MAX:
@@ -116,7 +116,7 @@ def read_keepalive(key: str, value: object) -> float:
 
 
 def read_names(key: str, value: object) -> tuple[str, ...]:
-    """Read names, given as a list or tuple, or as text with commas between them."""
+    """Read names, given as a list or tuple, or as comma-separated or JSON text."""
     names = value
 
     if isinstance(value, str):
@@ -135,7 +135,7 @@ def read_names(key: str, value: object) -> tuple[str, ...]:
 
 
 def read_routes(key: str, value: object) -> Routes:
-    """Read patterns of task names and where these run, as a dict or as JSON."""
+    """Read a dict, or JSON text, from patterns of task names to where tasks run."""
     routes = value
 
     if isinstance(value, str):
@@ -146,7 +146,7 @@ def read_routes(key: str, value: object) -> Routes:
         isinstance(pattern, str) and pattern and route in ("thread", "celery")
         for pattern, route in routes.items()
     ):
-        allowed = "patterns, each with 'celery' or 'thread': {'report.*': 'celery'}"
+        allowed = "a dict of patterns to 'celery' or 'thread': {'report.*': 'celery'}"
         raise refuse(key, value, allowed)
 
     return tuple(routes.items())
@@ -163,7 +163,7 @@ def read_trust(key: str, value: object) -> bool | str:
     except OSError as error:
         raise ValueError(
             f"{key} is {value!r}, but no CA certificate can be read from it: {error}."
-            " Name a file in PEM format, in which each certificate stands below a line"
+            " Use a file in PEM format, in which each certificate follows a line"
             " '-----BEGIN CERTIFICATE-----'."
         ) from error
 
@@ -171,12 +171,12 @@ def read_trust(key: str, value: object) -> bool | str:
 
 
 def refuse(key: str, value: object, allowed: str) -> ValueError:
-    """Make the error for a value that is not allowed."""
+    """Return the error for a value that is not allowed."""
     return ValueError(f"{key} is {value!r}, but must be {allowed}.")
 
 
 def _number(value: object) -> float:
-    """Return a number, or NaN for what is none: it compares with nothing."""
+    """Return a number, or NaN, which fails every comparison, for anything else."""
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         with contextlib.suppress(OverflowError, ValueError):
             return float(value)
@@ -192,7 +192,7 @@ def _key(default: object, read: cabc.Callable[[str, object], object]) -> t.Any:
 class Config:
     """The ``APITASK_*`` keys of one app, read and validated once.
 
-    :meth:`.ApiTask.init_app` lists them, with their meaning.
+    :meth:`.ApiTask.init_app` explains them.
     """
 
     enabled: bool = _key(True, read_flag)
@@ -223,10 +223,10 @@ class Config:
     def from_mapping(cls, mapping: cabc.Mapping[str, t.Any]) -> Config:
         """Read the keys from an app's config.
 
-        Text is understood too, as environment variables bring it.
+        Values may be text, as environment variables are.
 
         :param mapping: :attr:`flask.Flask.config`, or any mapping.
-        :raises ValueError: A value is not allowed. The text names the key, the value
+        :raises ValueError: A value is not allowed. The message names the key, the value
             and what is allowed.
         """
         keys = {f"APITASK_{field.name.upper()}": field for field in _fields()}
@@ -240,7 +240,7 @@ class Config:
 
 
 def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> cabc.Iterator[str]:
-    """Say which keys look like ours and are none, or lack the one they are for."""
+    """Say which keys look like ours but are not, or need another key to take effect."""
     names = {field.name.upper(): f"APITASK_{field.name.upper()}" for field in _fields()}
     others = {name: name for name in _FLASK_MAIL}
 
@@ -248,13 +248,13 @@ def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> cabc.Iterator[str]:
         name = key.removeprefix("APITASK_")
 
         if key.startswith("APITASK_") and name not in names:
-            # Hardly any app needs it.
+            # Hardly any app needs this module.
             import difflib
 
             known = {**names, **others}
             meant = difflib.get_close_matches(name.upper(), known, 1)
             hint = f"Did you mean {known[meant[0]]}?" if meant else "It has no effect."
-            yield f"There is no key {key}. {hint}"
+            yield f"Unknown configuration key {key}. {hint}"
 
     if "APITASK_MAIL_START" in mapping and "APITASK_MAIL_BACKGROUND" not in mapping:
         needed = "APITASK_MAIL_BACKGROUND = True"
@@ -264,7 +264,7 @@ def find_mistakes(mapping: cabc.Mapping[str, t.Any]) -> cabc.Iterator[str]:
 def find_late_keys(
     mapping: cabc.Mapping[str, t.Any], config: Config
 ) -> cabc.Iterator[str]:
-    """Yield the keys that have other values now than when a configuration was read."""
+    """Yield the keys whose values have changed since a configuration was read."""
     for field in _fields():
         key, known = f"APITASK_{field.name.upper()}", getattr(config, field.name)
         value = mapping.get(key, field.default)

@@ -22,7 +22,7 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED: t.Final = hasattr(AppContext, "has_request")
 
-# The variables behind the proxies, which Werkzeug documents as this attribute.
+# The context variables behind the proxies. Werkzeug documents this attribute.
 _app_var: contextvars.ContextVar[t.Any]
 _app_var = flask.globals.app_ctx.__wrapped__  # type: ignore[attr-defined]
 _request_var: contextvars.ContextVar[t.Any]
@@ -35,20 +35,20 @@ def find_app_context() -> t.Any | None:
 
 
 def find_request_context() -> t.Any | None:
-    """Return what Flask has pushed for the current request, if there is one.
+    """Return the context that Flask pushed for the current request, if there is one.
 
-    What :func:`flask.copy_current_request_context` pushes is another object.
+    :func:`flask.copy_current_request_context` pushes another object.
     """
     context = _request_var.get(None)
     return None if MERGED and context and not context.has_request else context
 
 
 def is_pushed_again(request_context: t.Any) -> bool:
-    """Return whether a request that was torn down will be torn down once more.
+    """Return whether a request that was torn down will be torn down again.
 
     Before Flask 3.2, :func:`flask.stream_with_context` pushes the context again for the
-    body. A thread that outlives the request sees a context that is not pushed; and the
-    end of the first push takes the request out of the environ, as the last thing.
+    body. A thread that outlives the request sees a context that is not pushed. The last
+    thing that the end of the first push does is to take the request out of the environ.
     """
     if MERGED or not request_context._cv_tokens:
         return False
@@ -62,9 +62,9 @@ class Frame:
 
     :param scope: The block's scope; ``None`` for a task, in which ``run()`` is a plain
         call.
-    :param request: The request that it is part of, if any. Another request, made within
-        it, does not see it.
-    :param task_of: Finds the scope of the task, for as long as that exists.
+    :param request: The request that the frame is part of, if any. A nested request does
+        not see the frame.
+    :param task_of: Returns the scope of the task while that scope exists.
     """
 
     app: Flask
@@ -77,13 +77,13 @@ class Frame:
 current_frame: contextvars.ContextVar[Frame | None]
 current_frame = contextvars.ContextVar("flask_apitask", default=None)
 
-# What a task has for itself, by what it belongs to; None where there is no task.
+# The task's own copies of shared objects, by key; None where there is no task.
 task_locals: contextvars.ContextVar[dict[object, t.Any] | None]
 task_locals = contextvars.ContextVar("flask_apitask_locals", default=None)
 
 
 def walk_frames() -> cabc.Iterator[Frame]:
-    """Yield the frames that the caller is in, from the innermost outwards."""
+    """Yield the frames around the caller, innermost first."""
     frame = current_frame.get()
 
     while frame is not None:
@@ -92,13 +92,13 @@ def walk_frames() -> cabc.Iterator[Frame]:
 
 
 def is_in_task(request: Request | None) -> bool:
-    """Return whether the caller is in a task of this request, or of none."""
+    """Return whether the caller is in a task of this request, or of no request."""
     frames = walk_frames()
     return any(frame.scope is None and frame.request is request for frame in frames)
 
 
 def mix_in(instance: t.Any, mixin: t.Any) -> None:
-    """Make an object an instance of a class, besides its own. Idempotent."""
+    """Make an object an instance of another class too. Idempotent."""
     if not isinstance(instance, mixin):
         base: t.Any = type(instance)
         instance.__class__ = _mix(mixin, base)
@@ -122,7 +122,7 @@ class _MergedTaskContext:
         self._context = context.copy()
 
     def __enter__(self) -> None:
-        # With an adapter, push() routes the shared request once more, and undoes what a
+        # With an adapter, push() would route the shared request again and undo what a
         # url_value_preprocessor did for the view.
         adapter, self._context.url_adapter = self._context.url_adapter, None
         self._context.push()
@@ -134,19 +134,19 @@ class _MergedTaskContext:
         exc_value: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        # With the request, pop() would run the teardown_request functions, and close
-        # the uploads. Without a pop there would be a reference cycle through the app.
+        # With the request, pop() would run the teardown_request functions and close the
+        # uploads. Without a pop there would be a reference cycle through the app.
         request, self._context._request = self._context._request, None
 
         try:
             self._context.pop(exc_value)
         finally:
-            # What the task has put off goes on with a copy of its context variables.
+            # Tasks deferred by this task run later, with a copy of its context
+            # variables.
             self._context._request = request
 
 
-# Makes an app context of a task's own, under which the request stays visible: its g is
-# empty, and teardown_appcontext functions run at its end, but none of those for
-# teardown_request.
+# Makes a task's own app context, in which the request stays visible. Its g is empty,
+# and its end runs the teardown_appcontext functions, but not the teardown_request ones.
 task_context: cabc.Callable[[Flask], contextlib.AbstractContextManager[object]]
 task_context = _merged_task_context if MERGED else operator.methodcaller("app_context")

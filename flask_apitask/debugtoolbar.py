@@ -28,17 +28,18 @@ if t.TYPE_CHECKING:
     from werkzeug import Request
     from werkzeug import Response
 
-# In the environ of a request: its panel.
+# The key of a request's panel in its environ.
 _PANEL: t.Final = "flask_apitask.panel"
 _TEMPLATE: t.Final = pathlib.Path(__file__).with_suffix(".html")
 
 
 class ApiTaskPanel(DebugPanel):
-    """A panel of Flask-DebugToolbar that shows what ran when in the current request.
+    """A Flask-DebugToolbar panel that shows what ran when in the current request.
 
     Add ``"flask_apitask.debugtoolbar.ApiTaskPanel"`` to ``DEBUG_TB_PANELS``. Like the
     toolbar, it is for development. It waits for the tasks that the request has started
-    so far, so that the page can show them: a page with a toolbar does not answer first.
+    so far, so that the page can show them. So a page with the toolbar never answers
+    first.
     """
 
     name = "ApiTask"
@@ -112,7 +113,7 @@ class ApiTaskPanel(DebugPanel):
 
 
 def _find_tasks() -> list[Span]:
-    """Return what the panel of the current request knows, or a list for nobody."""
+    """Return the spans of the current request's panel, or a list that nobody reads."""
     panel = request.environ.get(_PANEL) if has_request_context() else None
     return [] if panel is None else panel.tasks
 
@@ -129,7 +130,7 @@ def _note_end(
 ) -> None:
     thread = threading.get_ident()
 
-    # The last one that this thread has begun.
+    # The last span that this thread has begun and not finished.
     for span in reversed(_find_tasks()):
         if span.thread == thread and span.finished is None:
             span.finished = finished

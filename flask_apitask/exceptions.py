@@ -9,23 +9,23 @@ from .executor.exceptions import ScopeClosed as ScopeClosed
 class DeliveryError(ApiTaskError, smtplib.SMTPException):
     """Raised when a mail server did not take a message for all of its recipients.
 
-    The text holds no address and no credential, so it can be logged: where the server's
-    words quote one, it is masked. What is data is in attributes, as it came.
+    The text holds no address or credential, so it is safe to log: where the server
+    quotes one, it is masked. The attributes hold the data as it is.
 
-    It is an :exc:`smtplib.SMTPException`, as code written for Flask-Mail expects.
+    This is an :exc:`smtplib.SMTPException`, as code written for Flask-Mail expects.
 
-    :param message: What happened, and the remedy if there is one.
+    :param message: What happened and, if known, what to do about it.
     :param message_id: The ``Message-ID`` of the message, to find it in a server's log.
-    :param stage: Where in the dialogue it happened: ``"connect"``, ``"greeting"``,
+    :param stage: The step of the SMTP dialogue: ``"connect"``, ``"greeting"``,
         ``"EHLO"``, ``"STARTTLS"``, ``"TLS"``, ``"AUTH"``, ``"MAIL"``, ``"RCPT"``,
         ``"DATA"``, ``"message"`` or ``"end of message"``; ``None`` before all of them.
-    :param reply: The server's reply, if it was one that refused: then there are an
-        ``smtp_code`` and the words as ``smtp_error``, in bytes, as in
-        :exc:`smtplib.SMTPResponseException`. Else they are ``None``.
-    :param recipients: The recipients that were refused, each with code and words, as in
-        :exc:`smtplib.SMTPRecipientsRefused`.
-    :param failures: The errors of the messages of a ``connect()`` block, if this one is
-        for several.
+    :param reply: The code and text of the server's refusal, if it sent one. They become
+        ``smtp_code`` and ``smtp_error`` (bytes), as in
+        :exc:`smtplib.SMTPResponseException`; otherwise both are ``None``.
+    :param recipients: The refused recipients, each with the server's code and text, as
+        in :exc:`smtplib.SMTPRecipientsRefused`.
+    :param failures: The errors of the single messages, if this one stands for several
+        messages of a ``connect()`` block.
     """
 
     def __init__(
@@ -54,6 +54,6 @@ class DeliveryError(ApiTaskError, smtplib.SMTPException):
 class DeliveryUnknown(DeliveryError):
     """Raised when the connection was lost after a message's final dot.
 
-    The server may or may not have accepted it, and a second attempt could deliver it
-    twice, so none is made (:rfc:`5321#section-6.1` leaves the choice to the client).
+    The server may or may not have accepted it. It is not sent again, as that could
+    deliver it twice (:rfc:`5321#section-6.1` leaves the choice to the client).
     """

@@ -22,15 +22,15 @@ from .watching import watch_responses
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-# Those that have had no request yet.
+# The apps that have had no request yet.
 _unserved: weakref.WeakSet[Flask] = weakref.WeakSet()
 
 
 class ApiTask:
     """Give every request of a Flask app a scope for its tasks.
 
-    Only for set-up: :func:`run`, :func:`wait` and the others work wherever the code
-    stands, in blueprints and libraries too.
+    You need it only for set-up: :func:`run`, :func:`wait` and the other functions find
+    the current app themselves, in blueprints and libraries too.
 
     :param app: The app to set up; leave it out to call :meth:`init_app` later.
     """
@@ -42,49 +42,51 @@ class ApiTask:
     def init_app(self, app: Flask) -> None:
         """Read the configuration of an app, and give its requests their scopes.
 
-        A function for :meth:`flask.Flask.before_request` makes the scope, and one for
-        :meth:`flask.Flask.teardown_request` waits for its tasks. Flask calls the latter
-        in reverse order: those that were registered before this come after the wait.
+        A :meth:`~flask.Flask.before_request` function makes the scope, and a
+        :meth:`~flask.Flask.teardown_request` function waits for its tasks. Flask calls
+        teardown functions in reverse order, so those registered before this call run
+        after the wait.
 
-        These keys of :attr:`flask.Flask.config` are read, once:
+        These keys of :attr:`flask.Flask.config` are read once:
 
         -   ``APITASK_ENABLED`` (``True``): a scope for every request.
-        -   ``APITASK_MAX_WORKERS`` (``8``): most tasks of one request running at once.
-        -   ``APITASK_POOL_SIZE`` (``32``): most threads of the app in one
-            process.
-        -   ``APITASK_TIMEOUT`` (``None``): seconds the end of the request waits.
-        -   ``APITASK_WAIT`` (``"teardown"``): when the request waits; ``"close"`` is
+        -   ``APITASK_MAX_WORKERS`` (``8``): the most tasks of one request to run at
+            once.
+        -   ``APITASK_POOL_SIZE`` (``32``): the most threads of the app in one process.
+        -   ``APITASK_TIMEOUT`` (``None``): the most seconds that the end of a request
+            waits.
+        -   ``APITASK_WAIT`` (``"teardown"``): when the request waits; ``"close"`` means
             after the response was sent.
-        -   ``APITASK_COPY_G`` (``()``): names that a task finds in its own ``g``, as
-            they were when it was started.
-        -   ``APITASK_PROPAGATE`` (``False``): the end of a scope raises what one of its
-            tasks has raised; for tests.
-        -   ``APITASK_MAIL_BACKGROUND`` (``False``): reroute Flask-Mail and
-            Flask-Mailman.
-        -   ``APITASK_MAIL_START`` (``"send"``): when it is sent; ``"success"`` is once
-            the request has succeeded.
-        -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds of every SMTP socket operation.
-        -   ``APITASK_MAIL_CONNECTIONS`` (``4``): most SMTP connections of the
-            app in one process.
-        -   ``APITASK_MAIL_KEEPALIVE`` (``30.0``): seconds an idle connection is kept;
+        -   ``APITASK_COPY_G`` (``()``): names to copy from ``g`` to the ``g`` of each
+            task when it is started.
+        -   ``APITASK_PROPAGATE`` (``False``): raise a task's exception at the end of
+            its scope; for tests.
+        -   ``APITASK_MAIL_BACKGROUND`` (``False``): send the mail of Flask-Mail and
+            Flask-Mailman in tasks.
+        -   ``APITASK_MAIL_START`` (``"send"``): when to send it; ``"success"`` means
+            once the request has succeeded.
+        -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds for each SMTP socket operation.
+        -   ``APITASK_MAIL_CONNECTIONS`` (``4``): the most SMTP connections of the app
+            in one process.
+        -   ``APITASK_MAIL_KEEPALIVE`` (``30.0``): seconds to keep an idle connection;
             ``0`` opens one per batch.
-        -   ``APITASK_MAIL_TLS_VERIFY`` (``True``): verify certificate and host name, by
-            the system's trust store or by a file of CA certificates, given as its path.
-        -   ``APITASK_ROUTES`` (``{}``): patterns of task names, with ``"celery"`` or
-            ``"thread"`` each, of which the first that matches counts.
-        -   ``APITASK_CELERY_TIMEOUT`` (``2.0``): seconds after which a broker that does
-            not confirm counts as down.
-        -   ``APITASK_CELERY_MAIL_RETRIES`` (``20``): most further attempts at a mail.
-        -   ``APITASK_CELERY_MAIL_BACKOFF`` (``5.0``): seconds before the first of them,
-            which double each time.
-        -   ``APITASK_CELERY_MAIL_SIZE`` (``1048576``): most bytes of a mail that goes
-            to Celery.
+        -   ``APITASK_MAIL_TLS_VERIFY`` (``True``): verify certificate and host name
+            against the system's trust store, or against the CA file at this path.
+        -   ``APITASK_ROUTES`` (``{}``): a dict of patterns of task names to
+            ``"celery"`` or ``"thread"``; the first match counts.
+        -   ``APITASK_CELERY_TIMEOUT`` (``2.0``): seconds after which a broker that has
+            not confirmed a task counts as down.
+        -   ``APITASK_CELERY_MAIL_RETRIES`` (``20``): the most retries of a mail.
+        -   ``APITASK_CELERY_MAIL_BACKOFF`` (``5.0``): seconds before the first retry,
+            doubled for each further one.
+        -   ``APITASK_CELERY_MAIL_SIZE`` (``1048576``): the most bytes of a mail that
+            goes to Celery.
 
         :param app: The app, with its configuration loaded.
         :raises RuntimeError: The app has an :class:`ApiTask` already, or
             ``APITASK_MAIL_BACKGROUND`` is on and no mail library is installed, or
             ``APITASK_ROUTES`` names Celery, which is not installed.
-        :raises TypeError: ``app`` is no Flask app.
+        :raises TypeError: ``app`` is not a Flask app.
         :raises ValueError: A key has a value that is not allowed, or two functions
             have a name that is routed to Celery.
         """
@@ -92,12 +94,12 @@ class ApiTask:
             app = app._get_current_object()
 
         if not isinstance(app, Flask):
-            raise TypeError(f"ApiTask takes the Flask app, and not {app!r}.")
+            raise TypeError(f"ApiTask takes the Flask app, not {app!r}.")
 
         if "apitask" in app.extensions:
             raise RuntimeError(
                 "An 'ApiTask' instance has already been registered on this Flask app."
-                " One is enough: run() and the others find it by the current app."
+                " One is enough: run() and the other functions use the current app's."
             )
 
         config = Config.from_mapping(app.config)
@@ -108,14 +110,15 @@ class ApiTask:
         reroute = None
 
         if config.mail_background:
-            # Only such an app pays for the import.
+            # Here, so that other apps don't pay for the import.
             from .mail import find_reroute
 
             reroute = find_reroute()
 
         use_celery = _find_use_celery() if config.uses_celery else None
 
-        # Flask refuses these once the app has served. Then nothing else has been done.
+        # These come first: if Flask refuses them because the app has served a request,
+        # nothing else has been changed.
         app.teardown_request(request_scope.end_request)
 
         if config.enabled:
@@ -143,7 +146,7 @@ class ApiTask:
 
 
 def _warn_of_late_keys(app: Flask, **extra: object) -> None:
-    """Warn in the first request; no other one pays for it, if all apps have served."""
+    """Warn in the first request. Later ones pay nothing, once all apps have had one."""
     request_started.disconnect(_warn_of_late_keys, app)
     _unserved.discard(app)
 
@@ -155,7 +158,7 @@ def _warn_of_late_keys(app: Flask, **extra: object) -> None:
             app,
             key,
             "%s was changed after ApiTask(app) had read it, which has no effect. Set it"
-            " before that.",
+            " before ApiTask(app).",
             key,
         )
 

@@ -12,8 +12,8 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
 PACKAGE: t.Final = os.path.dirname(__file__) + os.sep
-# Of the attributes that our records have. With it, they can't collide with those that
-# the app's own record factory, filters or adapters set.
+# Prefixes the attributes of our records, so that they can't collide with those set by
+# the app's own record factory, filters or adapters.
 _PREFIX: t.Final = "apitask_"
 
 
@@ -26,16 +26,16 @@ def log(
     place: CodeType | None = None,
     **fields: object,
 ) -> None:
-    """Log something, and never raise, whatever the app has done to its logging.
+    """Log a message. Never raises, whatever the app has done to its logging.
 
     If the logger is disabled or fails, the text is written to ``stderr`` instead, as
     :data:`logging.lastResort` does.
 
-    :param logger: A logger, an adapter, or what another library has in its place.
+    :param logger: A logger, an adapter, or another library's logger.
     :param error: An exception, to be logged with its traceback.
-    :param place: The code that the record is about, for its module and line. Without
-        it, they are those that raised the error, or that called this package.
-    :param fields: Attributes of the record, each of which gets the prefix ``apitask_``.
+    :param place: The code that the record is about, for its path and line. The default
+        is the code that raised the error, or that called this package.
+    :param fields: Attributes of the record; each name gets the prefix ``apitask_``.
     """
     extra = {f"{_PREFIX}{name}": value for name, value in fields.items()}
 
@@ -57,29 +57,29 @@ def log(
             _call(logger, level, message % args if args else message, error, extra)
             return
     except BaseException:
-        cause = f"It could not be logged:\n{traceback.format_exc()}"
+        cause = f"This could not be logged:\n{traceback.format_exc()}"
 
     try:
         record = logging.LogRecord("", level, "", 0, message, args, _info(error))
         sys.stderr.write(f"{logging.Formatter().format(record)}\n{cause}\n")
     except BaseException:
-        # There is no place left to say it.
+        # There is nowhere left to report it.
         return
 
 
 def log_once(
     app: Flask, reason: str, message: str, *args: object, place: CodeType | None = None
 ) -> None:
-    """Log a WARNING of an app, but not a second one for the same reason."""
+    """Log a WARNING once per app and reason."""
     mark = object()
 
-    # In one step, as several threads may come at once.
+    # One atomic step, because several threads may get here at once.
     if app.extensions.setdefault(f"apitask_warned_{reason}", mark) is mark:
         log(find_logger(app), logging.WARNING, message, *args, place=place)
 
 
 def find_logger(app: Flask) -> t.Any:
-    """Return the logger of an app, or Python's own one if a property there fails."""
+    """Return the app's logger, or a plain one if the ``logger`` property raises."""
     try:
         return app.logger
     except BaseException:
@@ -87,7 +87,7 @@ def find_logger(app: Flask) -> t.Any:
 
 
 def _is_disabled(logger: t.Any, level: int) -> bool:
-    """Return whether a logger drops what its level would let through."""
+    """Return whether a logger drops a record that its level would let through."""
     return (
         getattr(logger, "disabled", False) is True
         and level > logging.root.manager.disable
@@ -104,11 +104,11 @@ def _handle(
     place: tuple[str, int, str],
     extra: dict[str, object],
 ) -> None:
-    """Have a record handled by a logger, with what its adapters make of it."""
+    """Let a logger handle a record, as processed by its adapters."""
     kwargs: t.Any = {"exc_info": _info(error), "extra": extra.copy()}
     text = message % args if args else message
 
-    # Not by its log(), which may drop what is extra, or format in a style of its own.
+    # Not with the adapter's log(): it may drop extras or format in its own style.
     while isinstance(logger, logging.LoggerAdapter):
         message, kwargs = logger.process(text, kwargs)
         text, args, logger = message, (), logger.logger
@@ -118,10 +118,10 @@ def _handle(
     record = logger.makeRecord(*made, func=name)
 
     if args and record.getMessage() != text:
-        # The app's own factory makes records that format in another style.
+        # The records of the app's own factory format in another style.
         record.msg, record.args = text, ()
 
-    # Not by makeRecord(), which refuses names that the factory has set.
+    # Not with makeRecord(): it refuses names that the factory has set.
     vars(record).update({**extra, **(kwargs.get("extra") or {})})
     logger.handle(record)
 
@@ -136,12 +136,12 @@ def _call(
     """Call the logger of another library."""
     method = logging.getLevelName(level).lower()
 
-    # By the class, as a mock has an attribute of any name.
+    # Ask the class, because a mock has every attribute.
     if hasattr(type(logger), "opt"):
-        # That is Loguru, which takes no exc_info.
+        # Loguru takes no exc_info.
         getattr(logger.bind(**extra).opt(exception=error), method)(text)
     elif hasattr(type(logger), "bind"):
-        # That is structlog, which takes fields, but no extra.
+        # structlog takes fields, but no extra.
         getattr(logger.bind(**extra), method)(text, exc_info=_info(error))
     else:
         getattr(logger, method)(text, exc_info=_info(error), extra=extra)
@@ -150,13 +150,13 @@ def _call(
 def _find_place(
     place: CodeType | None, error: BaseException | None
 ) -> tuple[str, int, str]:
-    """Return the path, line and name of what a record is about."""
+    """Return the path, line and function name that a record is about."""
     if place is not None:
         return place.co_filename, place.co_firstlineno, place.co_name
 
     raised = traceback.walk_tb(None if error is None else error.__traceback__)
 
-    # A thread begins in the standard library, so there is one.
+    # Every thread begins in the standard library, so one frame always matches.
     return next(
         (frame.f_code.co_filename, line, frame.f_code.co_name)
         for frame, line in [*reversed([*raised]), *traceback.walk_stack(None)]

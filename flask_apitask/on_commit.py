@@ -30,7 +30,7 @@ Sessions: t.TypeAlias = "orm.Session | orm.scoped_session[t.Any]"
 
 _logger = logging.getLogger("flask_apitask")
 
-# A key of the session's own ``info``: its tasks live as long as it does.
+# A key of the session's own ``info``, so that its tasks live as long as it does.
 _KEY: t.Final = "flask_apitask"
 
 
@@ -61,28 +61,28 @@ def run_on_commit(session: Sessions, task: Task[T], /) -> TaskFuture[T]: ...
 def run_on_commit(
     session: t.Any, task: t.Any, /, *args: t.Any, **kwargs: t.Any
 ) -> TaskFuture[t.Any]:
-    """Start a task once a session of SQLAlchemy has committed, or else drop it.
+    """Start a task once a SQLAlchemy session has committed, or drop it otherwise.
 
-    It starts when the transaction that the session is in has been committed and its
-    connection given back, or the next one if there is none yet. It is dropped at the
-    rollback of that, or of the savepoint that this is called in; if the session is
-    closed before the commit; and at the end of the request, or of the block, that this
-    is called in.
+    The task starts when the session's current transaction (or its next one, if there is
+    none yet) has been committed and its connection returned. The task is dropped if
+    that transaction, or the savepoint that this is called in, is rolled back; if the
+    session is closed before the commit; or if the current request or ``with`` block
+    ends first.
 
-    The request waits for the task as for those of :func:`run`. The future of a task
-    that is dropped is cancelled, and one INFO says why.
+    The request waits for the task as it does with :func:`run`. If the task is dropped,
+    its future is cancelled and one INFO record says why.
 
-    Where there is no scope, and in a task, ``commit()`` calls the task itself, after it
-    has committed. An exception of the task is logged and kept in its future:
-    ``commit()``, which has succeeded, does not raise it.
+    Where there is no scope, and in a task, ``commit()`` itself calls the task, after
+    committing. What the task raises is logged and kept in its future. ``commit()`` does
+    not raise it, as the commit has succeeded.
 
     :param session: A :class:`sqlalchemy.orm.Session`, or a
         :class:`~sqlalchemy.orm.scoped_session` such as Flask-SQLAlchemy's
         ``db.session``.
     :param task: As for :func:`run`, with its arguments.
-    :raises TypeError: ``session`` is no such session, or as for :func:`run`.
-    :return: A future as that of :func:`run`. As long as the task is put off, to wait
-        for it is a :exc:`RuntimeError`.
+    :raises TypeError: ``session`` is not such a session, or as for :func:`run`.
+    :return: A future, as for :func:`run`. Waiting for it while the task is deferred is
+        a :exc:`RuntimeError`.
     """
     session = _find_session(session)
 
@@ -105,10 +105,10 @@ def run_on_commit(
 
 
 class _Held(t.NamedTuple):
-    """A task that waits for a commit.
+    """A task that is deferred until a commit.
 
-    :param scope: Where it goes to, if there is a scope.
-    :param savepoint: What has to be released before.
+    :param scope: The scope that runs it, if there is one.
+    :param savepoint: The savepoint that has to be released first, if any.
     """
 
     future: TaskFuture[t.Any]
@@ -131,18 +131,18 @@ class _Held(t.NamedTuple):
 
 
 class _Commits:
-    """The tasks that wait for the commits of one session, which refers to this.
+    """The tasks that wait for the commits of one session, which holds this object.
 
-    It is for one thread at a time, as the session is.
+    For one thread at a time, like the session itself.
     """
 
     def __init__(self) -> None:
         self._held: list[_Held] = []
-        # What has been committed, and is about to end.
+        # The transaction that has been committed and is about to end.
         self.committed: orm.SessionTransaction | None = None
 
     def add(self, held: _Held) -> None:
-        # A session may live for longer than the requests that use it.
+        # Forget what ended with its request: the session may outlive many requests.
         self._held = [*(other for other in self._held if other.future.held), held]
 
     def end(
@@ -150,7 +150,7 @@ class _Commits:
         transaction: orm.SessionTransaction,
         outer: orm.SessionTransaction | None,
     ) -> None:
-        """Start or drop what waits for a transaction, or for a savepoint.
+        """Start or drop the tasks that wait for a transaction or a savepoint.
 
         :param outer: The savepoint around it, if there is one.
         """
@@ -171,7 +171,7 @@ class _Commits:
 
 
 def _find_session(session: t.Any) -> orm.Session:
-    """Return the session behind what an app calls its session."""
+    """Return the session itself, where an app passes a ``scoped_session``."""
     import sqlalchemy.orm as orm
 
     found = session() if isinstance(session, orm.scoped_session) else session
@@ -180,21 +180,20 @@ def _find_session(session: t.Any) -> orm.Session:
         return found
 
     hint = (
-        "Pass its 'sync_session': the task starts at its commit all the same."
+        "Pass its 'sync_session': the task still starts at the commit."
         if hasattr(found, "sync_session")
-        else "With Flask-SQLAlchemy, it is 'db.session'."
+        else "With Flask-SQLAlchemy, that is 'db.session'."
     )
     raise TypeError(
-        f"run_on_commit() takes a session of SQLAlchemy first, and not {session!r}."
-        f" {hint}"
+        f"run_on_commit() takes a SQLAlchemy session first, not {session!r}. {hint}"
     )
 
 
 def _watch(session: orm.Session) -> _Commits:
-    """Listen to what becomes of a session's transactions, once and for its lifetime.
+    """Listen for the ends of a session's transactions, once and for its lifetime.
 
-    A listener can't be removed by itself, while it is called. Those of one session do
-    no harm: they go with it, and nobody else's session has them.
+    A listener can't remove itself while it is being called. There is no need to: it
+    belongs to this one session and goes away with it.
     """
     import sqlalchemy as sa
 
@@ -215,16 +214,17 @@ def _note_commit(session: orm.Session) -> None:
 
 
 def _end_transaction(session: orm.Session, transaction: orm.SessionTransaction) -> None:
-    """Go on when the session has given its connection back, so that tasks can have it.
+    """Start or drop tasks once the session has returned its connection to the pool.
 
-    The transactions that a flush makes within another one don't count.
+    By then a task can have that connection. Transactions that a flush nests within
+    another one don't count.
     """
     if transaction.nested or transaction.parent is None:
         session.info[_KEY].end(transaction, session.get_nested_transaction())
 
 
 def _make_runner() -> Runner:
-    """Make what calls a task that has no scope."""
+    """Return the runner for a task that has no scope."""
     context, request_context = find_app_context(), find_request_context()
 
     if context is None or "apitask" not in context.app.extensions:
@@ -235,7 +235,7 @@ def _make_runner() -> Runner:
 
 
 class _LoggingRunner(Runner):
-    """Call a task, and log what it raises, without an app."""
+    """Calls a task and logs what it raises, without an app."""
 
     def run(self, task: t.Any, *args: t.Any) -> t.Any:
         if (context := find_app_context()) is not None:

@@ -38,25 +38,26 @@ def run_on_success(task: Task[T], /) -> TaskFuture[T]: ...
 def run_on_success(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     """Start a task once the current request has succeeded, and drop it otherwise.
 
-    A request has succeeded when no exception has left the view, whatever an error
-    handler made of it, and the response has a status below 400 after all functions for
-    ``after_request``. If it is a stream, that has to end without an exception, too.
-    What counts in :func:`open_scope` and :func:`scoped` is that the block, or the
-    function, was left without an exception.
+    A request has succeeded if no exception left the view, not even one that an error
+    handler answered, and the response has a status below 400 after all
+    ``after_request`` functions. A streamed response must also end without an exception.
+    In :func:`open_scope` and :func:`scoped`, the block or function has succeeded if no
+    exception left it.
 
-    The request waits for the task as for those of :func:`run`. The future of a task
-    that is dropped is cancelled, and one INFO says why.
+    The request waits for the task as it does with :func:`run`. If the task is dropped,
+    its future is cancelled and one INFO record says why.
 
-    In a task, it waits for the success of what that task was started in. Where there is
-    no scope, this is :func:`run`: the task is called here and now.
+    In a task, the new task waits for the success of the request or block in which the
+    outer one was started. Where there is no scope, this is :func:`run`: the task is
+    called at once.
 
-    Not for a database: the view may fail to commit and go on. See
-    :func:`run_on_commit`.
+    Don't use it for a task that depends on a commit: a view may fail to commit and
+    still succeed. See :func:`run_on_commit`.
 
     :param task: As for :func:`run`, with its arguments.
     :raises TypeError: As for :func:`run`.
-    :return: A future as that of :func:`run`. As long as the task is put off, to wait
-        for it is a :exc:`RuntimeError`.
+    :return: A future, as for :func:`run`. Waiting for it while the task is deferred is
+        a :exc:`RuntimeError`.
     """
     if routes.router is not None:
         task, args, kwargs = routes.router(task, args, kwargs)

@@ -15,18 +15,18 @@ from .signals import task_dropped
 from .signals import task_finished
 from .signals import task_started
 
-# In app.extensions: what makes the spans of an app.
+# The key of an app's tracer in app.extensions.
 _TRACER: t.Final = "apitask_tracer"
-# In the environ of a request: its span.
+# The key of a request's span in its environ.
 _SPAN: t.Final = "flask_apitask.span"
 
 
 class _Running(t.NamedTuple):
-    """The span of a task that runs.
+    """The span of a running task.
 
     :param token: Takes the span out of OpenTelemetry's context again.
-    :param started: By this the end of a task finds what its own start has left.
-    :param outer: That of the task which has called this one.
+    :param started: When the task started, by which its end recognizes its own span.
+    :param outer: The span of the task that called this one, if any.
     """
 
     span: trace.Span
@@ -42,26 +42,26 @@ _running = contextvars.ContextVar("flask_apitask_span", default=None)
 def trace_tasks(
     app: Flask, *, tracer_provider: trace.TracerProvider | None = None
 ) -> None:
-    """Trace the tasks of an app: make an OpenTelemetry span for each. Idempotent.
+    """Make an OpenTelemetry span for each task of an app. Idempotent.
 
-    The span is a child of the one that is current where the task is started, which is
-    usually the request's, and it is current while the task runs. It has the name of the
-    task, and none of the arguments. If the task raises an exception, that is recorded,
-    and the span's status is an error. A task that is dropped or cancelled has no span:
-    it is an event of the span that would have been its parent, unless that has ended.
+    The span is a child of the one that is current where the task is started, usually
+    the request's, and it is current while the task runs. It has the task's name, but
+    not its arguments. If the task raises, the exception is recorded and the span's
+    status is an error. A task that is dropped or cancelled has no span: it is an event
+    of the span that would have been its parent, unless that has ended.
 
-    Not for metrics, as traces may be sampled: the signal :data:`.task_finished` is sent
-    for every task. Nor for an app whose requests are not traced, as each of its tasks
-    would be a trace of its own.
+    Don't use it for metrics, because traces may be sampled; the signal
+    :data:`.task_finished` is sent for every task. Don't use it in an app whose requests
+    are not traced either, because each task would be a trace of its own.
 
     :param tracer_provider: Where the tracer comes from, ``None`` for the global one.
-    :raises TypeError: ``app`` is no Flask app.
+    :raises TypeError: ``app`` is not a Flask app.
     """
     if isinstance(app, LocalProxy):
         app = app._get_current_object()
 
     if not isinstance(app, Flask):
-        raise TypeError(f"trace_tasks() takes the Flask app, and not {app!r}.")
+        raise TypeError(f"trace_tasks() takes the Flask app, not {app!r}.")
 
     tracer = trace.get_tracer("flask_apitask", tracer_provider=tracer_provider)
     app.extensions[_TRACER] = tracer
@@ -72,7 +72,7 @@ def trace_tasks(
 
 
 def _note_span(app: Flask, **extra: object) -> None:
-    """Keep the span of a request, which is not current any more in its stream."""
+    """Keep the span of a request, which is no longer current in a streamed body."""
     request.environ[_SPAN] = trace.get_current_span()
 
 
@@ -108,7 +108,7 @@ def _end_span(
 ) -> None:
     running = _running.get()
 
-    # The task may have begun before it was to be traced, or its span have failed.
+    # Tracing may have been set up after the task began, or its span may have failed.
     if running is None or running.started != started:
         return
 

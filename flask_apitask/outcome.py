@@ -7,14 +7,13 @@ from werkzeug.exceptions import HTTPException
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-_NOT_ENDED: t.Final = "it was left before its end"
+_NOT_ENDED: t.Final = "the stream or block was closed before its end"
 
 
 def find_failure(error: BaseException | None) -> str | None:
-    """Say why there is no success, if that is so, for an exception that was raised.
+    """Return why an exception means failure, or ``None`` if it does not.
 
-    An exception of Werkzeug's that answers with a redirect is a success, as in
-    ``abort(redirect("/"))``.
+    An HTTP exception that redirects, as in ``abort(redirect("/"))``, is a success.
     """
     if error is None:
         return None
@@ -32,9 +31,9 @@ def find_failure(error: BaseException | None) -> str | None:
 
 
 class WatchedBody:
-    """The body of a stream, which says at its close whether it came to its end.
+    """The body of a streamed response; reports at its close whether it reached its end.
 
-    One that was never begun is as good: no client wants the body of a ``HEAD``.
+    A body that was never begun is no failure: that of a ``HEAD`` response is not read.
 
     :param close: Called with the reason of a failure, if there was one.
     """

@@ -13,7 +13,7 @@ from .context import find_app_context
 if t.TYPE_CHECKING:
     from flask import Flask
 
-# Where Flask-Babel 4 keeps the locale, the time zone and what force_locale() has set.
+# Where Flask-Babel 4 keeps the locale, the time zone and the effect of force_locale().
 _BABEL: t.Final = "_flask_babel"
 _MISSING: t.Final = object()
 
@@ -23,21 +23,21 @@ _copied: contextvars.ContextVar[dict[str, t.Any]] = contextvars.ContextVar(
 
 
 def find_copier(app: Flask, names: tuple[str, ...]) -> GCopier | None:
-    """Return what copies these names and Flask-Babel's locale, if there are any."""
-    # Other libraries go by that name, too.
+    """Return a copier for these names and Flask-Babel's locale, if there are any."""
+    # Other libraries register themselves as "babel" too.
     has_babel = "babel" in app.extensions and "flask_babel" in sys.modules
     return GCopier(names, has_babel) if names or has_babel else None
 
 
 class GCopier:
-    """Takes what a task needs from its caller's ``g`` to the task's own."""
+    """Copies values from the ``g`` of a task's caller to the task's own."""
 
     def __init__(self, names: tuple[str, ...], has_babel: bool) -> None:
         self._names = names
         self._has_babel = has_babel
 
     def copy_context(self) -> contextvars.Context:
-        """Copy the caller's context variables, with what is on its ``g`` now."""
+        """Copy the caller's context variables, and the values now on its ``g``."""
         context = contextvars.copy_context()
 
         if find_app_context() is not None:
@@ -46,7 +46,7 @@ class GCopier:
         return context
 
     def put(self) -> None:
-        """Put on the task's ``g`` the values that were found on its caller's."""
+        """Put the copied values on the task's ``g``."""
         for name, value in _copied.get({}).items():
             setattr(g, name, value)
 
@@ -64,10 +64,10 @@ class GCopier:
 
 
 def _copy_babel() -> SimpleNamespace:
-    """Copy the state of Flask-Babel, and call the selectors that it has not called yet.
+    """Copy Flask-Babel's state, after calling any selectors that it has not called yet.
 
-    They may look at the user, the view's arguments or anything else on ``g``. The
-    caller may not have set all of that yet, so their results are not kept for it.
+    The selectors may look at the user, the view's arguments or anything else on ``g``.
+    The caller may not have set all of it yet, so it does not get to see their results.
     """
     babel = sys.modules["flask_babel"]
     kept = g.get(_BABEL)
@@ -75,7 +75,8 @@ def _copy_babel() -> SimpleNamespace:
     setattr(g, _BABEL, copy)
 
     try:
-        # Where they fail, for want of a request, they do so in a task that needs them.
+        # If they fail, without a request for example, they fail again in the task, but
+        # only if the task needs them.
         with contextlib.suppress(Exception):
             babel.get_locale()
             babel.get_timezone()

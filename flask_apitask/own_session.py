@@ -11,21 +11,21 @@ if t.TYPE_CHECKING:
 else:
     _Base = object
 
-# Of what a task has for itself: its session, and what that was at first.
+# A key of task_locals: the task's session, and a copy of what it held at first.
 _SESSION: t.Final = "session"
 
 
 class OwnSessions(_Base):
-    """A request context in which each task has a session of its own.
+    """A request context in which each task has its own copy of the session.
 
-    The response, with the cookie, may be made before a task writes to the session or
-    after that. So what a task writes is never in it: the task reads and writes a copy.
-    Flask-Login, which notes there how it has found the user, works with that.
+    A task may write to the session before or after the response gets its cookie. With a
+    copy, what a task writes never gets into the cookie. Flask-Login, which notes in the
+    session how it found the user, works with a copy.
     """
 
     @property
     def session(self) -> t.Any:
-        # Before Flask 3.1.3 it is an attribute of the context.
+        # Before Flask 3.1.3, the session is an attribute of the context.
         shared = vars(self).get("session")
 
         if shared is None:
@@ -33,18 +33,18 @@ class OwnSessions(_Base):
 
         own = task_locals.get()
 
-        # A mapping of another kind can't be copied without knowing it.
+        # We don't know how to copy a session that is not a dict.
         if own is None or not is_in_task(self.request) or not isinstance(shared, dict):
             return shared
 
         if _SESSION not in own:
-            # So that the response says that it may depend on the cookie.
+            # So that the response gets its "Vary: Cookie" header.
             t.cast("t.Any", shared).accessed = True
             session = type(shared).__new__(type(shared))
             vars(session).update(vars(shared))
-            # The view may write: its items are had in one step.
+            # dict() is one atomic step, because the view may be writing.
             copies = {key: _copy_twice(value) for key, value in dict(shared).items()}
-            # Nothing takes it for a change.
+            # dict.update() does not mark the session as modified.
             dict.update(session, {key: value for key, (value, _) in copies.items()})
             own[_SESSION] = session, {key: first for key, (_, first) in copies.items()}
 
@@ -56,9 +56,10 @@ class OwnSessions(_Base):
 
 
 def find_changes(own: dict[object, t.Any]) -> list[str]:
-    """Name what a task has set or removed in its session, from what it has of its own.
+    """Return the keys that a task has set or removed in its session.
 
-    A task that has not looked at the session has none.
+    :param own: The task's locals. They hold a session only if the task has looked at
+        it.
     """
     session, first = own.get(_SESSION, ({}, {}))
     now = dict(session)
@@ -71,10 +72,10 @@ def find_changes(own: dict[object, t.Any]) -> list[str]:
 
 
 def _copy_twice(value: t.Any) -> tuple[t.Any, t.Any]:
-    """Copy a value for a task, and again to compare that with at the end.
+    """Copy a value for a task, and once more to compare the first copy with at the end.
 
-    A value that can't be copied is the view's own. One that doesn't equal its copy is
-    known by its identity alone.
+    If a value can't be copied, the task gets the view's own. If it does not equal its
+    copy, only another object counts as a change.
     """
     own = _copy(value)
     first = own if own is value else _copy(own)

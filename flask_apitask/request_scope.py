@@ -28,11 +28,11 @@ if t.TYPE_CHECKING:
 else:
     _Base = object
 
-# An attribute of what Flask pushes for a request. A copy of the context, in another
-# thread or in the same, has none, and a nested request has its own. So neither sees the
-# scope or ends it.
+# An attribute of the context that Flask pushes for a request. A copy of the context, in
+# this or another thread, does not have it, and a nested request has its own. So neither
+# sees the scope or ends it.
 _SCOPE: t.Final = "_flask_apitask_scope"
-# An attribute of an app context, before Flask 3.2: the scopes of requests that use it.
+# An attribute of an app context before Flask 3.2: the scopes of the requests in it.
 _LEFTOVERS: t.Final = "_flask_apitask_leftovers"
 
 
@@ -44,12 +44,12 @@ class AppState(t.NamedTuple):
 
 
 class RequestScope:
-    """The scope of a request: a handle, which makes the scope for the first task.
+    """A handle for the scope of a request; the scope is made for the first task.
 
     Several threads may share the context of a request, so one of them may open the
-    scope while another ends the request. A thread that opens it then checks whether the
-    request has ended, and one that ends the request sets that flag before it looks for
-    the scope. So at least one of them sees the other, and the scope is ended.
+    scope while another ends the request. The first checks whether the request has ended
+    after it has opened the scope. The second sets ``ended`` before it looks for the
+    scope. So at least one of them notices the other and ends the scope.
     """
 
     __slots__ = (
@@ -63,17 +63,17 @@ class RequestScope:
     )
 
     def __init__(self) -> None:
-        # Guards the scope and the deferred ones. Most requests have none.
+        # Guards the scope and the deferred ones.
         self._lock = threading.Lock()
         self._scope: TaskScope | None = None
-        # Scopes of views that were left, but that end with the response.
+        # Scopes of views that have returned, which end when the response closes.
         self._deferred: tuple[TaskScope, ...] = ()
         self.ended: bool = False
-        # Why the request has not succeeded, as far as that is known.
+        # Why the request has not succeeded, as far as is known.
         self.failure: str | None = None
-        # The response holds it: it is gone if that was thrown away.
+        # The response holds the closing, which is gone if the response was discarded.
         self.closing: weakref.ref[Closing] | None = None
-        # What the end of the request is to raise.
+        # The exception that the end of the request is to raise.
         self.raised: BaseException | None = None
 
     @property
@@ -83,7 +83,7 @@ class RequestScope:
 
     @property
     def defers(self) -> bool:
-        """Whether there are scopes that end with the response."""
+        """Whether there are scopes that end when the response closes."""
         return bool(self._deferred)
 
     @property
@@ -92,7 +92,7 @@ class RequestScope:
         return self._scope is not None or bool(self._deferred)
 
     def open(self, app_context: t.Any, request_context: t.Any) -> TaskScope | None:
-        """Return the scope, which the first caller makes; ``None`` after the end."""
+        """Return the scope, made by the first caller; ``None`` after the end."""
         if self._scope is not None or self.ended:
             return self._scope
 
@@ -107,7 +107,7 @@ class RequestScope:
                 self._scope = runner.make_scope(pool, *limits)
 
                 if not MERGED:
-                    # In tests, many requests may come in one app context.
+                    # In tests, one app context may see many requests.
                     others = getattr(app_context, _LEFTOVERS, ())
                     left = others and [other for other in others if not other.ended]
                     setattr(app_context, _LEFTOVERS, [*left, self])
@@ -125,7 +125,7 @@ class RequestScope:
         scope = self.open(app_context, request_context)
 
         if scope is None and self.failure is not None:
-            # What comes after a request that has failed is dropped as well.
+            # A task deferred after the request has failed is dropped too.
             runner = TaskRunner(app, request_context.request)
             scope = runner.make_scope(app.extensions["apitask"].pool, 1, None)
             scope.settle(self.failure)
@@ -137,15 +137,15 @@ class RequestScope:
         if isinstance(error, GeneratorExit) and self.closing is not None:
             closing = self.closing()
 
-            # The server closes a generator that has the request's context, read or not.
-            # What watches the stream knows better.
+            # The server closes a generator with the request's context, whether it was
+            # read to the end or not. The WatchedBody knows which.
             if closing is not None and closing.is_stream:
                 return
 
         self.failure = self.failure or find_failure(error)
 
     def defer(self, scope: TaskScope) -> None:
-        """Have a scope end with the response, or now if the request has ended."""
+        """End a scope when the response closes, or now if the request has ended."""
         scope.shutdown(wait=False)
 
         with self._lock:
@@ -154,10 +154,10 @@ class RequestScope:
         self._end_if_late()
 
     def end(self) -> None:
-        """Wait for the tasks, or leave that to the response. Idempotent."""
+        """Wait for the tasks, or leave that to the response's close. Idempotent."""
         self.ended = True
 
-        # Most requests have no task, and each pays for this.
+        # A fast path: most requests have no task.
         if self._scope is None and not self._deferred:
             return
 
@@ -184,7 +184,7 @@ class RequestScope:
         self.raised = self.raised or raised
 
     def take_raised(self) -> BaseException | None:
-        """Return what the end of the request is to raise, if anything, and drop it."""
+        """Return the exception that the end of the request is to raise; forget it."""
         error, self.raised = self.raised, None
         return error
 
@@ -193,24 +193,24 @@ class RequestScope:
             self.end()
 
     def _find_closing(self, closing: weakref.ref[Closing]) -> Closing | None:
-        """Return the closing of a response if that is going to be closed."""
-        # With an exception on its way the server gets no response. But a GeneratorExit
-        # is raised where the server closes a generator that has the request's context.
+        """Return the closing of a response if the response is going to be closed."""
+        # If an exception is propagating, the server gets no response. But GeneratorExit
+        # only means that the server closes a generator with the request's context.
         error = sys.exc_info()[1]
         is_sent = error is None or isinstance(error, GeneratorExit)
         return closing() if is_sent else None
 
 
 class Propagating(_Base):
-    """A request context whose last pop raises what a task has raised.
+    """A request context whose last pop raises what a task raised.
 
-    Not a function for ``teardown_request``: before Flask 3.2, one that raises keeps
-    others from being called, and since then Flask raises a group of exceptions.
+    A ``teardown_request`` function would not do: before Flask 3.2, one that raises
+    keeps others from being called, and since then Flask raises an exception group.
     """
 
     def pop(self, *args: t.Any, **kwargs: t.Any) -> None:
         super().pop(*args, **kwargs)
-        # In Flask 3.2 a task has a copy of the context, without a scope.
+        # In Flask 3.2, a task has a copy of the context, without a scope.
         scope: RequestScope | None = getattr(self, _SCOPE, None)
         raise_error(None if scope is None else scope.take_raised())
 
@@ -219,9 +219,9 @@ def begin_request() -> None:
     """Give a request its scope; for :meth:`flask.Flask.before_request`."""
     request_context = find_request_context()
 
-    # A task that was started before has made it already.
+    # A task started earlier, in another before_request function, has made it already.
     if getattr(request_context, _SCOPE, None) is None:
-        # Not by vars(): it makes Flask's own reads of the context slower from then on.
+        # Not with vars(), which would make Flask's own reads of the context slower.
         setattr(request_context, _SCOPE, RequestScope())
 
 
@@ -236,24 +236,24 @@ def end_request(error: BaseException | None = None) -> None:
 
 
 def end_leftovers(error: BaseException | None = None) -> None:
-    """End what is left of a request; for :meth:`flask.Flask.teardown_appcontext`.
+    """End the scopes still open; for :meth:`flask.Flask.teardown_appcontext`.
 
-    Before Flask 3.2, a function for ``teardown_request`` that raises keeps those that
-    were registered before it from being called, :func:`end_request` among them.
+    Before Flask 3.2, a ``teardown_request`` function that raises keeps those registered
+    before it from being called, :func:`end_request` among them.
     """
-    # Each task has an app context, too, and pays for this.
+    # Keep this cheap: the app context of each task calls it too.
     for scope in getattr(find_app_context(), _LEFTOVERS, ()):
         if scope.ended:
             continue
 
-        # An app context may end within a request, and that goes on.
+        # An app context may end within a request that goes on.
         if scope is not getattr(find_request_context(), _SCOPE, None):
             scope.note(sys.exc_info()[1] or error)
             scope.end()
 
 
 def prepare(request_context: t.Any, config: Config) -> None:
-    """Have the context of a request behave as its tasks need it. Idempotent."""
+    """Make the context of a request behave as its tasks need it to. Idempotent."""
     mix_in(request_context, OwnSessions)
 
     if config.propagate:
@@ -261,15 +261,16 @@ def prepare(request_context: t.Any, config: Config) -> None:
 
 
 def find_request_scope(request_context: t.Any) -> RequestScope:
-    """Return the scope of a request, which may be looked for before it has begun."""
+    """Return the scope of a request, even before :func:`begin_request` has made it."""
     scope: RequestScope | None = getattr(request_context, _SCOPE, None)
 
     if scope is None:
-        # In one step, as several threads may share the context.
+        # One atomic step, because several threads may share the context.
         scope = vars(request_context).setdefault(_SCOPE, RequestScope())
     elif scope.ended and is_pushed_again(request_context):
         scope.ended = False
-        # It may have been popped meanwhile. Whoever pops it looks for leftovers later.
+        # The context may have been popped meanwhile. If it is popped from here on, the
+        # thread that pops it ends the scope.
         scope.ended = not is_pushed_again(request_context)
 
     return scope

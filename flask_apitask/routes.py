@@ -11,14 +11,14 @@ if t.TYPE_CHECKING:
 
     Work: t.TypeAlias = "tuple[t.Any, tuple[t.Any, ...], dict[str, t.Any]]"
 
-# What finds the way of a task; set once an app of the process has a route to Celery, so
-# that the others don't pay for it.
+# Routes a task. Only set once an app of this process routes tasks to Celery, so that
+# other processes don't pay for it.
 router: cabc.Callable[[t.Any, tuple[t.Any, ...], dict[str, t.Any]], Work] | None = None
 
 
 @functools.lru_cache(maxsize=1024)
 def find_route(routes: Routes, name: str) -> str:
-    """Return where tasks of a name run: what the first pattern says that it matches."""
+    """Return where tasks of this name run, by the first pattern that matches."""
     for pattern, route in routes:
         if fnmatch.fnmatchcase(name, pattern):
             return route

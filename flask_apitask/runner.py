@@ -50,7 +50,7 @@ if t.TYPE_CHECKING:
 
 
 class PlainRunner(Runner):
-    """Call done callbacks of a task that was a plain call, in its caller's contexts."""
+    """Calls the done callbacks of a plain call, in the contexts of its caller."""
 
     def __init__(self, app: Flask) -> None:
         self._app = app
@@ -71,7 +71,7 @@ class PlainRunner(Runner):
         submitted: float,
         reason: str | None = None,
     ) -> None:
-        """Log that a task is dropped, and tell the receivers of the signal."""
+        """Log that a task was dropped, and send the signal."""
         if reason is not None:
             log_drop(self._app, task, reason)
 
@@ -82,7 +82,7 @@ class PlainRunner(Runner):
 
 
 class HandsOver:
-    """A task that has another one done elsewhere, and so is not to be observed."""
+    """A task that hands another one over to run elsewhere, and sends no signals."""
 
     @abc.abstractmethod
     def hand_over(
@@ -93,7 +93,7 @@ class HandsOver:
         args: tuple[t.Any, ...],
         kwargs: dict[str, t.Any],
     ) -> t.Any:
-        """Do it; the parameters are those of :func:`call_observed`."""
+        """Hand the task over; the parameters are those of :func:`call_observed`."""
 
     def __call__(self, *args: t.Any, **kwargs: t.Any) -> t.Any:
         app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
@@ -101,12 +101,12 @@ class HandsOver:
 
 
 class TaskRunner(PlainRunner):
-    """Call each task of a scope in an app context of its own.
+    """Calls each task of a scope in its own app context.
 
-    What a task raises is logged, once, before it is raised to the future.
+    What a task raises is logged once, and then raised to the future.
 
     :param request: The request that the scope is part of, if any.
-    :param copy_g: The names that a task finds in its own ``g``.
+    :param copy_g: The names to copy to the task's own ``g``.
     """
 
     copy_context: cabc.Callable[[], contextvars.Context]
@@ -122,7 +122,7 @@ class TaskRunner(PlainRunner):
         if self._copier is not None:
             self.copy_context = self._copier.copy_context
 
-        # The request if it has a body to share; most have none.
+        # The request, if it has a body to share.
         self._shared: Request | None = None
 
         if request is not None and share_body(request):
@@ -131,9 +131,9 @@ class TaskRunner(PlainRunner):
     def make_scope(
         self, pool: ThreadPool, max_workers: int, timeout: float | None
     ) -> TaskScope:
-        """Make the scope whose tasks this calls."""
+        """Make the scope whose tasks this runner calls."""
         scope = TaskScope(pool, max_workers, timeout, self)
-        # Not a cycle through each request.
+        # A weak reference, to avoid a reference cycle for each request.
         self._frame.task_of = weakref.ref(scope)
         return scope
 
@@ -151,7 +151,7 @@ class TaskRunner(PlainRunner):
             task = share_method(self._shared, task)
 
         try:
-            # Most apps have no receivers, and each task pays for a call.
+            # A fast path: most apps have no receivers.
             if task_started.receivers or task_finished.receivers:
                 call = (app, how, submitted, task, args, kwargs)
                 return self._in_context(task, call_observed, call, {})
@@ -172,12 +172,12 @@ class TaskRunner(PlainRunner):
             self._call_back(callback, future)
             return
 
-        # It was added late, or the task was cancelled, by a thread that may serve a
-        # request, and may hold a lock. What is bound to that thread is not for others.
+        # The callback was added late, or the task was cancelled, by a thread that may
+        # be serving a request or holding a lock. The callback must not run there.
         scope = None if self._frame.task_of is None else self._frame.task_of()
 
         if scope is None or not scope.call_back(self._call_back, callback, future):
-            # The scope has ended. Only the exit of the process waits for this.
+            # The scope has ended. Only the exit of the process waits for this one.
             scope = TaskScope(self._app.extensions["apitask"].pool, 1)
             scope.submit(self._call_back, callback, future)
             scope.shutdown(wait=False)
@@ -196,7 +196,7 @@ class TaskRunner(PlainRunner):
     def _in_context(
         self, task: Fn, fn: Fn, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]
     ) -> t.Any:
-        """Call a function, sync or async, in what a task has for itself."""
+        """Call a function, sync or async, in a task's own context."""
         current_frame.set(self._frame)
         own: dict[object, t.Any] = {}
         task_locals.set(own)
@@ -222,13 +222,13 @@ def call_observed(
     args: tuple[t.Any, ...],
     kwargs: dict[str, t.Any],
 ) -> t.Any:
-    """Call a task between its two signals, and run it to its end if it is async.
+    """Call a task between its two signals, and run its coroutine if it is async.
 
-    :param app: The sender; without one there are no signals.
-    :param submitted: Seconds of the monotonic clock.
+    :param app: The sender of the signals; without one, none are sent.
+    :param submitted: Seconds of :func:`time.monotonic`.
     """
     if app is not None and isinstance(task, HandsOver):
-        # Not the task itself: that is observed where it is done.
+        # The task that is handed over is observed where it runs.
         return task.hand_over(app, how, submitted, args, kwargs)
 
     fields: dict[str, t.Any] = {}
@@ -255,12 +255,12 @@ def call_observed(
             fields["finished"] = time.monotonic()
             notify(task_finished, app, fields)
 
-        # The exception's traceback refers to this frame: no cycle through it.
+        # The exception's traceback refers to this frame: avoid a reference cycle.
         del fields
 
 
 def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) -> None:
-    """Send a signal; a receiver that raises is logged, and the task goes on."""
+    """Send a signal. If a receiver raises, log that and go on."""
     try:
         signal.send(app, _async_wrapper=app.ensure_sync, **fields)
     except BaseException as error:
@@ -276,11 +276,11 @@ def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) ->
 def _run_coroutine(
     app: Flask | None, coroutine: CoroutineType[t.Any, t.Any, t.Any]
 ) -> t.Any:
-    """Run a coroutine, on another thread if this one has an event loop that runs.
+    """Run a coroutine, on another thread if this one has a running event loop.
 
-    So it is where an async task or an async view makes a plain call.
+    It has one where an async task or async view makes a plain call.
     """
-    # It takes long to import, and most apps have no such task.
+    # Slow to import, and most apps have no async tasks.
     import asyncio
     import concurrent.futures
 

@@ -28,27 +28,27 @@ _NOBODY: t.Final = object()
 
 
 class _live_property(cached_property[t.Any]):
-    """A property that can be set as Werkzeug's can, but asks its function each time."""
+    """A settable property, like Werkzeug's, that calls its function every time."""
 
     def __get__(self, request: t.Any, kind: t.Any = None) -> t.Any:
         return self if request is None else self.fget(request)  # type: ignore[misc]
 
 
 class SharedBody(Request):
-    """A request whose body several threads may ask for.
+    """A request whose body several threads may read.
 
-    Werkzeug reads a body when it is first asked for, and keeps what it has made of it.
-    Two threads that ask at once would read one stream by turns, and one of them would
-    wait for bytes that never come. Here the first one reads, the others wait for it and
-    find what it has kept, or get the error that it got. All other ways to the body
-    (``json``, ``data``, ``values``...) lead through these four.
+    Werkzeug reads the body on first access and caches the result. If two threads do
+    this at once, each gets parts of the stream, and one of them waits for bytes that
+    never come. Here, the first thread reads. The others wait for it, and then get the
+    cached result, or the error that the first one got. All other ways to the body
+    (``json``, ``data``, ``values``...) go through these four.
     """
 
     def get_data(
         self, cache: bool = True, as_text: t.Any = False, parse_form_data: bool = False
     ) -> t.Any:
         with vars(self)[_LOCK].reading(self):
-            # The next one may ask in another way, so it is kept in any case.
+            # Always cache, because the next thread may ask in another way.
             return super().get_data(
                 cache=True, as_text=as_text, parse_form_data=parse_form_data
             )
@@ -76,26 +76,26 @@ class SharedBody(Request):
 
 
 class BodyLock:
-    """Lets one thread at a time read a body, and remembers how that went.
+    """Lets one thread at a time read a body, and remembers the outcome.
 
-    :param is_taken: Whether the caller has the stream, to read it by itself.
+    :param is_taken: Whether the caller has taken the stream to read it directly.
     """
 
     def __init__(self, is_taken: bool) -> None:
-        # Guards the stream and all that the request keeps of it. It is held while a
-        # client sends; only threads that want the same body wait for it.
+        # Guards the stream and all that the request caches of it. It is held while the
+        # client sends, so that only threads that want the same body wait for it.
         self._lock = threading.RLock()
         self._error: BaseException | None = None
-        # What reads the stream by itself: None for the view, or what a task has.
+        # What reads the stream directly: None for the view, or the locals of a task.
         self._taker: object = task_locals.get() if is_taken else _NOBODY
-        # Whether it is Werkzeug that asks for the stream.
+        # Whether Werkzeug itself is asking for the stream.
         self._is_reading = False
 
     @contextlib.contextmanager
     def reading(self, request: Request, form: bool = False) -> cabc.Iterator[None]:
-        """Let the caller read, unless that has failed before or can't succeed."""
+        """Let the caller read, unless that has failed already or can't succeed."""
         with self._lock:
-            # Nothing is read for the form of a body that is none.
+            # For the form of a body that is not a form, nothing is read.
             if not form or request.mimetype in _FORMS:
                 self._check()
 
@@ -103,14 +103,14 @@ class BodyLock:
             stream = vars(request).get("stream")
 
             try:
-                # Once it is parsed, it would be gone for those who want it as it is.
+                # Parsing would use the body up for those who want the raw data.
                 if request.mimetype == _URLENCODED:
                     Request.get_data(request)
 
                 yield
             except BaseException as error:
-                # What is left of a stream must not pass for the whole. A body that was
-                # refused unread, for its length, may be asked for again.
+                # The rest of a half-read stream must not pass for the whole body. A
+                # body refused unread, for its length, may be asked for again.
                 if "stream" in vars(request) and not _is_kept(request):
                     self._error = _copy(error)
 
@@ -123,7 +123,7 @@ class BodyLock:
 
     @contextlib.contextmanager
     def taking(self, request: Request) -> cabc.Iterator[None]:
-        """Let the caller have the stream, which is then for nothing else to read."""
+        """Let the caller have the stream, which nothing else can read from then on."""
         with self._lock:
             if self._is_reading:
                 yield
@@ -142,21 +142,21 @@ class BodyLock:
         if self._taker is not _NOBODY and self._taker is not task_locals.get():
             who = "The view" if self._taker is None else "A task"
             raise RuntimeError(
-                f"{who} reads request.stream by itself, and nothing else can read what"
-                " it has read. Read the body with request.get_data() in the view before"
-                " run(), or pass what the task needs."
+                f"{who} reads request.stream directly, so nothing else can read the"
+                " body. Read the body with request.get_data() in the view before run(),"
+                " or pass the task what it needs."
             )
 
 
 def share_body(request: Request) -> bool:
-    """Let several threads ask for the body of a request, if it has one. Idempotent.
+    """Let several threads read the body of a request, if it has one. Idempotent.
 
     :return: Whether it has one.
     """
     if not _has_body(request.environ):
         return False
 
-    # Two threads may come at once, if both start the first task.
+    # Two threads may get here at once, if both start the request's first task.
     if not isinstance(request, SharedBody):
         kept = vars(request)
         is_taken = "stream" in kept and "form" not in kept and not _is_kept(request)
@@ -164,7 +164,7 @@ def share_body(request: Request) -> bool:
         _share_stream(request, kept.get("stream"))
         mix_in(request, SharedBody)
 
-        # The view may have some of them in its hands.
+        # The view may already hold some of the uploads.
         if "files" in kept:
             share_files(kept["files"])
 
@@ -180,16 +180,16 @@ def share_method(request: Request, task: t.Any) -> t.Any:
 
 
 def _is_kept(request: Request) -> bool:
-    """Return whether the body is there for all, as data or as a form."""
+    """Return whether the body is cached for everybody, as data or as a form."""
     is_parsed = "form" in vars(request) and request.mimetype in _FORMS
     return is_parsed or hasattr(request, "_cached_data")
 
 
 def _share_stream(request: Request, stream: object) -> None:
-    """Put a stream of the data where Werkzeug has left one that was read.
+    """Put a shared stream of the cached data in place of the one that was read.
 
-    It is at its end for the caller, and at the start for all others: what a task has
-    read, the view can read by itself. Werkzeug replaces it when it parses the data.
+    For the caller it is at its end, for all others at its start, so what a task has
+    read the view can still read. Werkzeug replaces the stream when it parses the data.
     """
     kept = vars(request)
 
@@ -205,8 +205,8 @@ def _has_body(environ: cabc.Mapping[str, t.Any]) -> bool:
     if environ.get("CONTENT_LENGTH", "") not in {"", "0"}:
         return True
 
-    # Werkzeug reads nothing without a length, unless the server says where it ends.
-    # Some say so of each request, and most have none.
+    # Without a length, Werkzeug reads a body only if the server says that its stream
+    # ends. Some servers say so for every request, and most requests have no body.
     return "wsgi.input_terminated" in environ and (
         environ["REQUEST_METHOD"] not in {"GET", "HEAD"}
         or "HTTP_TRANSFER_ENCODING" in environ

@@ -16,7 +16,7 @@ if t.TYPE_CHECKING:
 
 
 def _at_own_position(name: str) -> t.Any:
-    """Make a method that calls one of the file's where the caller's task is in it."""
+    """Make a method that calls the file's own at the position of the caller's task."""
 
     def method(self: SharedFile, *args: t.Any) -> t.Any:
         with self._at_position() as file:
@@ -26,16 +26,16 @@ def _at_own_position(name: str) -> t.Any:
 
 
 class SharedFile(io.BufferedIOBase):
-    """An upload in which each task has a position of its own, at first the start.
+    """An upload in which each task has its own position, which is 0 at first.
 
-    It stands for the file that Werkzeug makes for it, and does all else as that does.
+    In all else it behaves like the file that Werkzeug made for the upload.
     """
 
     def __init__(self, file: t.Any) -> None:
         self._file = file
-        # Guards the file's own position, which is that of whoever has the lock.
+        # Guards the file's own position, which belongs to the holder of the lock.
         self._lock = threading.Lock()
-        # Where the view is.
+        # The position of the view.
         self._position: int = file.tell()
 
     @contextlib.contextmanager
@@ -62,7 +62,7 @@ class SharedFile(io.BufferedIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         with self._at_position() as file:
-            # It returns nothing before Python 3.11.
+            # The file's seek() returns nothing before Python 3.11.
             file.seek(offset, whence)
             return t.cast("int", file.tell())
 
@@ -70,7 +70,7 @@ class SharedFile(io.BufferedIOBase):
         return t.cast("int", self._file.fileno())
 
     def close(self) -> None:
-        """Do nothing: text that is read from it closes it in the end, for all."""
+        """Do nothing: a text wrapper around the upload would close it for everybody."""
 
     def close_for_all(self) -> None:
         self._file.close()
@@ -89,7 +89,7 @@ class SharedFile(io.BufferedIOBase):
 def share_files(files: t.Any) -> None:
     """Let several tasks read the same uploads."""
     for _, upload in iter_multi_items(files):
-        # An app may have Werkzeug write uploads to other files. Those are left alone.
+        # An app may have Werkzeug write uploads to files of its own. Leave those alone.
         if isinstance(upload.stream, tempfile.SpooledTemporaryFile):
             upload.stream = SharedFile(upload.stream)
 

@@ -8,27 +8,27 @@ _signals = Namespace()
 task_started: NamedSignal = _signals.signal(
     "task-started",
     doc="""\
-Sent before a task runs, in the thread and in the context that it runs in. The sender
-is the :class:`~flask.Flask` app. Keyword arguments:
+Sent before a task runs, in its thread and context. The sender is the
+:class:`~flask.Flask` app. Keyword arguments:
 
 -   ``name``: the task's name, see :func:`.task`.
--   ``how``: ``"thread"`` on a thread of the pool, ``"inline"`` for a plain call, or
-    if no thread was available, ``"celery"`` in a worker of Celery. To hand a task over
-    to Celery sends no signal.
+-   ``how``: ``"thread"`` on a thread of the pool; ``"inline"`` in a plain call, or if
+    no thread was available; ``"celery"`` in a Celery worker. Handing a task over to
+    Celery sends no signal.
 -   ``args``, ``kwargs``: what the task is called with.
--   ``submitted``, ``started``: seconds of :func:`time.monotonic`. A worker of Celery
-    knows no other time of submission than that at which it begins.
+-   ``submitted``, ``started``: seconds of :func:`time.monotonic`. In a Celery worker,
+    both are the time at which the task starts.
 
-Not sent for a plain call outside of any application context. If a receiver raises, the
-error is logged and the task runs all the same.
+Not sent for a plain call outside any app context. If a receiver raises, the error is
+logged and the task still runs.
 """,
 )
 
 task_finished: NamedSignal = _signals.signal(
     "task-finished",
     doc="""\
-Sent after a task ran, in the same thread and context as :data:`task_started` and with
-its keyword arguments, and:
+Sent after a task ran, in the same thread and context as :data:`task_started`. The
+keyword arguments are the same, plus:
 
 -   ``finished``: seconds of :func:`time.monotonic`.
 -   ``exception``: what the task raised, or ``None``.
@@ -39,9 +39,10 @@ its keyword arguments, and:
 task_dropped: NamedSignal = _signals.signal(
     "task-dropped",
     doc="""\
-Sent for a task that never runs, as it was put off and is dropped, or as its future was
-cancelled, by whichever thread finds that. The sender is the :class:`~flask.Flask` app.
-Keyword arguments: ``name``, ``args``, ``kwargs`` and ``submitted``, as for
-:data:`task_started`, and ``reason``, part of a sentence.
+Sent for a task that will never run, because it was deferred and then dropped, or
+because its future was cancelled. Any thread may send it. The sender is the
+:class:`~flask.Flask` app. Keyword arguments: ``name``, ``args``, ``kwargs`` and
+``submitted``, as for :data:`task_started`, and ``reason``, a clause such as
+``"KeyError was raised"``.
 """,
 )

@@ -26,7 +26,7 @@ if t.TYPE_CHECKING:
 
 
 def log_failure(app: Flask, task: Fn, error: BaseException, duration: float) -> None:
-    """Write the one ERROR record of a task that has failed.
+    """Log the one ERROR of a task that failed.
 
     :param duration: Seconds that it ran.
     """
@@ -35,26 +35,27 @@ def log_failure(app: Flask, task: Fn, error: BaseException, duration: float) -> 
 
 
 def log_drop(app: Flask, task: Fn, reason: str) -> None:
-    """Write an INFO for a task that was put off, and that never runs."""
+    """Log an INFO about a deferred task that will never run."""
     name = task_name(task)
     _log_task(app, name, f"was dropped: {reason}", task, level=logging.INFO)
 
 
 def log_timeout(app: Flask, report: TimeoutReport) -> None:
-    """Write an ERROR for each task that never ran, and a WARNING about the others."""
+    """Log an ERROR for each task that never ran, and one WARNING about the others."""
     is_key = report.timeout == app.extensions["apitask"].config.timeout
     source = "APITASK_TIMEOUT" if is_key else "timeout of the scope"
 
     for name in report.cancelled:
-        outcome = f"was cancelled: not begun within {report.timeout} s ({source})"
+        outcome = f"was cancelled: not started within {report.timeout} s ({source})"
         _log_task(app, name, outcome, duration=0.0)
 
     if report.running:
         _log(
             app,
             logging.WARNING,
-            "The wait for tasks%s is over after %s s (%s), and %d task(s) still run."
-            " Such tasks hold %d thread(s) of the app now. These are in:\n\n%s",
+            "Stopped waiting for the tasks%s after %s s (%s): %d task(s) still running."
+            " Overdue tasks now hold %d thread(s) of the app. Stacks of those still"
+            " running:\n\n%s",
             _of_request(),
             report.timeout,
             source,
@@ -67,7 +68,7 @@ def log_timeout(app: Flask, report: TimeoutReport) -> None:
 
 
 def log_callback(app: Flask, callback: Fn, error: BaseException) -> None:
-    """Write an ERROR for a done callback that has failed."""
+    """Log an ERROR about a done callback that failed."""
     text = "The done callback %r%s failed."
     name, of_request = task_name(callback), _of_request()
     _log(
@@ -76,12 +77,12 @@ def log_callback(app: Flask, callback: Fn, error: BaseException) -> None:
 
 
 def warn_of_session(app: Flask, task: Fn, changes: list[str]) -> None:
-    """Write a WARNING, once, about a task's changes to its session."""
+    """Log a WARNING, once per app, about a task's changes to its session."""
     log_once(
         app,
         "session",
-        "Task %r%s has changed the session (%s), which is dropped. The cookie may have"
-        " been made by then: change the session in the view.",
+        "Task %r%s changed the session (%s). The change was dropped, because the"
+        " response may already have its cookie. Change the session in the view.",
         task_name(task),
         _of_request(),
         ", ".join(map(str, changes)),
@@ -110,14 +111,14 @@ def _log(
     fn: Fn | None = None,
     **fields: t.Any,
 ) -> None:
-    """Log something, with the place of a function, and with the endpoint."""
+    """Log a record with the endpoint, and with the place of a function."""
     fields["endpoint"] = request.endpoint if has_request_context() else None
     place = _find_place(app, fn)
     log(find_logger(app), level, text, *args, place=place, **fields)
 
 
 def _of_request() -> str:
-    """Name the current request by its rule, as its path may hold a secret."""
+    """Name the current request by its URL rule, because its path may hold a secret."""
     if not has_request_context():
         return ""
 
@@ -126,7 +127,7 @@ def _of_request() -> str:
 
 
 def _find_place(app: Flask, fn: Fn | None) -> CodeType | None:
-    """Return the code of a function, or else the view's; never the package's own."""
+    """Return the code of a function, or else of the view, but never of this package."""
     endpoint = request.endpoint if has_request_context() else None
     view = None if endpoint is None else app.view_functions.get(endpoint)
 
@@ -134,7 +135,7 @@ def _find_place(app: Flask, fn: Fn | None) -> CodeType | None:
         while isinstance(found, functools.partial):
             found = found.func
 
-        # That of a mock is a mock.
+        # A mock's __code__ is a mock.
         code = (
             None if found is None else getattr(inspect.unwrap(found), "__code__", None)
         )

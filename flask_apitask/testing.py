@@ -1,4 +1,4 @@
-"""For the tests of an app; nothing here is for an app itself."""
+"""Helpers for the tests of an app; the app itself has no use for them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if t.TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class RecordedTask:
-    """A task that ran, or that was dropped, as :func:`record_tasks` has seen it."""
+    """A task that ran or was dropped, as recorded by :func:`record_tasks`."""
 
-    #: What logs and signals call it, see :func:`.task`.
+    #: Its name in logs and signals, see :func:`.task`.
     name: str
-    #: The positional arguments that it was called with.
+    #: Its positional arguments.
     args: tuple[t.Any, ...]
     #: Its keyword arguments.
     kwargs: dict[str, t.Any]
     #: ``"thread"``, ``"inline"``, ``"celery"`` or ``"dropped"``.
     how: str = "dropped"
-    #: What it raised, ``None`` if it did not.
+    #: What it raised, or ``None``.
     exception: BaseException | None = None
     #: What it returned, ``None`` if it raised an exception or was dropped.
     result: t.Any = None
-    #: The seconds that it ran.
+    #: How long it ran, in seconds.
     duration: float = 0.0
-    #: When it was started by :func:`.run`, in seconds of :func:`time.monotonic`.
+    #: When :func:`.run` started it, in seconds of :func:`time.monotonic`.
     submitted: float = dataclasses.field(repr=False)
 
     @property
@@ -49,15 +49,15 @@ class RecordedTask:
 
 @contextlib.contextmanager
 def record_tasks(app: Flask | None = None) -> cabc.Iterator[list[RecordedTask]]:
-    """Record the tasks that run, or that are dropped, during a ``with`` block.
+    """Record the tasks that run or are dropped during a ``with`` block.
 
-    The list is in the order in which the tasks were started, by whatever thread. A task
-    is in it once it is done: when the test client has returned, all are. Blocks may be
-    nested, and each records all tasks. A plain call outside of any app context is not
-    recorded.
+    A task is added to the list once it is done, so all tasks of a request are there
+    when the test client returns. The list is in the order in which the tasks were
+    started, by whatever thread. Blocks can be nested, and each records every task.
+    Plain calls outside any app context are not recorded.
 
-    :param app: Record the tasks of this app only.
-    :raises TypeError: ``app`` is no Flask app.
+    :param app: Record only the tasks of this app.
+    :raises TypeError: ``app`` is not a Flask app.
     """
     sender: t.Any = app
 

@@ -18,12 +18,12 @@ from .request_scope import find_request_scope
 if t.TYPE_CHECKING:
     from flask import Response
 
-# Where Flask catches what leaves a view.
+# Where Flask catches the exceptions that leave a view.
 _DISPATCH: t.Final = Flask.full_dispatch_request.__code__
 
 
 def watch(app: Flask) -> None:
-    """Look at what becomes of the requests of an app. Idempotent."""
+    """Watch how the requests of an app end. Idempotent."""
     if "apitask_watched" not in app.extensions:
         watch_responses(app)
         watch_exceptions(app)
@@ -31,12 +31,13 @@ def watch(app: Flask) -> None:
 
 
 def watch_exceptions(app: Flask) -> None:
-    """Note the exceptions that leave a view, also if an error handler answers.
+    """Note the exceptions that leave a view, even those with an error handler.
 
-    Flask tells nobody of those that have a handler. So this method is replaced, in apps
-    that need it: by the first task that is put off.
+    Flask sends no signal for an exception that has a handler, so one of its methods is
+    replaced. This happens only in apps that need it, when they first defer a task.
     """
-    # Another extension may have replaced it, too. No cycle through the app.
+    # Another extension may have replaced the method too. The weak reference avoids a
+    # cycle through the app.
     replaced = "handle_user_exception" in vars(app)
     method: t.Any = (app if replaced else type(app)).handle_user_exception
     app_ref = weakref.ref(app)
@@ -50,7 +51,8 @@ def watch_exceptions(app: Flask) -> None:
     error = sys.exc_info()[1]
     traceback = None if error is None else error.__traceback__
 
-    # This is the first call, and in an error handler.
+    # The first task may be deferred in an error handler, whose exception was caught
+    # before the method was replaced.
     if traceback and traceback.tb_frame.f_code is _DISPATCH:
         note_exception(error)
 
@@ -64,13 +66,13 @@ def note_exception(error: BaseException | None) -> None:
 
 
 def watch_responses(app: Flask) -> None:
-    """Look at the app's responses before they leave it. Idempotent."""
+    """Watch the responses of an app before they leave it. Idempotent."""
     request_finished.connect(_hook_response, app)
     got_request_exception.connect(_unhook_response, app)
 
 
 def _hook_response(app: Flask, response: Response, **extra: object) -> None:
-    """Make a response wait when it is closed; for :data:`flask.request_finished`."""
+    """Make a response wait at its close; for :data:`flask.request_finished`."""
     scope = find_request_scope(find_request_context())
     answers_first = app.extensions["apitask"].config.wait == "close"
     is_file, is_stream = response.direct_passthrough, False
@@ -80,12 +82,12 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
     if status >= 400 and scope.failure is None:
         scope.failure = f"the response has the status {status}"
 
-    # Werkzeug makes a stream of abort(redirect("/")).
+    # abort(redirect("/")) comes as a streamed response, hence the status.
     if scope.awaits_success and status < 300:
         is_stream = response.is_streamed and not is_file
 
-    # A task may come later, in the body or in a teardown function. But without one a
-    # file is best left to the server, which may have its own way to send it.
+    # A task may still be started in the body or in a teardown function. But if there is
+    # none yet, leave a file to the server, which may have its own way to send it.
     if is_stream or scope.defers or (answers_first and (scope.is_used or not is_file)):
         closing = Closing(answers_first, is_stream)
 
@@ -97,9 +99,9 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
 
 
 def _unhook_response(app: Flask, **extra: object) -> None:
-    """Expect another response; for :data:`flask.got_request_exception`."""
+    """Forget a response that is replaced; for :data:`flask.got_request_exception`."""
     request_context = find_request_context()
 
-    # Others send this signal too, wherever they are.
+    # Other libraries send this signal too, even outside a request.
     if request_context is not None:
         find_request_scope(request_context).closing = None

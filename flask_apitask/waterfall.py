@@ -4,7 +4,7 @@ import dataclasses
 import math
 import operator
 
-# Per cent of the width, so that something is to be seen of what took no time.
+# Percent of the width, so that even a task that took no time is visible.
 _LEAST: float = 0.4
 # Pixels from one row of the chart to the next.
 _ROW: int = 20
@@ -12,11 +12,12 @@ _ROW: int = 20
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Span:
-    """A task, or another part of a request, on the time line.
+    """A task, or another part of a request, on the timeline.
 
     The times are seconds of :func:`time.monotonic`.
 
-    :param how: ``"thread"``, ``"inline"``, ``"dropped"``, or what else it is.
+    :param how: How a task ran (see :data:`.task_started`), or ``"dropped"``,
+        ``"view"`` or ``"wait"``.
     :param finished: ``None`` while it runs.
     :param error: The last line of the traceback, or why it was dropped.
     """
@@ -42,13 +43,13 @@ class Span:
 
     @property
     def duration(self) -> float:
-        """Seconds that it ran, 0 while it still runs."""
+        """How many seconds it ran; 0 while it is still running."""
         return max(0.0, (self.finished or 0.0) - self.started)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Row:
-    """A row of the chart; positions and widths are in per cent."""
+    """A row of the chart; positions and widths are in percent."""
 
     label: str
     outcome: str
@@ -60,7 +61,7 @@ class Row:
 
 
 class Waterfall:
-    """What ran when in a request, to be drawn.
+    """The chart of what ran when in a request.
 
     :param begun: When the request began.
     :param view: The view, if there was one.
@@ -77,7 +78,7 @@ class Waterfall:
         self.total: float = (end.finished or end.started) - begun
         on_threads = [task.duration for task in tasks if task.how == "thread"]
         self.in_tasks: float = sum(on_threads)
-        # A view may wait as well. What it waits is not told from what it does.
+        # An upper bound: the view may wait too, and that can't be told from its work.
         self.saved: float = max(0.0, self.in_tasks - end.duration)
 
     @property
@@ -98,14 +99,14 @@ class Waterfall:
 
     @property
     def ticks(self) -> list[tuple[int, str, str]]:
-        """Positions in per cent, with a text and its anchor."""
+        """Positions in percent, each with a text and its anchor."""
         anchors = {0: "start", 50: "middle", 100: "end"}
         return [
             (x, seconds(self.total * x / 100), anchor) for x, anchor in anchors.items()
         ]
 
     def offset(self, span: Span) -> str:
-        """Return when something started after the request began."""
+        """Return how long after the beginning of the request something started."""
         return seconds(span.started - self.begun)
 
     def _make_row(self, span: Span, number: int) -> Row:
@@ -122,11 +123,11 @@ class Waterfall:
         return Row(label, span.outcome, y, queued, max(0.0, x - queued), x, width)
 
     def _scale(self, moment: float) -> float:
-        """Return a place on the time line, in per cent."""
+        """Return a position on the timeline, in percent."""
         share = (moment - self.begun) / (self.total or math.inf)
         return round(100 * min(1.0, max(0.0, share)), 3)
 
 
 def seconds(number: float) -> str:
-    """Write a time for a reader."""
+    """Format a number of seconds for display."""
     return f"{number:.2f} s" if number >= 1 else f"{1000 * number:.1f} ms"

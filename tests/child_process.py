@@ -78,9 +78,11 @@ class ChildProcess:
 
         raise AssertionError(f"It ended without {pattern!r}, but with:\n{self.output}")
 
-    def interrupt(self) -> int:
-        """End it as Ctrl-C does, and return its exit code."""
-        self._process.send_signal(signal.SIGINT)
+    def interrupt(self, times: int = 1) -> int:
+        """End it as Ctrl-C does, pressed so often, and return its exit code."""
+        for _ in range(times):
+            self._process.send_signal(signal.SIGINT)
+
         return self.wait()
 
     def wait(self) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import json
@@ -95,6 +96,11 @@ class Chromium:
     def label(self, selector: str) -> str:
         """Return the name of an element that assistive technology is told."""
         return str(self._command("GET", f"{self._find(selector)}/computedlabel"))
+
+    def screenshot(self) -> bytes:
+        """Return a picture of the viewport, as PNG."""
+        picture = self._command("GET", f"{self._session}/screenshot")
+        return base64.b64decode(picture)
 
     def wait_for(self, selector: str) -> None:
         """Wait for an element to be there."""

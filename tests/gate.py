@@ -14,7 +14,7 @@ PATIENCE = 20.0
 
 
 class Gate:
-    """Hold whoever connects until the test lets them pass.
+    """Hold all that connect until the test lets them pass.
 
     Who comes sends a line with a name, and is through as soon as it can read.
     """
@@ -52,7 +52,7 @@ class Gate:
 
 
 class Held:
-    """Who is held at a gate, by name."""
+    """The names of those held at a gate."""
 
     def __init__(self, visitors: dict[str, socket.socket]) -> None:
         self._visitors = visitors

@@ -114,7 +114,7 @@ class Schedule:
 
     @contextlib.contextmanager
     def patched(self) -> cabc.Iterator[None]:
-        """Give what a block makes the primitives of this schedule."""
+        """Make a block use the primitives of this schedule."""
         names = types.SimpleNamespace(**vars(threading))
         names.Lock = lambda: _Lock(self)
         names.Condition = lambda lock=None: _Condition(self, lock or _Lock(self))

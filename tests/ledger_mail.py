@@ -69,7 +69,7 @@ class MailServer:
         self._loop.close()
 
     def set_mood(self, mood: Mood) -> None:
-        """Be so from now on, to those who are connected too."""
+        """Change the behaviour from now on, for open connections too."""
         self._call(self._set_mood(mood))
 
     def _call(self, coroutine: cabc.Coroutine[t.Any, t.Any, None]) -> None:

@@ -9,7 +9,7 @@ if t.TYPE_CHECKING:
 
 
 class Reporting(Runner):
-    """Keeps what is reported of scopes that end at their deadline."""
+    """Keeps the reports of scopes that end at their deadline."""
 
     def __init__(self) -> None:
         self.reports: list[TimeoutReport] = []

@@ -51,7 +51,7 @@ class Gate:
 
 
 class RefusedPool(ThreadPool):
-    """A pool that the system gives no thread."""
+    """A pool that can start no thread."""
 
     def __init__(self) -> None:
         super().__init__(1)

@@ -52,7 +52,7 @@ def note(line: str) -> None:
 
 
 def pass_gate(name: str) -> None:
-    """Tell the test that somebody is here, and wait until it lets them pass."""
+    """Tell the test that a task or view is here, and wait until it may pass."""
     gate = ("127.0.0.1", app.config["GATE_PORT"])
 
     with socket.create_connection(gate, PATIENCE) as connection:

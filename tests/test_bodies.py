@@ -115,7 +115,7 @@ def read_files() -> object:
 
 
 class Case(t.NamedTuple):
-    """A body, a way to ask for it, and what whoever asks shall get."""
+    """A body, a way to ask for it, and the expected answer."""
 
     read: cabc.Callable[[], object]
     kind: str
@@ -196,7 +196,7 @@ def add_readers(app: Flask, who: str, read: cabc.Callable[[], object]) -> list[o
 def test_body_that_two_ask_for_at_once(
     make_app: AppFactory, name: str, who: str, chunked: bool
 ) -> None:
-    """Everybody gets the whole of a body, though all ask while the client sends it."""
+    """Everybody gets the whole body, even if all ask while the client sends it."""
     read, kind, body, whole = CASES[name]
     app = make_app()
     found = add_readers(app, who, read)
@@ -212,7 +212,7 @@ def test_body_that_two_ask_for_at_once(
 
 @pytest.mark.parametrize("method", ["get_data", "get_json"])
 def test_method_of_the_request_as_a_task(make_app: AppFactory, method: str) -> None:
-    """A method that was looked up before the first task is one that shares, too."""
+    """A method that was looked up before the first task shares the body too."""
     app = make_app()
     body = json.dumps(ORDER).encode()
     wire = Wire(body)
@@ -329,7 +329,7 @@ def test_limit_that_is_raised(make_app: AppFactory) -> None:
 
 
 def test_json_that_is_none(make_app: AppFactory) -> None:
-    """Everybody gets the 400 of a body that is no JSON."""
+    """Everybody gets the 400 of a body that is not JSON."""
     app = make_app()
     found = add_readers(app, "task-and-view", read_json)
 
@@ -362,7 +362,7 @@ def test_view_that_reads_the_stream(make_app: AppFactory) -> None:
     assert len(lengths) > 5
 
 
-READ_BY = "{} reads request.stream by itself"
+READ_BY = "{} reads request.stream directly"
 REMEDY = "Read the body with request.get_data() in the view before run()"
 
 
@@ -492,7 +492,7 @@ def test_stream_while_a_task_reads_the_body(make_app: AppFactory) -> None:
 
 @pytest.mark.parametrize("kind", ["application/octet-stream", MULTIPART])
 def test_stream_of_which_the_form_was_asked(make_app: AppFactory, kind: str) -> None:
-    """A body that is no form has none, whoever reads it; a parsed form is there."""
+    """A body that is not a form has no fields; a parsed form has them for everybody."""
     app = make_app()
     body = make_fields("blue")
     form = {} if kind != MULTIPART else {"colour": "blue"}
@@ -513,7 +513,7 @@ def test_stream_of_which_the_form_was_asked(make_app: AppFactory, kind: str) -> 
 
 
 def test_form_looked_at_before_the_body_is_read(make_app: AppFactory) -> None:
-    """A body that is no form is still there when somebody has asked for the form."""
+    """A body that is not a form is still there after somebody asked for the form."""
     app = make_app()
 
     @app.post("/")
@@ -526,7 +526,7 @@ def test_form_looked_at_before_the_body_is_read(make_app: AppFactory) -> None:
 
 
 def test_stream_that_is_refused(make_app: AppFactory) -> None:
-    """A view that gets no stream, for the length of the body, has not read it."""
+    """A view that is refused the stream, for the body's length, has not read it."""
     app = make_app(MAX_CONTENT_LENGTH=10)
 
     @app.post("/")
@@ -545,7 +545,7 @@ def test_stream_that_is_refused(make_app: AppFactory) -> None:
 
 @pytest.mark.parametrize("name", ["form", "files", "stream"])
 def test_request_that_the_view_changes(make_app: AppFactory, name: str) -> None:
-    """What can be set on a request can be set when tasks share it."""
+    """Attributes of a request can still be set when tasks share it."""
     app = make_app()
 
     @app.post("/")
@@ -577,7 +577,7 @@ WAYS: dict[str, cabc.Callable[[], object]] = {
 def test_ways_to_a_body_in_all_orders(
     make_app: AppFactory, kind: str, first: str
 ) -> None:
-    """What somebody gets does not depend on who was there before, nor on how."""
+    """What a caller gets does not depend on who read the body before, or how."""
     app = make_app()
     is_form, is_json = kind == URLENCODED, kind == "application/json"
     body = b'{"a": 1}' if is_json else b"a=1"
@@ -646,7 +646,7 @@ def test_form_that_fails_when_the_data_is_there(make_app: AppFactory) -> None:
 
 
 def test_request_without_tasks_is_werkzeugs(make_app: AppFactory) -> None:
-    """Where nothing is shared, a form that is parsed leaves no data, as ever."""
+    """Where nothing is shared, parsing a form leaves no data, as in Werkzeug."""
     app = make_app()
 
     @app.post("/")
@@ -668,7 +668,7 @@ class OwnRequest(flask.Request):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_request_class_of_the_app(make_app: AppFactory, when: str) -> None:
-    """A request class of the app's own is at work, whenever the app was given it."""
+    """The app's own request class is used, whenever the app was given it."""
     app = make_app()
     kinds: list[object] = []
 
@@ -828,7 +828,7 @@ def seek(upload: FileStorage) -> list[object]:
 def test_upload_is_a_file(
     make_app: AppFactory, read: cabc.Callable[[FileStorage], object], found: object
 ) -> None:
-    """What a view can do with an upload, it and a task can do when it is shared."""
+    """Anything a view can do with an upload, it and a task can do with a shared one."""
     app = make_app()
 
     @app.post("/")
@@ -847,7 +847,7 @@ def test_upload_is_a_file(
 
 
 def test_upload_as_text_and_to_write(make_app: AppFactory) -> None:
-    """An upload on the disk can be read as text, be written to and be cut off."""
+    """An upload on disk can be read as text, written to and truncated."""
     app = make_app()
 
     def work() -> None:
@@ -876,7 +876,7 @@ def test_upload_as_text_and_to_write(make_app: AppFactory) -> None:
 
 @pytest.mark.parametrize("size", [0, 600_000])
 def test_upload_that_somebody_closes(make_app: AppFactory, size: int) -> None:
-    """What closes an upload, as text does in the end, takes it from nobody else."""
+    """Closing an upload, as a text wrapper does, takes it away from nobody else."""
     app = make_app()
     files = []
 
@@ -997,7 +997,7 @@ def test_bodies_on_real_servers(kind: str) -> None:
 @pytest.mark.servers
 @pytest.mark.parametrize("kind", CHUNKED)
 def test_chunks_on_real_servers(kind: str) -> None:
-    """So they do where the client sends chunks, and the limit of the app holds."""
+    """The same holds for a chunked body, and the app's limit still applies."""
     content = b"x" * 200_000
     digest = hashlib.sha256(content).hexdigest()
     too_large = make_multipart(bytes(LIMIT))
@@ -1016,7 +1016,7 @@ def test_chunks_on_real_servers(kind: str) -> None:
 @pytest.mark.servers
 @pytest.mark.parametrize("kind", CONCURRENT)
 def test_slow_client_on_real_servers(kind: str) -> None:
-    """A body that comes slowly is waited for by its own tasks, and by nobody else."""
+    """Only a slow body's own tasks wait for it, and nobody else."""
     body = b"x" * 5000
     digest = hashlib.sha256(body).hexdigest()
     head = (

@@ -143,7 +143,7 @@ def play(kind: str, trouble: Mood, folder: pathlib.Path) -> Outage:
     ids=lambda value: value.name.lower() if isinstance(value, Mood) else value,
 )
 def test_an_outage(kind: str, trouble: Mood, tmp_path: pathlib.Path) -> None:
-    """Broken mail costs ERROR records and bounded time, and is over when it is over."""
+    """A broken mail server costs ERRORs and bounded time, and nothing once it works."""
     outage = play(kind, trouble, tmp_path)
     load = outage.load
     books = balance(load, outage.mail_server, outage.log)

@@ -73,7 +73,7 @@ def test_callback_of_a_task_that_is_cancelled_at_the_deadline(
 
 
 def test_callback_that_is_added_after_the_request(make_app: AppFactory) -> None:
-    """It has a thread of the pool all the same, and nobody waits for it."""
+    """It still gets a thread of the pool, and nobody waits for it."""
     app, callback = make_app(), Gate()
     futures: list[TaskFuture[str]] = []
 

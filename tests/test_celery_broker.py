@@ -51,7 +51,7 @@ def find_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if record.levelno >= logging.INFO and "broker of Celery" in record.getMessage()
+        if record.levelno >= logging.INFO and "Celery's broker" in record.getMessage()
     ]
 
 
@@ -107,7 +107,7 @@ def test_broker_that_is_killed(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A task of an outage runs here, with one WARNING, and without a restart after."""
+    """In an outage tasks run here, with one WARNING; no restart is needed after it."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.5)
     keys = [{"task_ignore_result": ignored} for ignored in (False, True)]
@@ -141,10 +141,10 @@ def test_broker_that_is_killed(
         wait_until(lambda app=app: not isinstance(hand_over(app)[0], EagerResult))  # type: ignore[misc]
 
     # Of two apps; the third one had no outage.
-    cause = f"The broker of Celery did not confirm a task within {TIMEOUT} s"
+    cause = f"Celery's broker did not confirm a task within {TIMEOUT} s"
     down, back = find_warnings(caplog)[:2], find_warnings(caplog)[2:]
     assert [text.startswith(cause) for text in down] == [True, True]
-    assert back == ["The broker of Celery is back."] * 2
+    assert back == ["Celery's broker is back."] * 2
 
 
 @pytest.mark.parametrize("connection", ["kept", "new"])
@@ -197,7 +197,7 @@ def test_confirmation_that_is_lost(celeries: Celeries, redis: Broker) -> None:
 def test_broker_that_is_full(
     celeries: Celeries, redis: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A broker that refuses what it is given is none for now."""
+    """A broker that refuses a task counts as down for now."""
     app = celeries.make(redis.url)
 
     with Redis(port=redis.port) as client:
@@ -215,7 +215,7 @@ def test_broker_that_is_full(
 def test_queue_that_is_full(
     celeries: Celeries, rabbitmq: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """RabbitMQ says no by its confirmation, which is heard."""
+    """A negative confirmation from RabbitMQ is noticed."""
     arguments = {"x-max-length": 0, "x-overflow": "reject-publish"}
     queues = {"full": {"queue_arguments": arguments}}
     routing = {"task_queues": queues, "task_default_queue": "full"}
@@ -327,7 +327,7 @@ def test_results_by_rpc_are_warned_of(
     caplog: pytest.LogCaptureFixture,
     ignored: bool,
 ) -> None:
-    """Results that no view could get are one WARNING, unless nobody wants them."""
+    """One WARNING says that no view can get the results, unless they are ignored."""
     backend = {"result_backend": "rpc://", "task_ignore_result": ignored}
     app = celeries.make(rabbitmq.url, CELERY=backend)
 

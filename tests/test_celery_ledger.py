@@ -164,6 +164,6 @@ def test_celery_ledger(broker: Broker, tmp_path: pathlib.Path) -> None:
     # is on its way between the two is lost with either of them.
     assert len(lost) <= (len(Kill) if is_redis else 0), lost
     # The web process was never ended, and had a broker at last.
-    assert output.count("The broker of Celery did not confirm") >= 1
+    assert output.count("Celery's broker did not confirm") >= 1
     assert sums.acknowledged == sums.requests
     assert sums.acknowledged >= REQUESTS // (len(Kill) + 1) * (len(Kill) + 1)

@@ -57,7 +57,7 @@ def find_errors(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_retry_without_a_broker(
     celeries: Celeries, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A mail that can't be published anew stays with the broker that it came from."""
+    """A mail that can't be published again stays with the broker that it came from."""
     with ScriptedServer() as server:
         app = celeries.make(NO_BROKER, MAIL_PORT=server.port)
         server.fail(Stage.DATA, Fault.TEMPORARY)
@@ -74,7 +74,7 @@ def test_retry_without_a_broker(
 def test_retry_for_some_without_a_broker(
     celeries: Celeries, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One that some recipients have is not given out again to all: it is an ERROR."""
+    """A mail that some recipients have is not sent to all again: it is an ERROR."""
     with ScriptedServer() as server:
         app = celeries.make(NO_BROKER, MAIL_PORT=server.port)
         server.fail(Stage.RCPT, None, Fault.TEMPORARY)
@@ -106,7 +106,7 @@ def test_certificate_that_is_refused(
 def test_mail_that_is_no_mail(
     celeries: Celeries, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What was published by others, and is no mail, is an ERROR."""
+    """Something that others published, and that is not a mail, is an ERROR."""
     app = celeries.make(NO_BROKER)
 
     with pytest.raises(ValueError, match="has a line break"):

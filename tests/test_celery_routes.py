@@ -73,7 +73,7 @@ def test_celery_is_not_installed() -> None:
 
 
 def test_other_import_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is broken in an installed Celery is said as it is."""
+    """An error from a broken Celery installation is raised as it is."""
     monkeypatch.delitem(sys.modules, "flask_apitask.celery", raising=False)
     monkeypatch.setitem(sys.modules, "flask_apitask.celery.set_up", None)
     app = Flask(__name__)
@@ -169,12 +169,12 @@ def test_celery_app_of_no_flask_app() -> None:
     with Celery("other", config_source=EAGER, set_as_current=False) as other:
         called = other.tasks["report.double"].apply([1])
 
-    with pytest.raises(RuntimeError, match="No Flask app of this process has"):
+    with pytest.raises(RuntimeError, match="No Flask app in this process has"):
         called.get()
 
 
 def test_signals_of_a_called_task(celeries: Celeries) -> None:
-    """A task that Celery calls sends the signals, once; to hand it over sends none."""
+    """A task that Celery calls sends the signals once; handing it over sends none."""
     app = celeries.make(CELERY=EAGER)
     seen: list[tuple[str, str, bool]] = []
 
@@ -209,7 +209,7 @@ def test_failure_of_a_called_task(
 def test_words_of_celery_are_no_failure(
     celeries: Celeries, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a task says to Celery by an exception is Celery's affair."""
+    """An exception that is meant for Celery, such as a retry, is left to Celery."""
     app = celeries.make(CELERY=EAGER)
 
     @task(name)
@@ -278,7 +278,7 @@ def test_view_gets_a_result_while_another_task_runs(
 def test_other_callables_stay_on_threads(
     celeries: Celeries, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a worker would not find by the name runs here, with one WARNING."""
+    """A task that a worker could not find by its name runs here, with one WARNING."""
     app = celeries.make(CELERY=EAGER)
 
     @task(name)
@@ -308,8 +308,8 @@ def test_other_callables_stay_on_threads(
     warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warned) == 3
     assert warned[0].startswith(
-        f"Task '{name}' stays on threads, though APITASK_ROUTES sends that name to"
-        " Celery: a worker finds only functions to which @task('...') gives the name"
+        f"Task '{name}' stays on threads, although APITASK_ROUTES sends it to Celery. A"
+        " worker only finds functions that have @task('...') as their outermost"
     )
 
 
@@ -355,7 +355,7 @@ def test_two_functions_before_the_route() -> None:
 
 
 def test_function_of_a_factory(celeries: Celeries, name: str) -> None:
-    """A function that is defined anew is the same one, and an older one may go."""
+    """A function that is defined again counts as the same, and the old one may go."""
     app = celeries.make(CELERY=EAGER)
 
     def define(number: int) -> cabc.Callable[[], int]:
@@ -383,7 +383,7 @@ def test_function_of_a_factory(celeries: Celeries, name: str) -> None:
     del first, future
     gc.collect()
 
-    with pytest.raises(RuntimeError, match="The function of this name is gone"):
+    with pytest.raises(RuntimeError, match="function with this name no longer exists"):
         celery_task.apply().get()
 
 
@@ -404,17 +404,17 @@ CYCLE.append(CYCLE)
 @pytest.mark.parametrize(
     ("value", "cause"),
     [
-        (Model(), "number exactly, which is of the type 'Model'"),
-        ((1, 2), "number exactly, which is of the type 'tuple'"),
-        ({1, 2}, "number exactly, which is of the type 'set'"),
-        (b"1", "number exactly, which is of the type 'bytes'"),
-        (Text("1"), "number exactly, which is of the type 'Text'"),
-        (math.nan, "number exactly, which is not finite"),
-        ([math.inf], "number[0] exactly, which is not finite"),
-        ({1: 2}, "number exactly, which has a key that is no text"),
+        (Model(), "number exactly, because it is of type 'Model'"),
+        ((1, 2), "number exactly, because it is of type 'tuple'"),
+        ({1, 2}, "number exactly, because it is of type 'set'"),
+        (b"1", "number exactly, because it is of type 'bytes'"),
+        (Text("1"), "number exactly, because it is of type 'Text'"),
+        (math.nan, "number exactly, because it is not finite"),
+        ([math.inf], "number[0] exactly, because it is not finite"),
+        ({1: 2}, "number exactly, because it has a key that is not text"),
         ({"a": [1, {"b": {}, "c": (1,)}]}, "number['a'][1]['c'] exactly"),
-        ({"__type__": "uuid", "__value__": 1}, "by which Kombu marks other types"),
-        (CYCLE, "number exactly, which is nested too deeply, or in itself"),
+        ({"__type__": "uuid", "__value__": 1}, "with which Kombu marks other types"),
+        (CYCLE, "number exactly, because it is nested too deeply, or contains itself"),
     ],
 )
 def test_arguments_that_json_changes(
@@ -434,12 +434,12 @@ def test_arguments_that_json_changes(
         text = str(caught.value)
         assert text.startswith("Task 'report.double' goes to Celery (APITASK_ROUTES), ")
         assert cause in text
-        assert "Pass the id of an object" in text
+        assert "Pass an object's id" in text
         assert "hunter2" not in text
 
 
 def test_argument_without_a_name(celeries: Celeries, name: str) -> None:
-    """An argument that has no name of its own is counted."""
+    """An argument without a name is named by its number."""
     app = celeries.make()
 
     @task(name)
@@ -451,7 +451,7 @@ def test_argument_without_a_name(celeries: Celeries, name: str) -> None:
 
 
 def test_arguments_are_those_of_the_call(celeries: Celeries, name: str) -> None:
-    """What a view changes after the call changes nothing, and JSON keeps the rest."""
+    """Changing an argument after the call has no effect, and JSON keeps the rest."""
     app = celeries.make(CELERY=EAGER)
 
     @task(name)
@@ -468,7 +468,7 @@ def test_arguments_are_those_of_the_call(celeries: Celeries, name: str) -> None:
 
 
 def test_g_of_a_handover(celeries: Celeries) -> None:
-    """The names of APITASK_COPY_G are no concern of a worker."""
+    """A worker ignores APITASK_COPY_G."""
     app = celeries.make(CELERY=EAGER, APITASK_COPY_G=("request_id",))
 
     with app.test_request_context():

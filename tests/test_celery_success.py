@@ -1,4 +1,4 @@
-"""What is put off and goes to Celery, and what tests record of tasks that go there."""
+"""Deferred tasks that go to Celery, and what tests record of tasks that go there."""
 
 from __future__ import annotations
 

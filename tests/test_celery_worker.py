@@ -141,7 +141,7 @@ def test_worker_knows_the_names(web: Flask) -> None:
 
 
 def test_result_of_a_worker(web: Flask) -> None:
-    """What a worker returns is got by the AsyncResult that the future has."""
+    """The AsyncResult in the future gets what the worker returns."""
     with web.test_request_context():
         assert get(run(double, 4)) == 8
         assert get(run(wait)) == "waited"
@@ -172,7 +172,7 @@ def test_failure_in_a_worker(web: Flask, setting: Setting) -> None:
 
 
 def test_worker_refuses_pickle(web: Flask, setting: Setting) -> None:
-    """A worker does not unpickle, whoever has written it."""
+    """A worker unpickles no message, whoever wrote it."""
     task = web.extensions["celery"].tasks["report.double"]
     task.apply_async((3,), serializer="pickle")
     wait_until(lambda: "ContentDisallowed" in setting.worker.output(), PATIENCE)
@@ -214,7 +214,7 @@ def test_mail_of_a_worker(web: Flask, setting: Setting) -> None:
 def test_mail_is_tried_again(
     web: Flask, setting: Setting, stage: Stage, fault: Fault
 ) -> None:
-    """What the server does not take for now is sent later, as the same message."""
+    """A mail that the server refuses for now is sent later, as the same message."""
     server = setting.server
     server.fail(stage, fault, fault)
     message_id = send(web, "ada")
@@ -241,7 +241,7 @@ def test_mail_is_given_up(web: Flask, setting: Setting) -> None:
 def test_mail_is_not_tried_again(
     web: Flask, setting: Setting, stage: Stage, fault: Fault
 ) -> None:
-    """What is refused for good, or may be delivered, is one ERROR at once."""
+    """A mail that is refused for good, or may be delivered, is one ERROR at once."""
     server = setting.server
     server.fail(stage, fault)
     message_id = send(web, "ada")
@@ -255,7 +255,7 @@ def test_mail_is_not_tried_again(
 
 
 def test_recipients_are_tried_again_alone(web: Flask, setting: Setting) -> None:
-    """Who has a message does not get it again, for the sake of those who have not."""
+    """A retry for some recipients does not go to those who have the message already."""
     server = setting.server
     server.fail(Stage.RCPT, None, Fault.TEMPORARY, Fault.PERMANENT)
     message_id = send(web, "ada", "bob", "eve")

@@ -243,13 +243,13 @@ def test_body_is_with_the_client_before_the_task_ends() -> None:
 
 
 def test_default_has_no_part_in_a_response() -> None:
-    """An app that waits in the teardown, or has no scopes, pays for none of it."""
+    """An app that waits in the teardown, or has no scopes, hooks no response."""
     for config in ({"APITASK_WAIT": "teardown"}, {"APITASK_ENABLED": False}):
         assert not request_finished.has_receivers_for(Site(**config).app)
 
 
 def test_running_task_is_waited_for() -> None:
-    """A task that a thread is busy with is waited for at the close, but once."""
+    """A running task is waited for at the close, once."""
     begun, closing = threading.Event(), threading.Event()
     done: list[bool] = []
 
@@ -296,7 +296,7 @@ def test_task_of_a_teardown_function(early: bool) -> None:
 
 
 def test_scope_is_closed_with_the_request() -> None:
-    """After the request a task is refused, also while its others are waited for."""
+    """After the request a task is refused, even while it waits for earlier ones."""
     scopes: list[t.Any] = []
 
     def view() -> str:
@@ -316,7 +316,7 @@ def test_scope_is_closed_with_the_request() -> None:
 
 @pytest.mark.parametrize("how", ["propagated", "refused", "refused error page"])
 def test_response_that_is_not_sent(how: str) -> None:
-    """Where no response is made, or the server refuses it, the teardown waits."""
+    """If there is no response, or the server refuses it, the teardown waits."""
     site = Site(
         lambda: "ok" if how == "refused" else str(1 / 0),
         PROPAGATE_EXCEPTIONS=how == "propagated",
@@ -388,7 +388,7 @@ def test_contexts_without_a_response() -> None:
 
 @pytest.mark.parametrize("how", ["teardown_request", "teardown_appcontext"])
 def test_another_teardown_that_raises(how: str) -> None:
-    """Of a response that a failing teardown keeps back, no task is lost."""
+    """No task is lost if a failing teardown keeps the response back."""
     done = threading.Event()
     site = Site(starting(done.set), late=False)
 
@@ -456,7 +456,7 @@ def test_stream_with_context(reads: str, fails: bool) -> None:
 
 
 class OwnFile:
-    """What a server gives an app to send files with: it knows it by its class."""
+    """A server's own wrapper for files, which it recognizes by its class."""
 
     def __init__(self, file: t.IO[bytes], size: int = 8192) -> None:
         self._file = file
@@ -482,7 +482,7 @@ def test_file_is_left_to_the_server(file: pathlib.Path, works: bool) -> None:
 
 
 def test_middleware_that_drops_the_close() -> None:
-    """A middleware that never closes leaves the tasks to the threads, not undone."""
+    """If a middleware never closes the response, the threads still do the tasks."""
     release, last = threading.Event(), threading.Event()
 
     def view() -> str:
@@ -510,7 +510,7 @@ def test_middleware_that_drops_the_close() -> None:
 
 
 def test_one_response_for_all_requests() -> None:
-    """An app may answer all requests with one object, at the same time and for ever."""
+    """An app may answer all requests with one object, even at the same time."""
     shared = Response("ok")
     site = Site(lambda: site.start(request.args["name"]) and shared)
 
@@ -541,7 +541,7 @@ def test_response_closed_before_the_teardown() -> None:
 
 @pytest.mark.parametrize("during", [True, False])
 def test_scope_that_comes_late(during: bool) -> None:
-    """What is added to a response that is being closed, or was, is ended at once."""
+    """A scope added to a response that is closed, or being closed, is ended at once."""
     closing = Closing(answers_first=True)
     pool = ThreadPool(1)
     first, late = TaskScope(pool, 1), TaskScope(pool, 1)
@@ -636,7 +636,7 @@ def test_uploads_are_closed() -> None:
 def test_deadline_counts_from_the_close(
     caplog: pytest.LogCaptureFixture, per_view: bool
 ) -> None:
-    """At the deadline after the close, what was not begun is cancelled, and logged."""
+    """At the deadline after the close, tasks not started are cancelled and logged."""
     futures: list[Future[t.Any]] = []
     release = threading.Event()
 
@@ -662,7 +662,7 @@ def test_deadline_counts_from_the_close(
     assert vars(cancelled)["apitask_endpoint"] == "index"
     source = "timeout of the scope" if per_view else "APITASK_TIMEOUT"
     assert cancelled.getMessage().endswith(f"within 0.01 s ({source}).")
-    assert running.getMessage().startswith("The wait for tasks of GET / is over")
+    assert running.getMessage().startswith("Stopped waiting for the tasks of GET /")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -773,7 +773,7 @@ def test_function_outside_of_a_request(is_async: bool) -> None:
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("inner", [True, False])
 def test_function_in_a_context_without_a_response(enabled: bool, inner: bool) -> None:
-    """What a function leaves to a response that never comes ends with the request."""
+    """Tasks left to a response that never comes end with the request."""
     site = Site(APITASK_WAIT="teardown", APITASK_ENABLED=enabled)
 
     with site.app.test_request_context():
@@ -815,7 +815,7 @@ def test_function_in_a_teardown(hook: str, early: bool) -> None:
 @pytest.mark.parametrize("in_block", [False, True])
 @pytest.mark.parametrize("in_view", [False, True])
 def test_function_in_a_task(in_view: bool, in_block: bool) -> None:
-    """What a function starts in a task is done when it returns: no response is its."""
+    """In a task, a scoped function waits when it returns: it has no response."""
 
     def work() -> None:
         with open_scope() if in_block else contextlib.nullcontext():
@@ -864,7 +864,7 @@ def test_request_that_ends_while_a_function_leaves(
 
 @pytest.mark.parametrize("waits", ["teardown", "close"])
 def test_interrupted_wait(waits: str) -> None:
-    """A request waits for all else, in order, though one wait is interrupted."""
+    """If one wait is interrupted, a request still waits for the others, in order."""
     scopes: list[t.Any] = []
 
     def interrupt() -> t.NoReturn:
@@ -957,7 +957,7 @@ def test_blocks_are_not_affected() -> None:
 
 @pytest.mark.parametrize("wait", ["teardown", "", None, True])
 def test_bad_wait_is_refused(wait: t.Any) -> None:
-    """A word that is none of the two is an error of the decorator, at once."""
+    """Any other word is an error of the decorator, at once."""
     with pytest.raises(ValueError, match=r"^wait is ") as excinfo:
         scoped(wait=wait)
 
@@ -969,7 +969,7 @@ def test_bad_wait_is_refused(wait: t.Any) -> None:
 def test_mail_is_delivered_after_the_response(
     monkeypatch: pytest.MonkeyPatch, how: str, per_view: bool
 ) -> None:
-    """Mail that is sent in the background goes out when the client has its answer."""
+    """Background mail is sent when the client has its answer."""
     monkeypatch.setattr(flask_mail, "Connection", flask_mail.Connection)
     mail = flask_mail.Mail()
 

@@ -26,7 +26,7 @@ WAIT = "must be 'teardown' or 'close'."
 START = "must be 'send' or 'success'."
 NAMES = "must be names, as in ('request_id', 'lang_code')."
 RETRIES = "must be a whole number of at least 0."
-ROUTES = "must be patterns, each with 'celery' or 'thread': {'report.*': 'celery'}."
+ROUTES = "must be a dict of patterns to 'celery' or 'thread': {'report.*': 'celery'}."
 TRUST = "must be True, False, or the path of a file of CA certificates."
 
 ALLOWED = {
@@ -198,7 +198,7 @@ def test_certificates_from_a_file(
 
 @pytest.mark.parametrize("content", [b"", b"no PEM\n", b"\x30\x82\x01\x0a\x00"])
 def test_file_without_certificates(content: bytes, tmp_path: pathlib.Path) -> None:
-    """A file that is none of certificates stops the set-up, and not the first mail."""
+    """A file without certificates fails at set-up, not when the first mail is sent."""
     path = tmp_path / "ca.pem"
     path.write_bytes(content)
 
@@ -206,11 +206,11 @@ def test_file_without_certificates(content: bytes, tmp_path: pathlib.Path) -> No
         Config.from_mapping({"APITASK_MAIL_TLS_VERIFY": path})
 
     assert f"{caught.value}".startswith(f"APITASK_MAIL_TLS_VERIFY is {path!r}, but ")
-    assert "Name a file in PEM format" in f"{caught.value}"
+    assert "Use a file in PEM format" in f"{caught.value}"
 
 
 def test_config_is_frozen() -> None:
-    """A configuration that was read can't be changed by accident."""
+    """A configuration can't be changed by accident once it was read."""
     config: t.Any = Config()
 
     with pytest.raises(dataclasses.FrozenInstanceError):

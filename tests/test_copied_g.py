@@ -53,7 +53,7 @@ def hold_tasks(monkeypatch: pytest.MonkeyPatch) -> cabc.Iterator[threading.Event
 def test_names_that_a_task_finds(
     make_app: AppFactory, hold_tasks: threading.Event
 ) -> None:
-    """A task finds what is named, as it was at run(), and nothing else."""
+    """A task finds the named values, as they were at run(), and nothing else."""
     app = make_app(APITASK_COPY_G=("request_id", "lang_code", "unset"))
 
     with app.test_request_context():
@@ -77,7 +77,7 @@ def test_names_that_a_task_finds(
 
 
 def test_what_a_task_puts_there(make_app: AppFactory) -> None:
-    """What a task puts under such a name is its own."""
+    """A value that a task sets under such a name is its own."""
     app = make_app(APITASK_COPY_G=["user"])
 
     def change() -> None:
@@ -125,7 +125,7 @@ def test_scope_in_a_command_and_in_a_task(make_app: AppFactory) -> None:
 
 
 def test_submit_from_a_plain_thread(make_app: AppFactory) -> None:
-    """Where whoever submits has no g, the task finds nothing."""
+    """If the caller has no g, the task finds nothing."""
     app = make_app(APITASK_COPY_G="user")
     found: list[object] = []
 
@@ -241,7 +241,7 @@ def test_locale_of_the_caller(make_app: AppFactory, asked: bool) -> None:
 
 
 def test_locale_that_is_set_later(make_app: AppFactory) -> None:
-    """To start a task decides nothing for the view."""
+    """Starting a task does not choose the view's locale for it."""
     with make_babel_app(make_app).test_request_context(
         headers={"Accept-Language": "en"}
     ):
@@ -309,7 +309,7 @@ def test_selector_that_fails(make_app: AppFactory) -> None:
 def test_another_library_by_that_name(
     make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library that is called alike and keeps nothing there is left alone."""
+    """Another library of the same name, which keeps nothing there, is left alone."""
     monkeypatch.delitem(sys.modules, "flask_babel")
     app = make_app()
     app.extensions["babel"] = object()

@@ -158,7 +158,7 @@ def make_site(url: str) -> cabc.Iterator[SiteFactory]:
 
 @BOTH
 def test_task_has_a_session_of_its_own(make_site: SiteFactory, late: bool) -> None:
-    """A task's session is not the request's, and gone after it (behaviour 12)."""
+    """A task has its own database session, which is gone after it (behaviour 12)."""
     site = make_site(late=late)
     sessions: list[object] = []
 
@@ -594,7 +594,7 @@ def count_held(site: Site) -> set[int]:
 
 
 def test_slow_mail_exhausts_the_pool(make_site: SiteFactory) -> None:
-    """Requests that keep a connection while they wait for mail leave none to others."""
+    """Requests that keep a connection while waiting for mail leave none for others."""
     load = send_while_mail_is_slow(make_site, "naive")
     assert load == Load({200: 2, 500: 4}, held={2}, delivered=2)
 
@@ -603,6 +603,6 @@ def test_slow_mail_exhausts_the_pool(make_site: SiteFactory) -> None:
 def test_slow_mail_does_not_exhaust_the_pool(
     make_site: SiteFactory, order: str
 ) -> None:
-    """Requests that let go of theirs wait for mail with no connection at all."""
+    """Requests that give theirs back hold no connection while they wait for mail."""
     load = send_while_mail_is_slow(make_site, order)
     assert load == Load({200: 6}, held={0}, delivered=6)

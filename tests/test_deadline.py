@@ -85,7 +85,7 @@ def make_stuck_app(make_app: AppFactory, trap: Gate, size: int) -> Flask:
 def test_tasks_left_behind_are_reported(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, trap: Gate
 ) -> None:
-    """At the deadline the response goes out, and the rest is told (behaviour 18)."""
+    """At the deadline the response is sent, and the rest is logged (behaviour 18)."""
     app = make_app(APITASK_TIMEOUT=DEADLINE, APITASK_MAX_WORKERS=1)
     ran: list[str] = []
     futures: list[t.Any] = []
@@ -111,7 +111,7 @@ def test_tasks_left_behind_are_reported(
     assert [record.levelname for record in records] == ["ERROR", "ERROR", "WARNING"]
     assert [record.apitask_task for record in records[:2]] == ["never.one", "never.two"]
     assert [record.getMessage() for record in records[:2]] == [
-        f"Task {name!r} of GET / was cancelled: not begun within {DEADLINE} s"
+        f"Task {name!r} of GET / was cancelled: not started within {DEADLINE} s"
         " (APITASK_TIMEOUT)."
         for name in ("never.one", "never.two")
     ]
@@ -190,7 +190,7 @@ def test_deadline_of_a_block(
     assert record.levelname == "WARNING"
     assert record.apitask_tasks == ["trapped"]
     assert record.apitask_endpoint is None
-    assert f"after {DEADLINE} s (timeout of the scope), and" in record.getMessage()
+    assert f"after {DEADLINE} s (timeout of the scope): 1" in record.getMessage()
 
 
 def test_stuck_threads_are_named_and_replaced(
@@ -229,7 +229,7 @@ def test_stuck_threads_are_named_and_replaced(
 
 
 def test_more_stuck_tasks_than_threads(make_app: AppFactory, trap: Gate) -> None:
-    """With all threads stuck and more, requests end and have their tasks done."""
+    """Even with more stuck tasks than threads, requests end and their tasks run."""
     app = make_stuck_app(make_app, trap, 1)
 
     @app.get("/more")
@@ -300,7 +300,7 @@ def test_report_of_a_scope() -> None:
 
 @pytest.mark.parametrize("gap", [3, 4])
 def test_task_is_done_while_it_is_reported(gap: int) -> None:
-    """What finishes between the deadline and the look at its stack is not reported."""
+    """A task that finishes before its stack is read at the deadline is not reported."""
     gate = Gate()
     runner = Reporting()
     scope = make_scope(timeout=0.0, runner=runner)
@@ -322,7 +322,7 @@ def test_task_is_done_while_it_is_reported(gap: int) -> None:
 
 
 def test_task_that_is_about_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that a thread has taken and not begun is reported, and has no stack yet.
+    """A task that a thread has taken but not begun is reported, without a stack.
 
     The thread that holds it is replaced as well.
     """
@@ -349,7 +349,7 @@ def test_task_that_is_about_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stack_of_a_task_on_no_thread_of_the_system() -> None:
     """A task that a greenlet runs is reported without a stack."""
     future: TaskFuture[None] = TaskFuture(Runner(), None, (nothing, (), {}, 0.0))
-    no_stack = "  (no stack: it is on no thread of the system, or async)\n"
+    no_stack = "  (no stack: the task is async, or no thread is running it)\n"
     expected = [("scopes.nothing", no_stack)]
     assert [task[:2] for task in find_overdue([future], 0.0)] == expected
     # Nor of a thread that is not in the task any more.
@@ -365,7 +365,7 @@ def test_stack_of_a_task_on_no_thread_of_the_system() -> None:
 def test_thread_that_has_left_is_not_abandoned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A thread that has left the task while that was reported serves another scope."""
+    """A thread that finishes its task during the report serves another scope."""
     pool = ThreadPool(1)
     stuck, gate = Gate(), Gate()
     extract = traceback.StackSummary.extract
@@ -426,7 +426,7 @@ def test_plain_report_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_thousand_tasks_of_a_request(
     make_app: AppFactory, timeout: float | None
 ) -> None:
-    """They stay under the caps, and nothing of them is kept (behaviour 17)."""
+    """They respect the caps, and nothing of them is kept (behaviour 17)."""
     app = make_app(APITASK_POOL_SIZE=3, APITASK_MAX_WORKERS=2, APITASK_TIMEOUT=timeout)
     threads: set[int] = set()
     references: list[weakref.ref[Payload]] = []
@@ -457,7 +457,7 @@ def test_thousand_tasks_of_a_request(
 
 
 def test_interrupt_does_not_lose_the_report() -> None:
-    """A Ctrl-C while other threads are started leaves what was cancelled to be told."""
+    """A Ctrl-C while other threads are started does not lose the report."""
 
     class Interrupted(ThreadPool):
         def replace_abandoned(self) -> None:

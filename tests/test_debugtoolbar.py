@@ -184,7 +184,7 @@ def test_places_on_the_time_line() -> None:
 
 
 def test_how_a_task_ran(caplog: pytest.LogCaptureFixture) -> None:
-    """A cancelled task is shown as dropped, and one that is yet to come is told of."""
+    """A cancelled task is shown as dropped, and a note mentions those yet to start."""
     client = make_panel_app(APITASK_MAX_WORKERS=1).test_client()
     text = client.get("/dropped").text
     page = Page(text)
@@ -235,7 +235,7 @@ def test_nested_and_failing_views() -> None:
 
 
 def test_deadline(caplog: pytest.LogCaptureFixture) -> None:
-    """The page does not wait for longer than the request, and says what it left."""
+    """The page waits no longer than the request would, and says what is left."""
     app, gate = make_panel_app(APITASK_TIMEOUT=0.05), Gate()
 
     @app.get("/stuck")

@@ -28,7 +28,7 @@ EXCEPTIONS = [
 
 @pytest.mark.parametrize("exception", EXCEPTIONS)
 def test_exceptions_form_one_tree(exception: type[BaseException]) -> None:
-    """One ``except`` catches whatever the extension raises on its own account."""
+    """One ``except`` catches all the extension's own exceptions."""
     assert issubclass(exception, ApiTaskError)
 
 
@@ -65,7 +65,7 @@ def test_delivery_error_knows_its_message() -> None:
     [(task_started, "task-started"), (task_finished, "task-finished")],
 )
 def test_signals_are_their_own(signal: blinker.NamedSignal, name: str) -> None:
-    """The signals are not the ones that anybody else gets by the same name."""
+    """The signals are not those of another namespace with the same names."""
     assert signal.name == name
     assert blinker.signal(name) is not signal
     assert "Sent " in (signal.__doc__ or "")
@@ -97,6 +97,6 @@ assert flask_apitask.exceptions.DeliveryError is flask_apitask.DeliveryError
 
 
 def test_public_names() -> None:
-    """What the package offers is there, and is what it lists."""
+    """The package has all the names that it lists."""
     for name in flask_apitask.__all__:
         assert hasattr(flask_apitask, name)

@@ -90,7 +90,7 @@ def test_second_one_is_refused(same: bool) -> None:
 
     assert str(excinfo.value) == (
         "An 'ApiTask' instance has already been registered on this Flask app."
-        " One is enough: run() and the others find it by the current app."
+        " One is enough: run() and the other functions use the current app's."
     )
     assert app.extensions["apitask"] is state
     assert hooks_of(app) == hooks
@@ -100,7 +100,7 @@ def test_second_one_is_refused(same: bool) -> None:
 def test_app_that_serves_already(
     monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
-    """Flask refuses its hooks then, and nothing of the app has been touched."""
+    """Flask then refuses the hooks, and nothing in the app has been changed."""
     monkeypatch.setattr(flask_mail, "Connection", flask_mail.Connection)
     app = Flask(__name__)
     app.config["APITASK_MAIL_BACKGROUND"] = background
@@ -116,7 +116,7 @@ def test_app_that_serves_already(
 
 
 def test_request_while_the_app_is_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has its answer, though nothing is there yet that others count on."""
+    """A request is answered, even though the set-up is not complete."""
     app = Flask(__name__)
     app.config["APITASK_WAIT"] = "close"
     done: list[int] = []
@@ -222,7 +222,7 @@ def test_run_is_a_plain_call(make_app: AppFactory, where: str) -> None:
 
 
 def test_blueprint_and_library_code_find_the_scope(make_app: AppFactory) -> None:
-    """run() works in a blueprint, without the ApiTask object, as often as one likes."""
+    """run() works in a blueprint, without the ApiTask object, any number of times."""
     app = make_late(make_app(APITASK_MAX_WORKERS=2))
     app.config["APITASK_MAX_WORKERS"] = 5
     blueprint = Blueprint("site", __name__)
@@ -279,7 +279,7 @@ def test_arguments_belong_to_the_task(make_app: AppFactory) -> None:
 def test_what_can_not_be_called_is_refused(
     make_app: AppFactory, not_a_task: t.Any, in_request: bool
 ) -> None:
-    """What is no task raises a TypeError where run() was called, with the remedy."""
+    """Anything but a task is a TypeError where run() was called, with the remedy."""
     app = make_app()
     context = app.test_request_context() if in_request else app.app_context()
 

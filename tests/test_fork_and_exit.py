@@ -84,7 +84,7 @@ def run_program(script: str, *, first: str = "", allow_fork: bool = False) -> li
 @forks
 @pytest.mark.parametrize("before", ["use()", ""])
 def test_child_has_threads_of_its_own(before: str) -> None:
-    """However its parent's were used, and a preloaded app's were not (behaviour 19)."""
+    """Whether its parent used its threads, or only preloaded the app (behaviour 19)."""
     said = run_program(
         f"""
         {before}
@@ -178,7 +178,7 @@ def test_open_scope_is_left_to_the_parent() -> None:
 @forks
 @pytest.mark.parametrize("block", ["pass", "stack.enter_context(open_scope())"])
 def test_fork_in_a_view(block: str) -> None:
-    """A child of a view runs its tasks at once, and leaves the parent's to the parent.
+    """A child forked in a view runs its tasks at once, and leaves the parent's alone.
 
     It may even go on to the end of the block and of the request.
     """
@@ -287,7 +287,7 @@ def test_multiprocessing() -> None:
 
 
 def test_system_without_forks() -> None:
-    """The threads work where the system knows no forks."""
+    """The threads work on a system without fork()."""
     printed = run_script("""
         import os
 
@@ -306,7 +306,7 @@ def test_system_without_forks() -> None:
 
 @pytest.mark.parametrize("max_workers", [1, 2])
 def test_started_tasks_finish_at_exit(max_workers: int) -> None:
-    """At interpreter exit, what runs or is queued is done first, without a word.
+    """At interpreter exit, running and queued tasks are done first, silently.
 
     A task may even submit others (behaviour 19).
     """
@@ -337,7 +337,7 @@ def test_started_tasks_finish_at_exit(max_workers: int) -> None:
 
 
 def test_tasks_of_exit_handlers_run_inline() -> None:
-    """No thread can be had any more, and one WARNING says so (behaviour 16)."""
+    """No thread can be started any more, and one WARNING says so (behaviour 16)."""
     said = run_program("""
         import atexit
 
@@ -390,7 +390,7 @@ HOLDS = {
     "python": "while True: pass",
 }
 
-GONE_ON = ["WARNING The wait fo", "ok"]
+GONE_ON = ["WARNING Stopped wai", "ok"]
 LEFT = "WARNING The process"
 
 
@@ -443,7 +443,7 @@ def test_exit_in_a_process_of_greenlets() -> None:
 @forks
 @pytest.mark.parametrize("hold", HOLDS)
 def test_exit_of_a_forked_child(hold: str) -> None:
-    """A child of multiprocessing ends with its stuck task, and its parent with its."""
+    """A multiprocessing child and its parent both end, each with a stuck task."""
     said = run_stuck(
         """
         import multiprocessing
@@ -479,7 +479,7 @@ GRACE = """
 
 @pytest.mark.parametrize("task", ["work", "functools.partial(work)", "Work()"])
 def test_exit_waits_for_a_task_as_long_as_it_says(task: str) -> None:
-    """A task past its deadline may come to its end, and is not left behind."""
+    """A task past its deadline may finish, and is then not left behind."""
     said = run_program(
         """
         import functools
@@ -504,7 +504,7 @@ def test_exit_waits_for_a_task_as_long_as_it_says(task: str) -> None:
 
 @pytest.mark.parametrize("grace", ["0", "0.05", "False"])
 def test_exit_does_not_wait_longer_than_a_task_says(grace: str) -> None:
-    """One that has said how long it may take is left behind after that, and named."""
+    """A task with an ``exit_grace`` is left behind after that, and named."""
     said = run_program(
         f"""
         logging.getLogger().handlers[0].setFormatter(None)
@@ -519,7 +519,8 @@ def test_exit_does_not_wait_longer_than_a_task_says(grace: str) -> None:
         + GRACE
     )
     assert said[-1] == (
-        "The process exits, and 1 task(s) past their deadline with it: 'endless'"
+        "The process exits without waiting any longer for 1 task(s) past their"
+        " deadline: 'endless'"
     )
 
 

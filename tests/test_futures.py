@@ -37,7 +37,7 @@ READS: list[cabc.Callable[[t.Any, float], object]] = [
 
 @pytest.mark.parametrize("read", READS)
 def test_wait_ends_at_the_timeout(read: cabc.Callable[[t.Any, float], object]) -> None:
-    """A wait that is too short raises, and the task goes on."""
+    """A wait that is too short raises, and the task keeps running."""
     gate = Gate()
 
     with make_scope() as scope:
@@ -116,7 +116,7 @@ def test_coroutine_waits_for_it() -> None:
 
 
 def test_exception_goes_with_its_future() -> None:
-    """Reading a result that was raised leaves no cycle."""
+    """Reading the result of a failed task leaves no reference cycle."""
 
     class Failure(Exception):
         pass
@@ -230,7 +230,7 @@ def test_context_of_a_submission_goes_with_the_future() -> None:
 
 
 def test_outcome_that_somebody_else_has_set(caplog: pytest.LogCaptureFixture) -> None:
-    """The thread goes on with the next task, and an ERROR says what is wrong."""
+    """The thread goes on with the next task, and an ERROR says what went wrong."""
     begun, gate = threading.Event(), threading.Event()
 
     def hold() -> bool:
@@ -246,6 +246,6 @@ def test_outcome_that_somebody_else_has_set(caplog: pytest.LogCaptureFixture) ->
         gate.set()
         assert last.result(PATIENCE) == ""
 
-    assert "can't have its outcome" in caplog.text
+    assert "could not be set" in caplog.text
     # The record refers to the future, and that to the threads.
     caplog.clear()

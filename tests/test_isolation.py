@@ -70,7 +70,7 @@ def by_callback(work: Work) -> None:
 
 
 def by_late_callback(work: Work) -> None:
-    """A done callback does it that is added when the task is done."""
+    """A done callback added after the task is done does the work."""
     future = run(str)
     future.result(PATIENCE)
     future.add_done_callback(lambda future: work())
@@ -178,7 +178,7 @@ def test_thread_local(
 
 
 def test_nothing_that_a_task_leaves_meets_a_request(make_app: AppFactory) -> None:
-    """What a task leaves on its thread stays there, however it is waited for."""
+    """State that a task leaves on its thread stays there, however it is waited for."""
     app = make_late(make_app())
     local = threading.local()
 
@@ -229,7 +229,7 @@ def test_scoped_session(
     late: bool,
     fails: bool,
 ) -> None:
-    """A view's rows are committed by itself, or by nobody; a task's by the task."""
+    """Only a view commits its own rows, and only a task the task's."""
     app = make_app()
     session = orm.scoped_session(orm.sessionmaker(engine))
     app.teardown_appcontext(lambda exc: session.remove())
@@ -270,7 +270,7 @@ def test_scoped_session(
 def test_peewee(
     make_app: AppFactory, tmp_path: pathlib.Path, late: bool, extension_first: bool
 ) -> None:
-    """FlaskDB finds its thread as it left it, whatever tasks have queried."""
+    """FlaskDB finds its thread's state as it left it, whatever tasks have queried."""
     app = Flask(__name__)
     threads_with_connection: list[bool] = []
 

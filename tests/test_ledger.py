@@ -234,7 +234,7 @@ def play(kind: str, event: Event, folder: pathlib.Path, *, mail: str = OURS) -> 
 def test_acknowledged_is_delivered(
     kind: str, event: Event, tmp_path: pathlib.Path
 ) -> None:
-    """Who has the response has the mails, once, whatever happens to the worker."""
+    """A client with a response has its mails, once, whatever happens to the worker."""
     books, _, errors = play(kind, event, tmp_path)
     assert books.lost == books.doubled == errors == 0
     assert books.processes > WORKERS
@@ -248,7 +248,7 @@ def test_acknowledged_is_delivered(
 
 @pytest.mark.parametrize("mail", PEERS)
 def test_what_is_not_waited_for_is_lost(mail: str, tmp_path: pathlib.Path) -> None:
-    """Without waiting, a killed worker takes mails along: the ledger would show it."""
+    """Without waiting, a killed worker loses mails, and the ledger shows it."""
     books, _, _ = play("gunicorn-gthread", Event.KILL, tmp_path, mail=mail)
     assert books.lost > 0
 

@@ -120,7 +120,7 @@ def test_failing_task(
 def test_traceback_of_an_async_task(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, plain: bool
 ) -> None:
-    """It tells of the task's own error, and of no other before it."""
+    """It names the task's own error, not an earlier one."""
     app = make_app()
     error = LookupError()
 
@@ -270,7 +270,7 @@ def test_log_that_can_not_be_written(
     monkeypatch: pytest.MonkeyPatch,
     how: str,
 ) -> None:
-    """The text goes to stderr instead, and the task has its own error (19c)."""
+    """The text goes to stderr instead, and the task keeps its own error (19c)."""
 
     def broken(*args: object, **kwargs: object) -> t.NoReturn:
         raise OSError("no log today")
@@ -292,14 +292,14 @@ def test_log_that_can_not_be_written(
     assert "Task 'builtins.divmod' of GET (no route) failed after 0." in written
     assert "ZeroDivisionError" in written
     cause = f"The logger '{logger.name}' is disabled." if how == "disabled" else ""
-    assert (cause or "It could not be logged:\n") in written
+    assert (cause or "This could not be logged:\n") in written
     assert ("no log today" in written) is (how != "disabled")
 
 
 def test_nothing_can_be_written(
     make_app: AppFactory, logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a stderr either, the task has its own error all the same (19c)."""
+    """Even without a stderr, the task keeps its own error (19c)."""
     logger.disabled = True
     monkeypatch.setattr(sys, "stderr", None)
     assert isinstance(fail_in_request(make_app()), ZeroDivisionError)
@@ -379,7 +379,7 @@ def fail_with_braces() -> None:
 
 
 def has_text(text: str) -> bool:
-    """Return whether a text tells all of what has failed."""
+    """Return whether a text says all about the failure."""
     return "Task 'shop.{braces} 100%' of GET (no route) failed after 0." in text
 
 
@@ -406,7 +406,7 @@ def test_adapter(
     prefix: str,
     extra: str | None,
 ) -> None:
-    """An adapter adds what it adds, and the record has all else that it has without."""
+    """An adapter adds its part, and the record has all that it has without one."""
     app = make_app()
     app.logger = adapt(logging.getLogger("test_log.adapted"))
 
@@ -426,7 +426,7 @@ def test_adapter(
 def test_adapter_at_a_level_that_hides_it(
     make_app: AppFactory, capsys: pytest.CaptureFixture[str], logger: logging.Logger
 ) -> None:
-    """What is disabled through an adapter is told, and what is hidden is not."""
+    """A disabled logger behind an adapter is reported, and a hidden level is not."""
     app = make_app()
     app.logger = t.cast("t.Any", logging.LoggerAdapter(logger, {}))
     logger.disabled = True
@@ -535,7 +535,7 @@ class OnlyText:
 def test_logger_with_another_signature(
     make_app: AppFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What takes something else is no reason to lose it: it is told on stderr."""
+    """If a logger takes other arguments, the text goes to stderr and is not lost."""
     app = make_app()
     app.logger = t.cast("t.Any", OnlyText())
 
@@ -545,7 +545,7 @@ def test_logger_with_another_signature(
     written = capsys.readouterr().err
     assert has_text(written)
     assert "ValueError" in written
-    assert "It could not be logged:\n" in written
+    assert "This could not be logged:\n" in written
 
 
 class AppWithoutLogger(Flask):
@@ -571,7 +571,7 @@ def test_factory_that_formats_with_braces(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A record that formats in another style tells all the same."""
+    """A record that formats in another style has the whole text."""
     monkeypatch.setattr(logging, "_logRecordFactory", BraceRecord)
 
     with make_app().test_request_context():
@@ -634,7 +634,7 @@ def test_handler_that_raises(
     raise_exceptions: bool,
     broken: str,
 ) -> None:
-    """It is told on stderr, unless the handler has swallowed it as the app wants."""
+    """It goes to stderr, unless the handler swallowed it as the app wants."""
     monkeypatch.setattr(logging, "raiseExceptions", raise_exceptions)
     handler = logging.StreamHandler(t.cast("t.Any", None))
     handler.stream = t.cast("t.Any", mock.Mock(write=mock.Mock(side_effect=OSError)))
@@ -714,7 +714,7 @@ def test_place_of_a_receiver(
 
 
 def test_place_of_a_mistake(caplog: pytest.LogCaptureFixture) -> None:
-    """A mistake in the configuration is named by the line that has made it count."""
+    """A mistake in the configuration is located at the line that put it into effect."""
     app = Flask(__name__)
     app.config["APITASK_TIMOUT"] = 1
     ApiTask(app)
@@ -777,7 +777,7 @@ def test_report_of_a_request_at_its_deadline(
     cancelled, running = t.cast("list[t.Any]", caplog.records)
     assert cancelled.levelname == "ERROR"
     assert cancelled.getMessage() == (
-        "Task 'builtins.str' of GET /<name> was cancelled: not begun within 0.05 s"
+        "Task 'builtins.str' of GET /<name> was cancelled: not started within 0.05 s"
         " (APITASK_TIMEOUT)."
     )
     assert running.levelname == "WARNING"
@@ -785,9 +785,9 @@ def test_report_of_a_request_at_its_deadline(
     assert running.apitask_tasks == [name]
     assert (running.apitask_abandoned_threads, running.apitask_endpoint) == (1, "index")
     assert running.getMessage().startswith(
-        "The wait for tasks of GET /<name> is over after 0.05 s (APITASK_TIMEOUT), and"
-        " 1 task(s) still run. Such tasks hold 1 thread(s) of the app now. These are"
-        f" in:\n\n{name!r}:\n"
+        "Stopped waiting for the tasks of GET /<name> after 0.05 s (APITASK_TIMEOUT): 1"
+        " task(s) still running. Overdue tasks now hold 1 thread(s) of the app. Stacks"
+        f" of those still running:\n\n{name!r}:\n"
     )
     assert "release.wait(PATIENCE)" in running.getMessage()
 
@@ -795,13 +795,13 @@ def test_report_of_a_request_at_its_deadline(
 def test_report_of_tasks_that_never_ran(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where nothing goes on, there is no WARNING (18)."""
+    """If no task is still running, there is no WARNING (18)."""
     app = make_app(APITASK_TIMEOUT=0.5)
 
     with app.app_context():
         TaskRunner(app, None).report(TimeoutReport(0.5, ["a", "b"], [], 0))
 
     assert caplog.messages == [
-        f"Task '{name}' was cancelled: not begun within 0.5 s (APITASK_TIMEOUT)."
+        f"Task '{name}' was cancelled: not started within 0.5 s (APITASK_TIMEOUT)."
         for name in "ab"
     ]

@@ -84,11 +84,11 @@ def is_known(text: str) -> bool:
 
 
 def test_a_text_that_is_not_ours_is_not_known() -> None:
-    """The check can fail: of a text, a word is enough."""
+    """The check can fail: one changed word is enough."""
     ours = "Task 'shop.fail' of GET /fails failed after 0.012 s."
     assert is_known(ours)
     assert not is_known(ours.replace("after", "in"))
-    assert not is_known("There is no key APITASK_TIMOUT, you know.")
+    assert not is_known("Unknown configuration key APITASK_TIMOUT, you know.")
 
 
 @pytest.mark.parametrize("page", ["errors.md", "troubleshooting.md"])
@@ -100,7 +100,7 @@ def test_texts_are_those_of_the_package(page: str) -> None:
 
 
 def test_all_records_are_listed() -> None:
-    """Each text that is logged above DEBUG stands in the page of log records."""
+    """Each text logged above DEBUG is on the page about log records."""
     lines = find_blocks("errors.md")
     missing = []
 
@@ -131,7 +131,7 @@ def test_all_records_are_listed() -> None:
 
 
 def test_attributes_are_listed(caplog: pytest.LogCaptureFixture) -> None:
-    """The attributes of records about tasks stand in the page about monitoring."""
+    """The attributes of records about tasks are on the page about monitoring."""
     page = ROOT.joinpath("docs", "monitoring.md").read_text("utf-8")
     listed = re.findall(r"^\| `(apitask_\w+)` \|", page, re.M)
     app = Flask(__name__)

@@ -43,7 +43,7 @@ gone_on = threading.Event()
 
 @pytest.fixture(autouse=True)
 def nothing_sent() -> None:
-    """Begin anew."""
+    """Forget everything."""
     sent.clear()
     gone_on.set()
 
@@ -81,7 +81,7 @@ class Host:
 
 
 class Mine(flask_mail.Connection):
-    """A connection of somebody's own."""
+    """Another library's connection."""
 
     def configure_host(self) -> t.Any:
         return Host()
@@ -318,12 +318,12 @@ def test_the_change_is_what_sends(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert CHANGES[way][2] in record.getMessage()
-    assert "no kept connections and no pipelining" in record.getMessage()
+    assert "without kept connections and pipelining" in record.getMessage()
 
 
 @pytest.mark.parametrize("way", [way for way in CHANGES if "subclass" not in way])
 def test_a_patch_that_is_undone(inbox: Mailbox, way: str) -> None:
-    """What was changed for a while is as it was before, after that."""
+    """After a temporary change, all is as it was before."""
     with pytest.MonkeyPatch.context() as patch:
         app, _ = make_app(inbox, patch, way, "change last", APITASK_MAIL_KEEPALIVE=5)
 
@@ -398,7 +398,7 @@ def test_a_patch_that_is_undone_by_the_first_of_two(
 def test_tls_that_is_mocked_for_too_short_a_time(
     inbox: Mailbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A mock of SMTP_SSL is as any other one."""
+    """A mock of SMTP_SSL is handled like any other."""
     with pytest.MonkeyPatch.context() as patch:
         config: dict[str, t.Any] = {"MAIL_USE_SSL": True, "APITASK_MAX_WORKERS": 1}
         app, mail = make_app(inbox, patch, "SMTP", **config)
@@ -456,7 +456,7 @@ def test_what_wraps_the_original(
 def test_without_a_scope_the_change_sends_at_once(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a command it is as if we were not there."""
+    """In a command, the change works as if we were not there."""
     app, mail = make_app(inbox, monkeypatch, "a subclass")
 
     with app.app_context():
@@ -529,7 +529,7 @@ def test_another_subclass_goes_on_to_us(inbox: Mailbox) -> None:
 def test_suppressed_mail_does_not_care_how_it_would_be_sent(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With TESTING on, a mocked smtplib costs nothing, so nothing is said of it."""
+    """With TESTING on, a mocked smtplib does not matter, so nothing is logged."""
     app, mail = make_app(inbox, monkeypatch, "SMTP", TESTING=True)
     monkeypatch.setattr(flask_mail.Connection, "configure_host", configure_host)
 
@@ -559,7 +559,7 @@ REFUSED = {"ada@example.org": (550, b"5.1.1 <ada@example.org> no such user")}
             "(535, b'5.7.8 <hidden>, not <hidden>')",
             535,
         ),
-        (DeliveryError("It was not tried."), "It was not tried.", None),
+        (DeliveryError("It was not attempted."), "It was not attempted.", None),
     ],
 )
 @pytest.mark.parametrize("way", ["SMTP", "send() of a subclass"])
@@ -598,7 +598,7 @@ def test_no_address_is_logged(
 
 
 def test_a_mock_that_is_there_at_the_first_import(inbox: Mailbox) -> None:
-    """What is mocked when this package is loaded is not mocked for ever."""
+    """A mock that is in place at import time is not kept."""
     run_script(
         """
 import smtplib, sys
@@ -632,7 +632,7 @@ send()
 
 
 def test_the_exit_does_not_wait_for_ever() -> None:
-    """Flask-Mail has no timeout, so what sends by it has a bounded time at the exit."""
+    """Flask-Mail has no timeout, so the exit does not wait for it for ever."""
     script = """
 import sys
 import flask_mail
@@ -661,7 +661,7 @@ with app.test_request_context():
         with ChildProcess([sys.executable, "-c", script, f"{server.port}"]) as child:
             assert child.wait() == 0
 
-    assert "past their deadline with it: 'flask_mail.send'" in child.output
+    assert "past their deadline: 'flask_mail.send'" in child.output
 
 
 def test_the_class_of_messages_may_be_mocked_too() -> None:

@@ -171,7 +171,7 @@ def test_every_way_to_send_is_rerouted(
 
 @pytest.mark.parametrize("mail_first", [True, False])
 def test_order_of_initialisation(inbox: Mailbox, mail_first: bool) -> None:
-    """It does not matter which of Mail and ApiTask comes first (behaviour 21)."""
+    """Mail and ApiTask can be set up in either order (behaviour 21)."""
     app = Flask(__name__)
     app.config.update(
         MAIL_PORT=inbox.port,
@@ -244,7 +244,7 @@ def test_bad_message_is_refused_in_the_view(
     message: dict[str, t.Any],
     error: type[Exception],
 ) -> None:
-    """What can't be sent raises where it is sent, and queues nothing (behaviour 22)."""
+    """A bad message raises where it is sent, and queues nothing (behaviour 22)."""
     app, mail = make_mail_app(MAIL_DEFAULT_SENDER=None)
     fields = {
         "recipients": ["ann@example.org"],
@@ -656,7 +656,7 @@ def test_what_a_silent_server_costs_a_batch(
     timeouts: int,
     untried: int,
 ) -> None:
-    """A batch costs one timeout if nobody lets it in, and else one per message."""
+    """A batch costs one timeout if the server lets nobody in, else one per message."""
     with ScriptedServer() as server:
         app, mail = make_mail_app(
             MAIL_PORT=server.port,
@@ -679,7 +679,7 @@ def test_what_a_silent_server_costs_a_batch(
     assert server.connects == timeouts + (not kept)
     assert len(caplog.records) == 1
     assert "4 of 4 messages were not delivered" in caplog.text
-    assert caplog.text.count("It was not tried.") == untried
+    assert caplog.text.count("It was not attempted.") == untried
 
 
 def test_what_a_batch_costs_that_gets_no_connection(
@@ -702,7 +702,7 @@ def test_what_a_batch_costs_that_gets_no_connection(
     assert SHORT <= time.monotonic() - began < SHORT * 3
     assert len(caplog.records) == 1
     assert "3 of 3 messages were not delivered" in caplog.text
-    assert caplog.text.count("It was not tried.") == 2
+    assert caplog.text.count("It was not attempted.") == 2
     assert all(message.msgId in caplog.text for message in sent)
 
 
@@ -713,7 +713,7 @@ def test_uwsgi_without_threads_keeps_no_connection(
     monkeypatch: pytest.MonkeyPatch,
     has_threads: int,
 ) -> None:
-    """None is kept where no thread could close it in time."""
+    """No connection is kept if no thread could close it in time."""
     monkeypatch.setattr(sending, "threads_enabled", lambda: bool(has_threads))
     app, mail = make_mail_app(APITASK_MAIL_KEEPALIVE=60)
 
@@ -780,7 +780,7 @@ def test_what_cannot_be_rendered(make_mail_app: MailAppFactory) -> None:
 def test_connection_sends_what_makes_a_message(
     make_mail_app: MailAppFactory, inbox: Mailbox
 ) -> None:
-    """A connection has the shortcut, too, and counts."""
+    """A connection has ``send_message()`` too, and counts messages."""
     app, mail = make_mail_app()
 
     with app.test_request_context(), mail.connect() as connection:
@@ -822,7 +822,7 @@ def test_send_after_the_block_is_refused(
             with mail.connect() as connection:
                 pass
 
-            with pytest.raises(RuntimeError, match="Send inside of the block"):
+            with pytest.raises(RuntimeError, match="Send inside the block"):
                 connection.send(letter())
 
 
@@ -895,7 +895,7 @@ def test_receiver_that_sends_needs_no_second_connection(
 def test_receiver_that_sends_in_a_block_without_a_scope(
     make_mail_app: MailAppFactory, inbox: Mailbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is told when the connection is free again, also where nothing is a task."""
+    """It is called once the connection is free again, even without a task."""
     app, mail = make_mail_app(APITASK_MAIL_CONNECTIONS=1, APITASK_MAIL_TIMEOUT=SHORT)
 
     def archive(sender: Flask, message: Message, **_: t.Any) -> None:
@@ -935,8 +935,9 @@ def test_an_app_that_lacks_its_apitask(
 
     assert inbox.subjects == ["hello", "hello"]
     assert [record.getMessage() for record in caplog.records] == [
-        "A mail was sent in a request of 'lacking', which has no ApiTask: it was sent"
-        " on the spot. Create one with ApiTask(app), or call its init_app(app)."
+        "A mail was sent in a request of 'lacking', which has no ApiTask, so nothing"
+        " ran in the background. Create one with ApiTask(app), or call its"
+        " init_app(app)."
     ] * in_request
 
 
@@ -964,7 +965,7 @@ def test_an_app_that_never_asked_for_us(
 def test_connection_outside_of_any_context_is_the_original(
     make_mail_app: MailAppFactory,
 ) -> None:
-    """Where there is no app context there is nothing to reroute to."""
+    """Without an app context, nothing is rerouted."""
     _, mail = make_mail_app(MAIL_SUPPRESS_SEND=True)
 
     assert type(mail.connect()) is flask_mail.Connection
@@ -992,7 +993,7 @@ def test_unverified_tls_is_said_at_start_up(
 def test_import_error_of_another_module_is_not_hidden(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Only a missing library is called that."""
+    """Only a missing library is reported as missing."""
     for module in ADAPTERS:
         monkeypatch.delitem(sys.modules, module, raising=False)
 

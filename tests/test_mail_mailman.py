@@ -130,7 +130,7 @@ def test_every_way_to_send_is_rerouted(
 
 @pytest.mark.parametrize("mail_first", [True, False])
 def test_order_of_initialisation(inbox: Mailbox, mail_first: bool) -> None:
-    """It does not matter which of Mail and ApiTask comes first."""
+    """Mail and ApiTask can be set up in either order."""
     app, mail = make_app(inbox.port, mail_first)
 
     with app.app_context():
@@ -208,8 +208,8 @@ def test_the_name_for_explicit_use(inbox: Mailbox) -> None:
 
     assert str(caught.value) == (
         f"{OURS} sends in the background, but {__name__!r} has no ApiTask with"
-        " APITASK_MAIL_BACKGROUND on. Set it, or let MAIL_BACKEND be 'smtp', which goes"
-        " by it."
+        " APITASK_MAIL_BACKGROUND on. Turn it on, or set MAIL_BACKEND to 'smtp', which"
+        " works with and without it."
     )
 
 
@@ -232,7 +232,7 @@ def test_app_without_apitask_is_told_so(
 
 @pytest.mark.parametrize("how", ["block", "send_messages", "send_mass_mail"])
 def test_a_block_is_one_task_over_one_connection(inbox: Mailbox, how: str) -> None:
-    """What belongs together is delivered in order, by one task over one connection."""
+    """A block is delivered in order, by one task over one connection."""
     app, mail = make_app(inbox.port)
     subjects = [f"number {number}" for number in range(8)]
     names: list[str] = []
@@ -322,7 +322,7 @@ def test_a_large_block_gives_up_once(
                     letter(connection=connection).send()
 
     assert server.connects == 1
-    assert caplog.text.count("It was not tried.") == 3
+    assert caplog.text.count("It was not attempted.") == 3
     assert {r.levelname for r in caplog.records} == {"INFO" if silent else "ERROR"}
 
 
@@ -454,7 +454,7 @@ BAD_NAMES = [f"{number} {next(iter(fields))}" for number, fields in enumerate(BA
 def test_bad_message_is_refused_in_the_view(
     inbox: Mailbox, fields: dict[str, t.Any]
 ) -> None:
-    """What can't be sent raises where it is sent, and queues nothing."""
+    """A bad message raises where it is sent, and queues nothing."""
     app, _ = make_app(inbox.port, MAIL_DEFAULT_SENDER=None)
     fields = {"from_email": "shop@example.org", "to": ["ann@example.org"]} | fields
 
@@ -471,7 +471,7 @@ def test_bad_message_is_refused_in_the_view(
 def test_bad_header_that_python_finds(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What only rendering finds out is the same error."""
+    """A mistake that only rendering finds is the same error."""
     app, _ = make_app(inbox.port)
     error = email.errors.HeaderParseError("an embedded header")
     refuse = mock.Mock(side_effect=error)
@@ -512,7 +512,7 @@ def test_message_is_delivered_as_it_was_sent(inbox: Mailbox) -> None:
 
 
 def test_long_and_foreign_headers_are_folded(inbox: Mailbox) -> None:
-    """A fold in a header, or a name that is encoded, is no line break."""
+    """A fold in a header, or an encoded name, does not count as a line break."""
     app, _ = make_app(inbox.port)
     subject = "Grüße " * 40 + "end"
 
@@ -589,7 +589,7 @@ def test_a_failure_is_one_error_record(
 def test_fail_silently_is_no_error(
     caplog: pytest.LogCaptureFixture, fault: Stage
 ) -> None:
-    """A failure that may be silent is no ERROR, and still leaves a trace."""
+    """With ``fail_silently`` a failure is logged at INFO, not ERROR."""
     caplog.set_level(logging.INFO)
 
     with ScriptedServer() as server:
@@ -601,7 +601,7 @@ def test_fail_silently_is_no_error(
 
     (record,) = caplog.records
     assert record.levelname == "INFO"
-    assert "not delivered, which fail_silently allows: " in record.getMessage()
+    assert "not delivered (fail_silently is on): " in record.getMessage()
 
 
 def test_its_own_timeout_and_options() -> None:
@@ -665,7 +665,7 @@ def test_client_certificate(tmp_path: pathlib.Path, kind: str) -> None:
 
 
 def test_certificate_that_is_of_no_use(tmp_path: pathlib.Path) -> None:
-    """A key that is encrypted, alone or no key raises in the view, and asks nobody."""
+    """An encrypted, lone or invalid key raises in the view, and never prompts."""
     certificates = Certificates(tmp_path)
     issued = certificates.authority.issue_cert("client.example")
     certfile, keyfile = str(tmp_path / "cert.pem"), tmp_path / "key.pem"
@@ -688,7 +688,7 @@ def test_certificate_that_is_of_no_use(tmp_path: pathlib.Path) -> None:
             with pytest.raises(ValueError, match=r"MAIL_SSL_KEYFILE.* can't be loaded"):
                 send(**files)
 
-        with pytest.raises(ValueError, match="the key is not encrypted"):
+        with pytest.raises(ValueError, match="the key must not be encrypted"):
             send(ssl_certfile=certfile, ssl_keyfile=str(keyfile))
 
         with pytest.raises(ValueError, match="Set MAIL_SSL_CERTFILE"):
@@ -701,7 +701,7 @@ def test_certificate_that_is_of_no_use(tmp_path: pathlib.Path) -> None:
 def test_a_patch_is_what_sends(
     inbox: Mailbox, caplog: pytest.LogCaptureFixture, target: str
 ) -> None:
-    """A test that patches the backend, or smtplib, gets what it asked for, and told."""
+    """A test's patch of the backend, or of smtplib, is used, with one WARNING."""
     app, mail = make_app(inbox.port)
 
     with app.test_request_context():
@@ -715,7 +715,7 @@ def test_a_patch_is_what_sends(
     assert not inbox.messages
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert record.getMessage().startswith("Flask-Mailman is changed: ")
+    assert record.getMessage().startswith("Flask-Mailman was changed: ")
 
 
 def test_both_libraries_on_one_app(inbox: Mailbox) -> None:

@@ -124,7 +124,7 @@ def test_what_closes_connections_keeps_nothing_of_a_request(
 
 
 def test_a_newsletter_is_held_in_part() -> None:
-    """Sixty messages of 1 MiB in a block take far less than they have."""
+    """Sixty messages of 1 MiB in a block take far less than 60 MiB of memory."""
     with ScriptedServer() as server:
         shown = run_script(
             """
@@ -211,7 +211,7 @@ def test_a_large_block_gives_up_once(
         assert time.monotonic() - began < SHORT * 3
 
     assert server.connects == 1
-    assert caplog.text.count("It was not tried.") == 19
+    assert caplog.text.count("It was not attempted.") == 19
 
 
 def test_a_large_block_past_the_deadline(

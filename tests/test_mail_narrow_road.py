@@ -55,7 +55,7 @@ def send_many(pool: ConnectionPool, number: int, threads: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_waiting_is_no_error_while_mail_is_taken(size: int) -> None:
-    """Of many messages to a slow server each may wait longer than the timeout."""
+    """Each of many messages to a slow server may wait longer than the timeout."""
     with ScriptedServer(delay=SHORT / 4) as server:
         pool = ConnectionPool(server.settings(timeout=SHORT), size=size)
         send_many(pool, 12 * size, 12 * size)
@@ -87,7 +87,7 @@ def test_waiting_is_no_error_while_a_message_is_read() -> None:
 
 
 def test_waiting_ends_when_the_server_is_silent() -> None:
-    """A server that falls silent costs those who wait one timeout, and no more."""
+    """A server that falls silent costs waiting threads one timeout, and no more."""
     with ScriptedServer() as server:
         pool = ConnectionPool(server.settings(timeout=SHORT), size=1)
         server.fail(Stage.DOT, *[Fault.SILENCE] * 20)
@@ -142,7 +142,7 @@ def test_the_limit_of_a_server_is_found_out(
 
 
 def test_more_are_tried_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit that is lifted is found out, too, one connection at a time."""
+    """A lifted limit is noticed too, one connection at a time."""
     with ScriptedServer(allowed=1, delay=0.02) as server:
         pool = ConnectionPool(server.settings(), size=4)
         send_many(pool, 8, 4)
@@ -214,7 +214,7 @@ def test_a_refusal_that_is_no_limit() -> None:
 
 
 def test_a_connection_from_before_a_fork_is_no_limit() -> None:
-    """A child that goes on with a batch of its parent has all of its own places."""
+    """A child that goes on with its parent's batch still has all its places."""
     with ScriptedServer() as server:
         pool = ConnectionPool(server.settings(timeout=SHORT), size=1)
 
@@ -253,7 +253,7 @@ def test_a_server_that_is_down_is_no_limit() -> None:
 def test_two_pools_share_one_connection(
     refusal: tuple[Stage, Fault | bytes], pipelining: bool
 ) -> None:
-    """A process that is refused asks again, and one that has it lets go of it."""
+    """A process that is refused asks again, and the other one frees its connection."""
     user = ("me@example.com", "secret")
 
     with ScriptedServer(
@@ -311,7 +311,7 @@ def test_two_processes_share_one_connection(size: str) -> None:
 
 
 def test_what_is_kept_is_given_back_once_it_is_scarce() -> None:
-    """A process that was refused does not keep what the other one waits for."""
+    """A process that was refused does not keep a connection that another waits for."""
     with ScriptedServer(allowed=1) as server:
         first, second = (
             ConnectionPool(server.settings(), size=2, keepalive=60) for _ in range(2)
@@ -386,9 +386,11 @@ def test_other_refusals_are_the_limit_where_others_work(
     caplog.set_level(logging.INFO, "flask_apitask")
     user = ("me@example.com", "secret")
 
-    # Others are busy for longer than the timeout.
+    # Only a silent server is waited for, while others are busy for longer than that.
+    timeout = SHORT if refusal[1] is Fault.SILENCE else PATIENCE
+
     with ScriptedServer(user=user, allowed=2, refusal=refusal, delay=0.1) as server:
-        pool = ConnectionPool(server.settings(timeout=SHORT), size=4)
+        pool = ConnectionPool(server.settings(timeout=timeout), size=4)
         send_many(pool, 16, 8)
         pool.close_idle()
 
@@ -546,7 +548,7 @@ def test_senders_that_are_refused_at_once(caplog: pytest.LogCaptureFixture) -> N
 def test_a_sender_is_refused_while_others_are_opened(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """What the server allows may be taken by one that isn't through its log-in yet."""
+    """The place that the server allows may be taken by a session still logging in."""
     caplog.set_level(logging.INFO, "flask_apitask")
 
     with (
@@ -610,7 +612,7 @@ def test_messages_that_are_too_many_at_once(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_messages_of_others_are_too_many_at_once() -> None:
-    """They are other processes', say: over the same connection, it is tried again."""
+    """If other processes use up the limit, it is tried again on the same connection."""
     limited = b"432 4.3.2 Concurrent connections limit exceeded.\r\n"
 
     with ScriptedServer() as server:
@@ -657,7 +659,7 @@ def test_a_limit_that_is_told_in_place_of_tls(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_limit_is_told_once_for_an_app(caplog: pytest.LogCaptureFixture) -> None:
-    """It is not told again after a pause, when the pool is another one."""
+    """It is not logged again after a pause, with a new pool."""
     caplog.set_level(logging.INFO, "flask_apitask")
     app, other = Flask("app"), Flask("other")
 

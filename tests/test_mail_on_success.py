@@ -209,7 +209,7 @@ def test_suppressed_mail_of_a_task_that_was_put_off() -> None:
 
 @pytest.mark.parametrize("status", [200, 404])
 def test_changed_flask_mail(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    """What somebody has put in Flask-Mail's place waits as well."""
+    """Code in place of Flask-Mail's waits for success as well."""
     sent: list[str] = []
     site = Site(25)
 

@@ -202,7 +202,7 @@ def test_no_time_for_goodbye(
 def test_the_size_is_the_limit_without_keepalive(
     server: ScriptedServer, pools: Pools
 ) -> None:
-    """Without a keepalive a connection goes to who waits for it, and else is closed."""
+    """Without keepalive, a connection goes to a waiting thread, or is closed."""
     pool = pools(size=2, keepalive=0)
 
     with concurrent.futures.ThreadPoolExecutor(8) as executor:
@@ -217,7 +217,7 @@ def test_the_size_is_the_limit_without_keepalive(
 
 
 def test_waiters_are_served_in_order(pools: Pools) -> None:
-    """Who came first gets the connection first, and one who comes last stands last."""
+    """Threads get the connection in the order in which they came."""
     pool = pools(size=1)
     first = Holder(pool)
     assert first.has_it.wait(PATIENCE)
@@ -271,8 +271,8 @@ def test_waiting_has_an_end(server: ScriptedServer, pools: Pools) -> None:
 
     assert f"{caught.value}" == (
         f"No connection to {pool.settings} was free, and it was silent for 0.3 s"
-        " (APITASK_MAIL_TIMEOUT): all 1 are in use and 0 more wait. Allow more"
-        " (APITASK_MAIL_CONNECTIONS), or send less at once."
+        " (APITASK_MAIL_TIMEOUT): all 1 are in use, and 0 more are waited for. Allow"
+        " more (APITASK_MAIL_CONNECTIONS), or send less mail at once."
     )
     assert "waiting=0" in f"{pool!r}"
     holder.end()
@@ -281,7 +281,7 @@ def test_waiting_has_an_end(server: ScriptedServer, pools: Pools) -> None:
 
 
 class Interrupted(BaseException):
-    """What a signal or the kill of a greenlet raises in the middle of anything."""
+    """Stands for what a signal, or killing a greenlet, raises at any point."""
 
 
 def test_an_interrupted_wait(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +412,7 @@ def test_a_shorter_keepalive_comes_first(server: ScriptedServer, pools: Pools) -
 
 
 def test_close_idle(server: ScriptedServer, pools: Pools) -> None:
-    """What is idle is closed, and what is in use is not."""
+    """Idle connections are closed, and those in use are not."""
     pool = pools()
     holder = Holder(pool)
     assert holder.has_it.wait(PATIENCE)
@@ -449,7 +449,7 @@ def test_a_connection_that_dies_in_use_is_replaced(
 
 
 def test_the_second_attempt_is_the_last(server: ScriptedServer, pools: Pools) -> None:
-    """What fails on a kept and then on a new connection is reported."""
+    """A failure on a kept and then on a new connection is reported."""
     pool = pools()
     send(pool)
     server.fail(Stage.DATA, Fault.DROP, Fault.DROP)
@@ -482,8 +482,8 @@ def test_a_busy_server_is_asked_again(server: ScriptedServer, pools: Pools) -> N
     # After 0.1 s, after 0.2 s, and when the time was over.
     assert 5 <= server.connects <= 6
     assert f"{caught.value}" == (
-        f"The connection to {pool.settings} failed at the greeting: '421 4.7.0 too many"
-        " connections' ended it. The server may allow fewer connections"
+        f"The connection to {pool.settings} failed at the greeting: the server ended it"
+        " with '421 4.7.0 too many connections'. It may allow fewer connections"
         " (APITASK_MAIL_CONNECTIONS) or messages (MAIL_MAX_EMAILS)."
         " A 4xx reply is temporary: the server may accept the message later."
     )
@@ -503,7 +503,7 @@ def test_421_for_a_message_is_a_definite_no(
 def test_a_message_whose_fate_is_unknown_is_sent_once(
     server: ScriptedServer, pools: Pools, *, kept: bool
 ) -> None:
-    """What may be delivered is not sent again, and the batch goes on."""
+    """A message that may be delivered is not sent again, and the batch goes on."""
     pool = pools()
 
     if kept:

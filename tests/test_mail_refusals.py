@@ -285,7 +285,7 @@ def test_recipients_for_different_reasons() -> None:
 
 
 def test_recipients_that_were_refused() -> None:
-    """Who was refused is data, with code and words, as smtplib has it."""
+    """Refused recipients are data, with code and words, as in smtplib."""
     error, shown = refuse(
         Stage.RCPT,
         b"554 5.7.1 <x@y.example>: Relay access denied",
@@ -297,8 +297,8 @@ def test_recipients_that_were_refused() -> None:
     assert (error.stage, error.smtp_code, error.smtp_error) == ("RCPT", None, None)
     assert shown == (
         "All 2 recipients were refused by SERVER: 554 5.7.1 <address>: Relay access"
-        " denied (2 times). If the server relays for those who log in: Set"
-        " MAIL_USERNAME and MAIL_PASSWORD. Else check MAIL_SERVER."
+        " denied (2 times). If the server relays for users who log in: Set"
+        " MAIL_USERNAME and MAIL_PASSWORD. If not, check MAIL_SERVER."
     )
 
 
@@ -320,8 +320,8 @@ def test_some_recipients_that_were_refused() -> None:
 @pytest.mark.parametrize(
     ("stage", "fault", "hint"),
     [
-        (Stage.GREETING, Fault.SILENCE, "mostly 465, set MAIL_USE_SSL."),
-        (Stage.GREETING, Fault.DROP, "mostly 465, set MAIL_USE_SSL."),
+        (Stage.GREETING, Fault.SILENCE, "(usually 465), set MAIL_USE_SSL."),
+        (Stage.GREETING, Fault.DROP, "(usually 465), set MAIL_USE_SSL."),
         # It has answered, so it does not wait for TLS.
         (Stage.GREETING, b"421 4.3.2 later\r\n", "accept the message later."),
         (Stage.EHLO, Fault.SILENCE, "more than 0.2 s (APITASK_MAIL_TIMEOUT)."),
@@ -498,7 +498,7 @@ def test_a_short_traceback(
 
 @pytest.mark.parametrize("text", ["false", "F", "n", "0", " no ", "off", "", "None"])
 def test_flags_that_are_text(text: str) -> None:
-    """A word for no is no."""
+    """A word for "no" turns the flag off."""
     flags = dict.fromkeys(["MAIL_USE_TLS", "MAIL_USE_SSL", "MAIL_SUPPRESS_SEND"], text)
 
     with ScriptedServer() as server:
@@ -512,7 +512,7 @@ def test_flags_that_are_text(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["true", "T", "y", "1", "on", "yes"])
 def test_flags_that_are_yes(text: str) -> None:
-    """A word for yes is yes."""
+    """A word for "yes" turns the flag on."""
     with ScriptedServer() as server:
         app, mail = make_app(server, MAIL_USE_TLS=text)
 
@@ -559,7 +559,7 @@ WRONG = [
 def test_a_key_of_flask_mail_that_is_wrong(
     key: str, value: object, allowed: str
 ) -> None:
-    """It is an error at start-up, whichever extension comes first, if mail is ours."""
+    """It is an error at start-up, in either order, if mail is rerouted."""
     text = f"^{re.escape(f'{key} is {value!r}, but must be {allowed}.')}$"
     app = Flask(__name__)
     app.config.update({key: value}, APITASK_MAIL_BACKGROUND=True)

@@ -351,8 +351,8 @@ def test_unknown_says_what_to_look_for() -> None:
     assert f"{error}" == (
         "The message may or may not have been delivered: The connection to"
         f" {server.settings()} failed at the end of the message: the server closed it."
-        " The server had all of it by then, so it is not sent again. Look for it in the"
-        " server's log, and give a slow server longer (APITASK_MAIL_TIMEOUT)."
+        " The server already had all of it, so it is not sent again. Look for it in the"
+        " server's log. If the server is slow, raise APITASK_MAIL_TIMEOUT."
     )
 
 
@@ -371,13 +371,13 @@ def test_unknown_says_what_to_look_for() -> None:
     ids=range(8),
 )
 def test_not_a_reply(answer: bytes) -> None:
-    """What is no SMTP reply, or has no end, breaks the connection."""
+    """An answer that is not an SMTP reply, or is endless, breaks the connection."""
     with ScriptedServer() as server:
         server.fail(Stage.MAIL, answer)
         error = fail_to_send(server.settings())
 
     assert isinstance(error, ConnectionLost)
-    assert "failed at MAIL: its answer " in f"{error}"
+    assert "failed at MAIL: the server's answer " in f"{error}"
 
 
 def test_a_reply_without_text() -> None:
@@ -398,7 +398,7 @@ def test_a_reply_nobody_asked_for() -> None:
 
     assert f"{error}" == (
         f"The connection to {server.settings()} failed at RCPT: the server said"
-        " '250 ok' unasked."
+        " '250 ok' out of turn."
     )
 
 
@@ -410,7 +410,7 @@ def test_a_reply_in_the_middle_of_a_message() -> None:
 
     assert isinstance(error, ConnectionLost)
     assert (
-        "failed at the message: the server said '552 5.3.4 too big' unasked"
+        "failed at the message: the server said '552 5.3.4 too big' out of turn"
         in f"{error}"
     )
 
@@ -470,7 +470,7 @@ def trickle(sock: socket.socket, stop: threading.Event, octets: bytes) -> None:
 
 @pytest.mark.parametrize("octets", [b"2" * 1_000, b"220-\r\n" * 200])
 def test_a_trickle_is_not_a_reply(octets: bytes) -> None:
-    """A reply of which bytes come all the time, but never the end, is timed out."""
+    """A reply that keeps coming but never ends is timed out."""
     with Trickle(lambda sock: trickle(sock, server.stop, octets)) as server:
         began = time.monotonic()
         error = fail_to_send(server.settings())
@@ -497,7 +497,7 @@ def test_what_is_left_of_a_timeout() -> None:
 def test_a_server_that_stops_reading(
     certificates: Certificates, *, encrypted: bool
 ) -> None:
-    """A message that is taken byte by byte, or no more at all, is timed out."""
+    """A message that the server takes byte by byte, or stops taking, is timed out."""
     envelope = make_envelope(body="x" * 20_000_000)
     context = certificates.context("localhost") if encrypted else None
 
@@ -513,7 +513,7 @@ def test_a_server_that_stops_reading(
 
 
 def test_a_slow_line_is_no_stop() -> None:
-    """A message may take longer than the timeout, if it goes on all the time."""
+    """A message may take longer than the timeout if it makes steady progress."""
 
     def read_slowly(sock: socket.socket) -> None:
         sock.sendall(b"220 x\r\n")
@@ -581,7 +581,7 @@ def test_nobody_listens() -> None:
 
 @pytest.mark.parametrize("host", ["no such host.invalid", "x" * 70 + ".invalid"])
 def test_no_such_host(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host name that can't be looked up is reported, and not as a bug of ours."""
+    """A host name that can't be looked up is reported as such."""
     look_up = socket.getaddrinfo
 
     def resolve(name: str, port: int, *_: t.Any) -> t.Any:
@@ -672,7 +672,7 @@ def test_a_handshake_is_timed_out(certificates: Certificates, use: str) -> None:
 
 
 def test_a_trickle_of_tls(certificates: Certificates) -> None:
-    """Half a handshake is timed out, whatever comes all the time."""
+    """Half a handshake is timed out, even if bytes keep coming."""
     tls = certificates.context("localhost")
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     handshake = tls.wrap_bio(incoming, outgoing, server_side=True)
@@ -708,7 +708,7 @@ def test_starttls_is_stripped() -> None:
     "injected", [b"250-evil\r\n250 AUTH PLAIN\r\n", b"250 evil\r\n235 in\r\n", b"2"]
 )
 def test_plain_text_after_starttls(certificates: Certificates, injected: bytes) -> None:
-    """What stands behind the STARTTLS reply is not read as if TLS had brought it."""
+    """Plain text after the STARTTLS reply is not read as if it came over TLS."""
     with ScriptedServer(tls=certificates.context("localhost"), user=USER) as server:
         server.fail(Stage.STARTTLS, b"220 go\r\n" + injected)
         error = fail_to_send(server.settings(tls_verify=certificates.cafile))
@@ -767,7 +767,8 @@ def test_no_way_to_log_in(offer: bytes) -> None:
         error = fail_to_send(server.settings())
 
     assert f"{error}".startswith(
-        f"smtplib knows no way to log in that is offered by {server.settings()}."
+        "smtplib knows none of the ways to log in that"
+        f" {server.settings()} offers. If the server offers one only over TLS"
     )
 
 
@@ -775,7 +776,7 @@ def test_a_challenge_that_is_no_base64() -> None:
     """Nonsense in a challenge ends in an error about the log-in."""
     with ScriptedServer(user=USER) as server:
         server.fail(Stage.AUTH, b"334 x\r\n")
-        assert "no way to log in" in f"{fail_to_send(server.settings())}"
+        assert "the ways to log in" in f"{fail_to_send(server.settings())}"
 
 
 def test_a_password_outside_of_ascii() -> None:
@@ -783,7 +784,7 @@ def test_a_password_outside_of_ascii() -> None:
     with ScriptedServer(user=USER) as server:
         error = fail_to_send(server.settings(password="sécret"))
 
-    assert "has a character outside of ASCII" in f"{error}"
+    assert "has a non-ASCII character" in f"{error}"
 
 
 def test_endless_questions_are_one_timeout() -> None:
@@ -898,7 +899,7 @@ def test_two_kinds_of_encryption_at_once() -> None:
 
 
 def test_a_trust_store_is_loaded_once(certificates: Certificates) -> None:
-    """What takes long to load and much memory is shared by all who trust the same."""
+    """The same trust settings share one TLS context, which is costly to load."""
     trusting = SMTPSettings(use_tls=True, tls_verify=certificates.cafile)
     context = trusting.tls_context()
     assert context is not None
@@ -938,7 +939,7 @@ def test_what_is_shown() -> None:
     ids=range(6),
 )
 def test_no_commands_in_addresses(fields: dict[str, t.Any]) -> None:
-    """What could be taken for the next command is refused, before it is sent."""
+    """Text that could be taken for a command is refused before it is sent."""
     with pytest.raises(ValueError, match="has a line break") as caught:
         make_envelope(**fields)
 
@@ -946,7 +947,7 @@ def test_no_commands_in_addresses(fields: dict[str, t.Any]) -> None:
 
 
 def test_a_recipient_given_twice() -> None:
-    """Whoever is given twice gets the message once, and is refused once."""
+    """A recipient given twice gets the message once, and is refused once."""
     twice = ("Ada <ada@example.com>", "ada@example.com")
 
     with ScriptedServer() as server, connect(server.settings()) as connection:

@@ -200,7 +200,7 @@ def all_texts(message: Message) -> cabc.Iterator[str]:
 
 @pytest.mark.parametrize("separator", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
 def test_a_header_is_not_added(mail: Mail, separator: str) -> None:
-    """What some versions of Python take for the end of a header is refused as one."""
+    """Characters that end a header in some versions of Python are refused."""
     text = f"one{separator}Bcc: eve@example.org"
 
     with context(mail):
@@ -214,7 +214,7 @@ def test_a_header_is_not_added(mail: Mail, separator: str) -> None:
 
 
 def test_a_lazy_text_is_looked_at(mail: Mail) -> None:
-    """A text that is made when it is needed is no way around it."""
+    """A lazy string is no way around it."""
 
     class Lazy:
         def __str__(self) -> str:

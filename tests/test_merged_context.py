@@ -27,7 +27,7 @@ if t.TYPE_CHECKING:
 
 
 def test_contexts_are_those_behind_the_proxies(make_app: AppFactory) -> None:
-    """What is found is what Flask's own proxies stand for, also in a task."""
+    """The contexts found are those of Flask's own proxies, in a task too."""
     app = make_app()
     assert context.find_app_context() is None
     assert context.find_request_context() is None

@@ -119,7 +119,7 @@ def test_commit(sites: list[Site]) -> None:
         wait(PATIENCE)
         assert site.seen == []
 
-        with pytest.raises(RuntimeError, match="is put off"):
+        with pytest.raises(RuntimeError, match="is deferred"):
             site.futures[0].result()
 
         site.session.commit()
@@ -133,7 +133,7 @@ def test_commit(sites: list[Site]) -> None:
 
 
 def test_call_before_the_transaction(sites: list[Site]) -> None:
-    """A task that was put off before there was a transaction waits for the next."""
+    """A task deferred before there is a transaction waits for the next one."""
     [site] = sites
 
     def view() -> None:
@@ -179,7 +179,7 @@ def test_no_commit(
 
 
 def test_commit_that_fails(sites: list[Site], caplog: pytest.LogCaptureFixture) -> None:
-    """A commit that the database refuses is none."""
+    """A commit that the database refuses does not count."""
     [site] = sites
     caplog.set_level(logging.INFO)
 
@@ -258,7 +258,7 @@ def test_outer_rollback_ends_savepoints(sites: list[Site]) -> None:
 
 
 def test_failing_request(sites: list[Site]) -> None:
-    """What is committed is what counts, whatever becomes of the request."""
+    """Only the commit counts, whatever becomes of the request."""
     [site] = sites
 
     def view() -> None:
@@ -322,15 +322,16 @@ def test_without_apitask(sites: list[Site], caplog: pytest.LogCaptureFixture) ->
 
     assert site.seen == [("ada", ["ada"])]
     assert caplog.messages == [
-        "A task was started in a request of 'shop', which has no ApiTask: it was"
-        " started on the spot. Create one with ApiTask(app), or call its init_app(app)."
+        "A task was started in a request of 'shop', which has no ApiTask, so nothing"
+        " ran in the background. Create one with ApiTask(app), or call its"
+        " init_app(app)."
     ]
 
 
 @pytest.mark.parametrize("session", [object(), orm.sessionmaker(), None])
 def test_no_session(session: t.Any) -> None:
-    """What is no session is refused, with what would be one."""
-    with pytest.raises(TypeError, match=r"a session of SQLAlchemy .*'db.session'"):
+    """Anything but a session is refused, with what to pass instead."""
+    with pytest.raises(TypeError, match=r"a SQLAlchemy session first, .*'db.session'"):
         run_on_commit(session, print)
 
 
@@ -346,7 +347,7 @@ def test_async_session() -> None:
 
 
 def test_mistakes_are_raised_at_the_call() -> None:
-    """What can't be called is an error at once."""
+    """A task that can't be called is an error at once."""
     task: t.Any = 1
 
     with pytest.raises(TypeError, match="not 1"):
@@ -384,7 +385,7 @@ def test_nothing_is_kept() -> None:
 
 
 def test_other_sessions_are_left_alone() -> None:
-    """Only the session that has tasks is listened to."""
+    """Only sessions that have tasks get listeners."""
     session, other = orm.Session(), orm.Session()
     run_on_commit(session, int)
     assert list(other.dispatch.after_commit) == []

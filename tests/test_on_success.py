@@ -154,7 +154,7 @@ def get(app: Flask, path: str = "/") -> int:
 
 @both_ends
 def test_it_waits_for_the_request(make_app: AppFactory, end: str) -> None:
-    """Nothing starts before the view is over, nor is it waited for there."""
+    """Nothing starts before the view has returned, and waiting there is an error."""
     app, calls = make_app(APITASK_WAIT=end), Calls()
 
     @app.get("/")
@@ -168,7 +168,7 @@ def test_it_waits_for_the_request(make_app: AppFactory, end: str) -> None:
         assert not first.done()
 
         for wait_for in (first.result, second.exception):
-            with pytest.raises(RuntimeError, match=r"Calls\.note' is put off"):
+            with pytest.raises(RuntimeError, match=r"Calls\.note' is deferred"):
                 wait_for()
 
         return "ok"
@@ -196,7 +196,7 @@ def test_answer_comes_first(make_app: AppFactory) -> None:
 
 
 def test_mistakes_are_raised_at_the_call(make_app: AppFactory) -> None:
-    """What can't be called is an error of the view."""
+    """A task that can't be called is an error in the view."""
     app = make_app(TESTING=True)
     app.add_url_rule("/", "page", lambda: run_on_success(t.cast("t.Any", 1)))
 
@@ -206,7 +206,7 @@ def test_mistakes_are_raised_at_the_call(make_app: AppFactory) -> None:
 
 @pytest.mark.parametrize("when", ["first", "last"])
 def test_status_after_all_functions(when: str) -> None:
-    """The status that counts is the last one, whoever sets it."""
+    """The final status counts, whatever set it."""
     app, calls = Flask(__name__), Calls()
 
     def spoil(response: Response) -> Response:
@@ -241,7 +241,7 @@ def finish_badly(app: Flask, **extra: object) -> None:
 @both_ends
 @pytest.mark.parametrize("stage", ["after_request", "finished", "pushed"])
 def test_failure_after_the_view(make_app: AppFactory, end: str, stage: str) -> None:
-    """An exception that comes after the view is no success, as late as it may be."""
+    """An exception after the view is a failure, however late it comes."""
     app, calls = make_app(APITASK_WAIT=end), Calls()
     app.add_url_rule("/", "page", calls.put_off)
 
@@ -285,7 +285,7 @@ def test_failing_teardown(make_app: AppFactory, end: str) -> None:
 
 
 def test_exception_that_is_handled_in_the_view(make_app: AppFactory) -> None:
-    """What the view catches is its own affair."""
+    """An exception that the view catches does not count."""
     app, calls = make_app(), Calls()
 
     @app.get("/")
@@ -303,7 +303,7 @@ def test_exception_that_is_handled_in_the_view(make_app: AppFactory) -> None:
 
 @pytest.mark.parametrize("used_before", [False, True])
 def test_error_handlers_own_task(make_app: AppFactory, used_before: bool) -> None:
-    """What an error handler puts off is for a request that has failed."""
+    """A task deferred in an error handler belongs to a failed request."""
     app, calls = make_app(), Calls()
     app.add_url_rule("/", "page", lambda: fail(Broken()))
     app.add_url_rule("/good", "good", lambda: calls.put_off("good"))
@@ -318,7 +318,7 @@ def test_error_handlers_own_task(make_app: AppFactory, used_before: bool) -> Non
 
 
 def test_replaced_handler(make_app: AppFactory) -> None:
-    """Another extension's way with exceptions is kept, and seen through."""
+    """Another extension's handling of exceptions still works, and they are noticed."""
     app, calls = make_app(), Calls()
     seen = []
 
@@ -334,7 +334,7 @@ def test_replaced_handler(make_app: AppFactory) -> None:
 
 
 def test_apps_that_put_nothing_off(make_app: AppFactory) -> None:
-    """Nothing of Flask's is replaced, and no signal is listened to, without need."""
+    """Without deferred tasks, nothing of Flask's is replaced and no signal received."""
     app = make_app()
     app.add_url_rule("/", "page", lambda: run(str).result())
     get(app)
@@ -392,7 +392,7 @@ def test_calls_in_teardown(failed: bool, earlier: bool) -> None:
 @both_ends
 @pytest.mark.parametrize("fails", [False, True])
 def test_calls_in_a_stream(make_app: AppFactory, end: str, fails: bool) -> None:
-    """What a stream puts off waits for its end, as long as it has a context."""
+    """A task deferred in a stream with context waits for the stream's end."""
     app, calls = make_app(APITASK_WAIT=end), Calls()
 
     def stream() -> cabc.Iterator[str]:
@@ -425,7 +425,7 @@ def test_streams(
     how: str,
     with_context: bool,
 ) -> None:
-    """A stream has succeeded when it came to its end without an exception."""
+    """A stream has succeeded when it reached its end without an exception."""
     app, calls = make_app(APITASK_WAIT=end), Calls()
     caplog.set_level(logging.INFO)
 
@@ -473,7 +473,8 @@ def test_streams(
         assert calls.futures[0].cancelled()
         [reason] = reasons(caplog)
         error = {"error": "Broken was raised", "close": "KeyError was raised"}
-        assert reason == error.get(how, "it was left before its end")
+        closed = "the stream or block was closed before its end"
+        assert reason == error.get(how, closed)
 
 
 def test_file(make_app: AppFactory) -> None:
@@ -530,14 +531,14 @@ def test_blocks(make_app: AppFactory, kind: str, fails: bool) -> None:
 
 
 def test_async_view(make_app: AppFactory) -> None:
-    """An async view puts tasks off as others do, and can't await them."""
+    """An async view can defer tasks, but not await them."""
     app, calls = make_app(), Calls()
 
     @app.get("/")
     async def page() -> str:
         calls.put_off()
 
-        with pytest.raises(RuntimeError, match="is put off"):
+        with pytest.raises(RuntimeError, match="is deferred"):
             await t.cast("t.Any", calls.futures[0])
 
         return "ok"
@@ -568,7 +569,7 @@ def test_nested_requests(make_app: AppFactory) -> None:
 
 
 def test_plain_calls(make_app: AppFactory) -> None:
-    """Where nothing can succeed, a task is called at once, and raises there."""
+    """Where there is no scope, a task is called at once, and raises there."""
     calls = Calls()
     calls.put_off("no app")
     app = make_app(APITASK_ENABLED=False)
@@ -590,7 +591,7 @@ def test_plain_calls(make_app: AppFactory) -> None:
 
 @pytest.mark.parametrize("status", [200, 404])
 def test_tasks_of_tasks(make_app: AppFactory, status: int) -> None:
-    """What a task puts off waits for the request that the task belongs to."""
+    """A task deferred in another task waits for the request of that task."""
     app, calls = make_app(), Calls()
     settled = threading.Event()
 
@@ -618,7 +619,7 @@ def test_tasks_of_tasks(make_app: AppFactory, status: int) -> None:
 
 
 def test_futures_of_dropped_tasks(make_app: AppFactory) -> None:
-    """What waits for a task that is dropped, by any means, is told."""
+    """The signal and callbacks tell of a dropped task, however it was dropped."""
     app, calls = make_app(), Calls()
     told: list[t.Any] = []
 
@@ -683,7 +684,7 @@ def test_shutdown(make_app: AppFactory) -> None:
 
 
 def test_deadline(make_app: AppFactory) -> None:
-    """The wait for tasks that were put off has the deadline of all waits."""
+    """The wait for deferred tasks has the usual deadline."""
     app, calls = make_app(APITASK_TIMEOUT=0.05), Calls()
     released = threading.Event()
 
@@ -702,7 +703,7 @@ def test_deadline(make_app: AppFactory) -> None:
 
 
 def test_forked_child() -> None:
-    """What was put off before a fork is for the parent alone."""
+    """Tasks deferred before a fork are left to the parent."""
     pool = ThreadPool(0)
     scope = TaskScope(pool, 1)
     future = scope.hold(fail, (Broken(),), {}, for_success=True)
@@ -718,7 +719,7 @@ def test_forked_child() -> None:
 
 
 def test_start_and_drop_are_for_what_is_held(make_app: AppFactory) -> None:
-    """A task that was not put off is neither started nor dropped."""
+    """A task that was not deferred is neither started nor dropped."""
     done: list[int] = []
 
     with make_app().app_context(), open_scope() as scope:

@@ -319,7 +319,7 @@ def test_stream(traces: Traces) -> None:
 
 
 def test_start_on_success(traces: Traces) -> None:
-    """A task that is put off is a child of what was current at its call."""
+    """A deferred task is a child of the span that was current at its call."""
     app = make_app(traces)
 
     def view() -> None:
@@ -420,7 +420,7 @@ def test_proxy_of_an_app(traces: Traces) -> None:
     with pytest.raises(TypeError) as caught:
         trace_tasks(__name__)  # type: ignore[arg-type]
 
-    text = "trace_tasks() takes the Flask app, and not 'test_opentelemetry'."
+    text = "trace_tasks() takes the Flask app, not 'test_opentelemetry'."
     assert str(caught.value) == text
 
 

@@ -37,9 +37,11 @@ def report(app: Flask, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
     """Make a request that leaves a task behind, and return its first lines and all."""
     assert in_time(app.test_client().get, "/").status_code == 200
     (record,) = [
-        r for r in caplog.records if "The wait for tasks of GET /" in r.getMessage()
+        r
+        for r in caplog.records
+        if "Stopped waiting for the tasks of GET /" in r.getMessage()
     ]
-    text = record.getMessage().partition("in:\n\n")[2]
+    text = record.getMessage().partition("running:\n\n")[2]
     assert "flask_apitask/runner.py" not in text
     return "\n".join(text.splitlines()[:2]), text
 
@@ -47,7 +49,7 @@ def report(app: Flask, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
 def test_stack_begins_with_the_task(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, gate: Gate
 ) -> None:
-    """Nothing of what calls a task is in its stack."""
+    """The stack of a task has no frame of the code that calls tasks."""
     app = make_app(APITASK_TIMEOUT=DEADLINE)
 
     def work() -> None:
@@ -97,7 +99,7 @@ def test_async_task_has_no_stack(
         return "ok"
 
     first, text = report(app, caplog)
-    assert first.endswith("  (no stack: it is on no thread of the system, or async)")
+    assert first.endswith("  (no stack: the task is async, or no thread is running it)")
     assert "asgiref" not in text
 
 

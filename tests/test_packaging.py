@@ -101,7 +101,7 @@ def test_wheel_holds_the_license(distributions: Distributions) -> None:
 
 
 def test_install_brings_flask_only(distributions: Distributions) -> None:
-    """Whoever asks for no extra gets Flask and what it brings, and nothing else."""
+    """Without an extra, only Flask and its own dependencies are installed."""
     assert find_requirements(distributions) == {"Flask"}
 
 
@@ -135,7 +135,7 @@ def test_distributions_can_be_uploaded(distributions: Distributions) -> None:
 
 
 def test_environments_are_explained() -> None:
-    """Each environment of tox stands in the page for contributors."""
+    """Each tox environment is on the page for contributors."""
     page = ROOT.joinpath("docs", "contributing.md").read_text("utf-8")
     sections = re.findall(
         r"^\[testenv:(.+)\]$", ROOT.joinpath("tox.ini").read_text(), re.M

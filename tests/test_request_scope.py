@@ -119,7 +119,7 @@ def test_tasks_are_done_when_an_exception_is_propagated(make_app: AppFactory) ->
 
 
 def test_running_task_is_waited_for(make_app: AppFactory) -> None:
-    """A task that a thread is busy with is waited for, too (behaviour 2)."""
+    """A running task is waited for too (behaviour 2)."""
     app = make_app()
     events: list[str] = []
     note_return(app, events)
@@ -239,7 +239,7 @@ def test_test_request_context(make_app: AppFactory) -> None:
 
 
 def test_task_after_the_teardown_functions(make_app: AppFactory) -> None:
-    """It is a plain call, as nobody would end the scope (behaviour 3)."""
+    """It is a plain call, because nothing would end the scope (behaviour 3)."""
 
     class LateRequest(Request):
         def close(self) -> None:
@@ -391,7 +391,7 @@ def test_requests_in_one_app_context_do_not_add_up(
 def test_scope_that_is_opened_in_a_teardown(
     make_app: AppFactory, fails: bool, without_gc: None
 ) -> None:
-    """It is ended though another function raises, and its request goes (10)."""
+    """It is ended even if another function raises, and its request is freed (10)."""
     app = make_late(make_app())
     app.add_url_rule("/", "index", lambda: "ok")
     events: list[str] = []
@@ -829,7 +829,7 @@ def test_foreign_executor(make_app: AppFactory) -> None:
 def test_threads_that_open_the_scope_at_once(
     make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two threads with the same contexts, both get the scope of the first."""
+    """Two threads with the same contexts share the scope that the first one made."""
     app = make_late(make_app())
     events: list[str] = []
     scopes: list[object] = []
@@ -858,7 +858,7 @@ def test_threads_that_open_the_scope_at_once(
 def test_request_that_ends_while_its_scope_is_opened(
     make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then run() is a plain call, as nobody would end the scope (behaviour 7)."""
+    """Then run() is a plain call, because nothing would end the scope (behaviour 7)."""
     app = make_app()
     opening, ended = threading.Event(), threading.Event()
 

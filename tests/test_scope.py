@@ -117,9 +117,9 @@ def test_submit_after_the_end() -> None:
         scope.submit(nothing)
 
     assert str(caught.value) == (
-        "Task 'scopes.nothing' was submitted to a scope that has ended. Submit"
-        " before the end of the request or of the 'with' block, or use run(), which"
-        " then calls the task on the spot."
+        "Task 'scopes.nothing' was submitted to a scope that has ended. Submit it"
+        " before the request or the 'with' block ends, or use run(), which then calls"
+        " the task on the spot."
     )
     assert scope.closed
 
@@ -169,7 +169,7 @@ def test_waiting_thread_runs_no_task(wait: str) -> None:
 
 
 def test_one_more_thread_for_each_that_waits() -> None:
-    """However many tasks there are, no more threads are started than threads wait."""
+    """However many tasks there are, no more threads are started than are waiting."""
     before = threading.active_count()
     gate = Gate()
     scope = make_scope(8, ThreadPool(0))
@@ -290,7 +290,7 @@ def test_extra_thread_that_stays_counts_as_any_other() -> None:
 
 
 def test_full_pool_of_stuck_tasks() -> None:
-    """Where all threads are stuck, a scope that is waited for has its tasks done."""
+    """Even if all threads are stuck, the tasks of a scope with a waiter are done."""
     pool, gate = ThreadPool(2), Gate()
     stuck = make_scope(2, pool)
     futures = [stuck.submit(gate) for _ in range(2)]
@@ -351,7 +351,7 @@ def test_tasks_run_side_by_side_up_to_the_cap() -> None:
 
 
 def test_small_tasks_get_more_threads_once_they_take_long() -> None:
-    """A wait holds back with waking threads, but not for long."""
+    """A wait delays waking more threads, but not for long."""
     meeting = threading.Barrier(3)
 
     with make_scope(3) as scope:
@@ -379,7 +379,7 @@ def test_wait_is_a_barrier() -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1, 0.001])
 def test_wait_times_out(timeout: float) -> None:
-    """A wait that is too short says how much is left, and the tasks go on."""
+    """A wait that is too short says how many tasks are left, and they keep running."""
     gate = Gate()
 
     with make_scope() as scope:
@@ -425,7 +425,7 @@ def test_empty_wait() -> None:
 
 
 def test_no_thread_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
-    """Where the system gives no thread, the one that submits runs the tasks, in order.
+    """If no thread can be started, the submitting thread runs the tasks, in order.
 
     One WARNING says so.
     """
@@ -456,8 +456,8 @@ def test_no_thread_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
     (record,) = caplog.records
     assert (record.name, record.levelname) == ("flask_apitask", "WARNING")
     assert record.getMessage() == (
-        "No thread can be had for tasks, so they run one after the other where they are"
-        " started or waited for: can't start new thread"
+        "No thread can be started for tasks, so they run one after the other where they"
+        " are started or waited for: can't start new thread"
     )
 
 
@@ -466,7 +466,7 @@ def test_no_thread_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
     [(1, ["outer", "end of outer", "inner"]), (2, ["outer", "inner", "end of outer"])],
 )
 def test_inline_tasks_keep_to_the_cap(max_workers: int, expected: list[str]) -> None:
-    """A task that submits another where no thread can be had stays under the cap."""
+    """Without threads, a task that submits another one still respects the cap."""
     order: list[str] = []
 
     with make_scope(max_workers, RefusedPool()) as scope:
@@ -481,7 +481,7 @@ def test_inline_tasks_keep_to_the_cap(max_workers: int, expected: list[str]) -> 
 
 
 def test_queued_scope_is_refused_when_it_is_waited_for() -> None:
-    """A thread that waits runs what queued for a thread that can't be had any more.
+    """A waiting thread runs what was queued for a thread that can't be started.
 
     And the next task is not taken for one that a thread is on its way to.
     """
@@ -504,7 +504,7 @@ def test_queued_scope_is_refused_when_it_is_waited_for() -> None:
 
 
 class ScarcePool(ThreadPool):
-    """A pool that the system gives one thread and no more."""
+    """A pool that can start one thread and no more."""
 
     def _start(self, worker: Worker) -> None:
         if next(self._numbers):
@@ -659,7 +659,7 @@ def test_it_is_an_executor() -> None:
 def test_wait_leaves_no_reference_to_a_task(
     outcome: str, make_pool: cabc.Callable[[], ThreadPool]
 ) -> None:
-    """After a wait no argument is alive on the scope's account.
+    """After a wait, the scope keeps no argument alive.
 
     A result or an exception goes with its future, and with that all of its frames.
     """
@@ -815,7 +815,7 @@ def test_scope_that_is_shut_down_while_it_is_served_waits_for_no_thread() -> Non
 
 
 def test_thousand_tasks_stay_under_the_caps() -> None:
-    """A thousand tasks start no more threads than the cap, and one more for a wait."""
+    """A thousand tasks start no more threads than the cap, plus one for a wait."""
     cap, size = 4, 8
     idents: list[int] = []
 

@@ -416,7 +416,7 @@ def test_block_of_a_scope_that_was_shut_down(make_app: AppFactory) -> None:
 
 
 def test_scope_is_an_executor(make_app: AppFactory) -> None:
-    """What takes an executor or its futures takes ours, with Flask context."""
+    """Code that takes executors or futures takes ours, with the Flask context."""
     app = make_app()
 
     def work(number: int) -> tuple[int, str]:

@@ -221,7 +221,7 @@ PATHS = [("/work/200", 200), ("/abort/418", 418), ("/error/500", 500)]
 
 @pytest.mark.parametrize(("path", "status"), PATHS)
 def test_the_response_comes_after_the_task(site: Site, path: str, status: int) -> None:
-    """No byte of a response, or of an error page, comes before its task is done."""
+    """No byte of a response or error page is sent before its task is done."""
     with site.client() as client:
         client.request("GET", path)
 

@@ -41,8 +41,8 @@ if t.TYPE_CHECKING:
     from flask import Request
 
 WITHOUT = (
-    "run() was called in a request of 'shop', which has no ApiTask: it was called on"
-    " the spot. Create one with ApiTask(app), or call its init_app(app)."
+    "run() was called in a request of 'shop', which has no ApiTask, so nothing ran in"
+    " the background. Create one with ApiTask(app), or call its init_app(app)."
 )
 
 
@@ -93,7 +93,7 @@ def test_run_outside_of_a_request(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_apitask_that_comes_late(caplog: pytest.LogCaptureFixture) -> None:
-    """An app that was warned of can be set up all the same."""
+    """After the warning, the app can still be set up."""
     app = Flask("shop")
 
     with app.test_request_context():
@@ -108,18 +108,15 @@ def test_apitask_that_comes_late(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_warning_of_other_work(caplog: pytest.LogCaptureFixture) -> None:
-    """Other work that is done on the spot can be warned of as well."""
+    """The warning can name other work too."""
     app = Flask("shop")
     warn_without_apitask(app, "Mail was sent")
 
     with app.test_request_context():
         warn_without_apitask(app, "Mail was sent")
 
-    assert find_warnings(caplog) == [
-        WITHOUT.replace("run() was called", "Mail was sent").replace(
-            "it was called", "it was sent"
-        )
-    ]
+    expected = WITHOUT.replace("run() was called", "Mail was sent")
+    assert find_warnings(caplog) == [expected]
 
 
 # Keys
@@ -140,9 +137,9 @@ def test_warning_of_other_work(caplog: pytest.LogCaptureFixture) -> None:
 def test_unknown_key(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, key: str, hint: str
 ) -> None:
-    """A key that there is not is a WARNING at the start, with what may be meant."""
+    """An unknown key is a WARNING at the start, with a suggestion."""
     make_app(**{key: 5, "APITASK_ENABLED": True, "APITASK": 1, "MY_APITASK_X": 2})
-    assert find_warnings(caplog) == [f"There is no key {key}. {hint}"]
+    assert find_warnings(caplog) == [f"Unknown configuration key {key}. {hint}"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +178,7 @@ def test_key_that_comes_late(
     late = ["APITASK_ENABLED", "APITASK_POOL_SIZE", "APITASK_MAIL_BACKGROUND"]
     text = "was changed after ApiTask(app) had read it, which has no effect."
     assert find_warnings(caplog) == [
-        f"{key} {text} Set it before that." for key in late
+        f"{key} {text} Set it before ApiTask(app)." for key in late
     ]
     assert request_started.receivers
     other.test_client().get("/")
@@ -219,16 +216,16 @@ def count_up() -> int:
 
 
 DROPPED = (
-    "Task 'test_silent_mistakes.set_colour' of POST / has changed the session (colour),"
-    " which is dropped. The cookie may have been made by then: change the session in"
-    " the view."
+    "Task 'test_silent_mistakes.set_colour' of POST / changed the session (colour). The"
+    " change was dropped, because the response may already have its cookie. Change the"
+    " session in the view."
 )
 
 
 def test_session_that_a_task_changes(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a task writes never reaches the cookie, be it early or late: one WARNING."""
+    """What a task writes never gets into the cookie, early or late: one WARNING."""
     app = make_app(SECRET_KEY="test")
     cookies: list[str | None] = []
     saved = threading.Event()
@@ -329,7 +326,7 @@ def test_flash_in_a_task(
 
     assert app.test_client().get("/").text == "['from the view']"
     assert [text[:45] for text in find_warnings(caplog)] == [
-        "Task 'flask.helpers.flash' of GET / has chang"
+        "Task 'flask.helpers.flash' of GET / changed t"
     ]
 
 
@@ -373,7 +370,7 @@ def test_flask_login(
 
 
 class Opaque:
-    """A value of which every copy is another one."""
+    """A value that equals none of its copies."""
 
 
 class Vexed:
@@ -387,7 +384,7 @@ class Vexed:
 
 @dataclasses.dataclass
 class Box:
-    """A value that is compared by what is in it."""
+    """A value that is compared by its contents."""
 
     content: object
 
@@ -572,7 +569,7 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
     "number": (
         lambda: scoped(5),  # type: ignore[call-overload]
         TypeError,
-        "scoped() takes a function, or limits by name, as in @scoped(max_workers=2),"
+        "scoped() takes a function, or keyword arguments as in @scoped(max_workers=2),"
         " not 5.",
     ),
     "text": (lambda: scoped("close"), TypeError, "not 'close'"),  # type: ignore[call-overload]
@@ -587,12 +584,12 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
     "wait": (
         lambda: wait("5"),  # type: ignore[arg-type]
         TypeError,
-        "wait() takes a number of seconds, or None, and not '5'.",
+        "wait() takes a number of seconds or None, not '5'.",
     ),
     "run": (
         lambda: run(5),  # type: ignore[call-overload]
         TypeError,
-        "Pass the function and its arguments apart",
+        "Pass the function and its arguments separately",
     ),
     "run of nothing": (lambda: run(None), TypeError, "not None. Pass the function"),  # type: ignore[call-overload]
     "run of text": (lambda: run("f"), TypeError, "not 'f'. Pass the function"),  # type: ignore[call-overload]
@@ -608,12 +605,12 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
     "task on a result": (
         lambda: task("mailer.welcome")(5),  # type: ignore[type-var]
         TypeError,
-        "task('mailer.welcome') names a function, and not 5.",
+        "task('mailer.welcome') names a function, not 5.",
     ),
     "app": (
         lambda: ApiTask("shop"),  # type: ignore[arg-type]
         TypeError,
-        "ApiTask takes the Flask app, and not 'shop'.",
+        "ApiTask takes the Flask app, not 'shop'.",
     ),
 }
 
@@ -622,7 +619,7 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
 def test_wrong_arguments(
     call: cabc.Callable[[], object], error: type[Exception], text: str
 ) -> None:
-    """The error names what is wrong, and not what comes of it later."""
+    """The error names the mistake, not a later consequence of it."""
     with pytest.raises(error) as caught:
         call()
 
@@ -630,7 +627,7 @@ def test_wrong_arguments(
 
 
 def test_run_of_a_coroutine(make_app: AppFactory) -> None:
-    """A coroutine is no function, in a request as anywhere else."""
+    """A coroutine is not a function, in a request or elsewhere."""
 
     async def work() -> None:
         raise AssertionError
@@ -737,7 +734,7 @@ def test_await_with_a_full_pool(make_app: AppFactory) -> None:
 
 
 def test_await_without_a_scope() -> None:
-    """What was a plain call can be awaited as well."""
+    """The future of a plain call can be awaited too."""
 
     async def main() -> str:
         return await run(str, "called")

@@ -78,7 +78,7 @@ def test_load() -> None:
 
 
 def test_load_in_development_mode() -> None:
-    """The same where Python looks closer, and each warning is an error."""
+    """The same in Python's development mode, with warnings as errors."""
     printed = run_load("""
         load.make_requests(range(150), threads=50)
         print("balanced", load.balance().tasks > 500)
@@ -157,7 +157,7 @@ def test_fork_in_the_middle() -> None:
 
 
 def test_exit_in_the_middle() -> None:
-    """What is queued, runs or is submitted while the interpreter exits is done.
+    """Tasks that are queued, running or submitted at interpreter exit are done.
 
     One WARNING of each pool at most says that there are no threads any more, and
     another one what was left behind.
@@ -170,7 +170,7 @@ def test_exit_in_the_middle() -> None:
 
             def emit(self, record):
                 text = record.getMessage()
-                self.refused += text.startswith("No thread can be had")
+                self.refused += text.startswith("No thread can be started")
                 self.left += text.startswith("The process exits")
 
         def work(start):

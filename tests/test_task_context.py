@@ -531,7 +531,7 @@ def test_async_plain_call_in_an_async_task(make_app: AppFactory) -> None:
 
 
 def refuse_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the system refuse to start a thread."""
+    """Make the system refuse to start a thread."""
 
     def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -567,7 +567,7 @@ def test_no_thread_can_be_started(
 def test_threads_come_back(
     make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When threads can be had again, tasks run on them again (behaviour 16)."""
+    """When threads can be started again, tasks run on them again (behaviour 16)."""
     app = make_app()
 
     with app.test_request_context():

@@ -109,7 +109,7 @@ def test_task_returns_the_function_itself() -> None:
 
 @pytest.mark.parametrize("name", ["", None, plain, Welcome])
 def test_task_needs_a_name(name: t.Any) -> None:
-    """A bare ``@task`` is refused where it stands, not where the function is called."""
+    """A bare ``@task`` raises where it is written, not where the function is called."""
     with pytest.raises(TypeError) as caught:
         task(name)
 
@@ -122,7 +122,7 @@ def test_task_needs_a_name(name: t.Any) -> None:
 @pytest.mark.parametrize("fn", [len, [].append, pytest.MonkeyPatch().undo])
 def test_task_that_takes_no_name(fn: t.Any) -> None:
     """A callable without attributes is refused, with what to name instead."""
-    with pytest.raises(TypeError, match=r"takes no name: .* functools.partial of it"):
+    with pytest.raises(TypeError, match=r"can't be named, .* functools.partial of it"):
         task("any.name")(fn)
 
 
@@ -153,7 +153,7 @@ def test_what_is_no_task_is_refused(bad: object) -> None:
 
     assert str(caught.value) == (
         f"A task is a callable, or an object with 'name' and 'run()', not {bad!r}."
-        " Pass the function and its arguments apart: run(fn, x), not run(fn(x))."
+        " Pass the function and its arguments separately: run(fn, x), not run(fn(x))."
     )
 
 

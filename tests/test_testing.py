@@ -192,7 +192,7 @@ def test_records_of_threads_and_of_nested_blocks(make_app: AppFactory) -> None:
 
 
 def test_app_to_record(make_app: AppFactory) -> None:
-    """The current app is an app, and what is none is refused before the block."""
+    """The proxy counts as an app, and anything else is refused before the block."""
     app: t.Any = flask.current_app
 
     with make_app().app_context(), record_tasks(app) as tasks:
@@ -271,7 +271,7 @@ def test_propagate_is_off(
 def test_propagate_replaces_the_views_own_exception(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where the view fails too, its exception is the context of the task's."""
+    """If the view fails too, its exception is the context of the task's."""
     app = make_app(APITASK_PROPAGATE=True, TESTING=True)
     of_task, of_view = LookupError(), KeyError()
     answer(app, lambda: both(of_task, of_view))
@@ -364,7 +364,7 @@ def test_propagate_in_a_scoped_view(
 def test_propagate_where_a_scoped_view_answers_first(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What ends with the response raises when that is closed."""
+    """A scope that ends with the response raises when the response is closed."""
     app = make_app(APITASK_PROPAGATE=True)
 
     @app.get("/")

@@ -223,7 +223,7 @@ def test_start_is_interrupted(monkeypatch: pytest.MonkeyPatch, comes: bool) -> N
 def test_interrupted_submit_leaves_others_their_thread(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A thread that waits already does not rely on a thread in vain."""
+    """A waiting thread does not rely on a thread that never comes."""
     waiting: list[threading.Thread] = []
     scope = make_scope()
 
@@ -243,7 +243,7 @@ def test_interrupted_submit_leaves_others_their_thread(
 
 
 def test_refusal_is_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a refusal the next one who asks gets a thread again."""
+    """After a refusal, the next request for a thread succeeds again."""
     pool = ThreadPool(1)
 
     def refuse(thread: threading.Thread) -> t.NoReturn:
@@ -321,7 +321,7 @@ def test_thread_that_is_done_is_not_abandoned() -> None:
 def test_abandoned_thread_can_not_be_replaced(
     monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    """A scope that queues stays in the queue if no thread can be had just then."""
+    """A queued scope stays in the queue if no thread can be started just then."""
     pool = ThreadPool(1)
     stuck, trap = fill(pool)
     queued = request(pool)
@@ -385,7 +385,7 @@ def test_close_leaves_abandoned_threads_behind(before: bool) -> None:
 def test_close_waits_for_an_abandoned_task_in_its_grace(
     before: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What comes to its end in time is not left behind, and not spoken of."""
+    """A task that finishes in time is not left behind, and not logged."""
     pool = ThreadPool(3)
     short, short_trap = fill(pool)
     stuck, trap = fill(pool)
@@ -409,7 +409,8 @@ def test_close_waits_for_an_abandoned_task_in_its_grace(
     trap.opened.set()
     join(ending, *stuck[0].threads)
     assert caplog.messages == [
-        "The process exits, and 1 task(s) past their deadline with it: 'stuck'"
+        "The process exits without waiting any longer for 1 task(s) past their"
+        " deadline: 'stuck'"
     ]
     endless_trap.opened.set()
 

@@ -11,7 +11,7 @@ from flask_apitask.executor.pool import threads_enabled
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> None:
-    """Put what uWSGI would in its place."""
+    """Put a stand-in for uWSGI's module in its place."""
     server = types.ModuleType("uwsgi")
     vars(server).update(attributes)
     monkeypatch.setitem(sys.modules, "uwsgi", server)
@@ -35,7 +35,7 @@ def test_threads_run_in_uwsgi(
 def test_tasks_run_inline_without_threads(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One WARNING says what is the matter and what to do."""
+    """One WARNING says what is wrong and what to do."""
     stand_in(monkeypatch, has_threads=0)
 
     with make_scope() as scope:

@@ -7,14 +7,14 @@ import typing as t
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-# What Kombu's JSON takes for a marker of its own, and makes another type of.
+# Kombu's JSON takes a dict with these keys for its own marker of another type.
 _MARKER: t.Final = {"__type__", "__value__"}
 
 
 class _Unfit(Exception):
-    """Raised when JSON does not carry a value as it is."""
+    """Raised when JSON can't carry a value exactly."""
 
-    # Where it is in the argument, as it would be written.
+    # The value's place in the argument, as a subscript.
     path = ""
 
 
@@ -24,13 +24,13 @@ def copy_arguments(
     args: tuple[t.Any, ...],
     kwargs: dict[str, t.Any],
 ) -> tuple[tuple[t.Any, ...], dict[str, t.Any]]:
-    """Copy the arguments of a task, which JSON has to carry exactly.
+    """Copy the arguments of a task, and check that JSON can carry them exactly.
 
-    A worker gets them as they are now, and so does the task if it runs here after all.
+    Both a worker, and the task if it runs here after all, get them as they are now.
 
     :param name: The task's name.
-    :raises TypeError: JSON does not. The text names the task, the argument and its
-        type, but not its value, which may be a secret.
+    :raises TypeError: It can't. The message names the task, the argument and its type,
+        but not its value, which may be a secret.
     """
     given: dict[int | str, t.Any] = dict(enumerate(args))
     given.update(kwargs.items())
@@ -42,14 +42,14 @@ def copy_arguments(
         except _Unfit as error:
             cause, path = str(error), error.path
         except RecursionError:
-            cause, path = "is nested too deeply, or in itself", ""
+            cause, path = "is nested too deeply, or contains itself", ""
         else:
             continue
 
         raise TypeError(
-            f"Task {name!r} goes to Celery (APITASK_ROUTES), and JSON can't carry its"
-            f" argument {_name_argument(fn, place)}{path} exactly, which {cause}. Pass"
-            " the id of an object, or plain JSON: text, finite numbers, True, False,"
+            f"Task {name!r} goes to Celery (APITASK_ROUTES), but JSON can't carry its"
+            f" argument {_name_argument(fn, place)}{path} exactly, because it {cause}."
+            " Pass an object's id, or plain JSON: text, finite numbers, True, False,"
             " None, and lists and dicts of those, with text as keys."
         )
 
@@ -65,10 +65,10 @@ def _copy(value: t.Any) -> t.Any:
 
     if kind is dict:
         if any(type(key) is not str for key in value):
-            raise _Unfit("has a key that is no text")
+            raise _Unfit("has a key that is not text")
 
         if value.keys() == _MARKER:
-            raise _Unfit("has the keys by which Kombu marks other types")
+            raise _Unfit("has the keys with which Kombu marks other types")
 
         return {key: _copy_item(key, item) for key, item in value.items()}
 
@@ -76,7 +76,7 @@ def _copy(value: t.Any) -> t.Any:
         raise _Unfit("is not finite")
 
     if value is not None and kind not in (str, int, bool, float):
-        raise _Unfit(f"is of the type {kind.__qualname__!r}")
+        raise _Unfit(f"is of type {kind.__qualname__!r}")
 
     return value
 

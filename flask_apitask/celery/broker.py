@@ -13,37 +13,38 @@ if t.TYPE_CHECKING:
     import celery
     import celery.result
 
-# Seconds after which a broker that was down is tried again, by one task.
+# Seconds after which one task tries a broker that was down again.
 _LOOK_EVERY: t.Final = 5.0
 
 
 class Broker:
-    """What publishes for a Celery app in one process, and knows if the broker is down.
+    """Publishes for a Celery app in one process, and knows if its broker is down.
 
-    Each publication takes a connection from a pool of Kombu's. The pool is not the one
-    of Celery itself: with ours, a broker confirms each message (publisher confirms on
-    RabbitMQ; a reply is one on Redis), and each operation has a timeout.
+    Each message is published over a connection from a Kombu pool. It is not Celery's
+    own pool: here, the broker confirms each message (with publisher confirms on
+    RabbitMQ; on Redis, every reply is a confirmation), and each operation has a
+    timeout.
 
-    A child of a fork makes a new one, and leaves the connections of its parent alone.
+    A forked child makes a broker of its own, and leaves its parent's connections alone.
 
     What could break it, and what prevents it:
 
     1.  *A herd.* All threads try a broker that is down, each for the whole timeout. So
-        the time of the next look is moved under the lock, by the one thread that takes
-        that look; others see the new time, and do not try.
-    2.  *Many warnings.* Several threads fail at once. So the first one to set that time
-        under the lock is the one to warn.
+        the one thread that tries it next moves the time of the following try, under the
+        lock; the others see the new time and don't try.
+    2.  *Many warnings.* Several threads fail at once. So only the first one to set that
+        time, under the lock, warns.
 
     :param timeout: Seconds that a publication may take.
     """
 
     def __init__(self, celery_app: celery.Celery, timeout: float) -> None:
         self._timeout = timeout
-        # What fails at once is tried once more, so that each try has half of it.
+        # A try that fails at once is repeated once, so each one has half the time.
         step = timeout / 2
         options = {
             **celery_app.conf.broker_transport_options,
-            # RabbitMQ; Redis.
+            # These are for RabbitMQ, and the next line is for Redis.
             **{"confirm_publish": True, "read_timeout": step, "write_timeout": step},
             **{"socket_timeout": step, "socket_connect_timeout": step},
             "max_retries": 0,
@@ -52,9 +53,9 @@ class Broker:
             connect_timeout=step, transport_options=options
         )
         self._connections = connection.Pool(limit=celery_app.conf.broker_pool_limit)
-        # Guards the next one. Never held while something is published or logged.
+        # Guards the time below. Never held while publishing or logging.
         self._lock = threading.Lock()
-        # When to try a broker that is down, by the monotonic clock; None if it is up.
+        # When to try the broker again, by the monotonic clock; None while it is up.
         self._look_at: float | None = None
 
     def publish(
@@ -65,11 +66,11 @@ class Broker:
         kwargs: dict[str, t.Any],
         **options: t.Any,
     ) -> celery.result.AsyncResult | None:
-        """Publish a task; ``None`` if the broker did not confirm it.
+        """Publish a task. Return ``None`` if the broker did not confirm it.
 
-        It may have come through in that case too: only the confirmation is missing.
+        Even then it may have arrived: only the confirmation is missing.
 
-        :param logger: Is told when the broker goes down, and when it is back.
+        :param logger: For a record when the broker goes down, and when it is back.
         :param options: For :meth:`celery.app.task.Task.apply_async`.
         """
         if not self._may_try():
@@ -85,7 +86,7 @@ class Broker:
         return result
 
     def close(self) -> None:
-        """Close the connections. Nothing can be published any more."""
+        """Close the connections. Nothing can be published after that."""
         self._connections.force_close_all()
 
     def _may_try(self) -> bool:
@@ -107,20 +108,20 @@ class Broker:
 
         if not is_known:
             text = (
-                "The broker of Celery did not confirm a task within %s s"
-                " (APITASK_CELERY_TIMEOUT): %s. Until it is back, tasks that are routed"
-                " to Celery run in their requests; it is tried again every %s s."
+                "Celery's broker did not confirm a task within %s s"
+                " (APITASK_CELERY_TIMEOUT): %s. Until it is back, tasks routed to"
+                " Celery run in their requests. The broker is tried again every %s s."
             )
             cause = type(error).__name__
             log(logger, logging.WARNING, text, self._timeout, cause, _LOOK_EVERY)
-            log(logger, logging.DEBUG, "What the broker said.", error=error)
+            log(logger, logging.DEBUG, "The broker's error:", error=error)
 
     def _note_success(self, logger: logging.Logger) -> None:
         with self._lock:
             was_down, self._look_at = self._look_at is not None, None
 
         if was_down:
-            log(logger, logging.INFO, "The broker of Celery is back.")
+            log(logger, logging.INFO, "Celery's broker is back.")
 
     def _publish(
         self,
@@ -130,11 +131,12 @@ class Broker:
         options: dict[str, t.Any],
     ) -> celery.result.AsyncResult:
         step = self._timeout / 2
-        # One identifier, if it has to be published twice.
+        # The same identifier, even if the task has to be published twice.
         options.setdefault("task_id", uuid())
         options |= {"serializer": "json", "retry": False, "confirm_timeout": step}
-        # Without this, the backend of results would be talked to first, with no timeout
-        # of ours. AsyncResult.get() does it, too. The header is what the worker obeys.
+        # Without this, Celery would first talk to the result backend, without our
+        # timeout. AsyncResult.get() talks to it later anyway. The worker obeys the
+        # header.
         options["ignore_result"] = True
         options["headers"] = {"ignore_result": task.ignore_result}
         began = time.monotonic()
@@ -148,7 +150,7 @@ class Broker:
             except Exception:
                 connection.collect()
 
-                # One that was kept may be dead though the broker is not.
+                # A kept connection may be dead although the broker is up.
                 if not was_kept or time.monotonic() - began > step / 2:
                     raise
 

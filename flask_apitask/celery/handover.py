@@ -28,9 +28,9 @@ if t.TYPE_CHECKING:
 
 
 class Handover(HandsOver):
-    """A task that hands another one over to Celery, or does it if that is not possible.
+    """A task that hands another one over to Celery, or runs it if that fails.
 
-    :param fn: The function that :func:`.task` has named.
+    :param fn: The function named by :func:`.task`.
     """
 
     def __init__(self, state: CeleryState, fn: cabc.Callable[..., t.Any]) -> None:
@@ -56,7 +56,7 @@ class Handover(HandsOver):
 
 
 def route(task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]) -> t.Any:
-    """Return what to call in place of a task; for :data:`.routes.router`."""
+    """Return the task and arguments to use instead; for :data:`.routes.router`."""
     found = None if isinstance(task, HandsOver) else find_state()
 
     if found is None:
@@ -69,14 +69,14 @@ def route(task: t.Any, args: tuple[t.Any, ...], kwargs: dict[str, t.Any]) -> t.A
     if not state.takes(name):
         return task, args, kwargs
 
-    # The same function may be defined anew, by a factory of apps for example.
+    # The same function may be defined several times, by an app factory for example.
     if find_place(task) not in map(find_place, find_named(name)):
         log_once(
             app,
             f"route_{name}",
-            "Task %r stays on threads, though APITASK_ROUTES sends that name to Celery:"
-            " a worker finds only functions to which @task('...') gives the name, as"
-            " the outermost decorator, and mail that Flask-Mail sends unchanged.",
+            "Task %r stays on threads, although APITASK_ROUTES sends it to Celery. A"
+            " worker only finds functions that have @task('...') as their outermost"
+            " decorator, and the mail of an unpatched Flask-Mail.",
             name,
         )
         return task, args, kwargs

@@ -35,13 +35,13 @@ if t.TYPE_CHECKING:
     from .state import CeleryState
 
 MAIL: t.Final = "flask_mail.send"
-# Most seconds between two attempts. Brokers have limits for what a worker holds back:
-# 30 minutes in RabbitMQ, and an hour over Redis, by default.
+# The most seconds between two attempts. Brokers limit how long a worker may hold a task
+# back: 30 minutes for RabbitMQ and an hour for Redis, by default.
 _LONGEST: t.Final = 600.0
 
 
 class MailHandover(HandsOver):
-    """A task that hands a batch over to Celery, and delivers what it can't."""
+    """A task that hands a batch over to Celery, and delivers the rest itself."""
 
     task_name = MAIL
     exit_grace = None
@@ -50,7 +50,7 @@ class MailHandover(HandsOver):
         self._state = state
 
     def find(self) -> MailHandover | None:
-        """Return this, where the caller's mail goes to Celery.
+        """Return this object where the caller's mail goes to Celery.
 
         :raises RuntimeError: There is no Celery app.
         """
@@ -85,7 +85,7 @@ class MailHandover(HandsOver):
             then()
 
         if left:
-            # Not at the top: it changes how any text is encoded in a mail.
+            # Not at the top: this import changes how email encodes any text.
             from ..mail.flask_mail import deliver
 
             call_observed(app, how, submitted, deliver, (pool, left, before), {})
@@ -105,7 +105,7 @@ def publish(
     submitted: float,
     **options: t.Any,
 ) -> bool:
-    """Publish a message for some of its recipients, and tell if that was confirmed."""
+    """Publish a message for some of its recipients; tell whether it was confirmed."""
     payload = {
         "sender": envelope.sender,
         "recipients": list(recipients),
@@ -138,7 +138,7 @@ def send(
     mail_options: list[str],
     rcpt_options: list[str],
 ) -> None:
-    """Send a message in a worker, and have it tried again later if that may help."""
+    """Send a message in a worker, and try again later if that may help."""
     with app_context(self.app) as app:
         started = time.monotonic()
 
@@ -153,7 +153,7 @@ def send(
             )
             _deliver(self, app, envelope, started)
         except TaskPredicate:
-            # It is tried again.
+            # Not an error: the message is tried again later.
             raise
         except Exception as error:
             log_failure(app, MailHandover, error, time.monotonic() - started)
@@ -189,9 +189,9 @@ def _try_again(
     error: DeliveryError,
     started: float,
 ) -> None:
-    """Publish a message anew for those whom it may reach later, and end this attempt.
+    """Publish a message again for the recipients it may still reach; end this attempt.
 
-    Returns if there is nobody, or no further attempt.
+    Returns if there are no such recipients, or no attempts left.
     """
     state: CeleryState = app.extensions["apitask_celery"]
     recipients = _find_recipients(error, envelope.recipients)
@@ -200,7 +200,7 @@ def _try_again(
     if not recipients or attempt > state.config.celery_mail_retries:
         return
 
-    # It is at its longest by then, and the power of a large number would not end.
+    # The cap on the exponent keeps the power small. It has reached _LONGEST by then.
     doubled = state.config.celery_mail_backoff * 2 ** min(attempt - 1, 30)
     longest = min(doubled, _LONGEST)
     options = {
@@ -214,7 +214,8 @@ def _try_again(
         raise Retry(exc=error, when=options["countdown"])
 
     if recipients == envelope.recipients:
-        # The broker has the message still, and delivers it anew: to all of them.
+        # The broker still has the message, for all its recipients, and delivers it
+        # again.
         raise Reject(error, requeue=True)
 
 
@@ -225,7 +226,7 @@ def _log_refused(
     recipients: tuple[str, ...],
     started: float,
 ) -> None:
-    """Write the ERROR of those for whom it is not tried again, if there are any."""
+    """Log an ERROR about recipients who are not tried again, if there are any."""
     replies = error.recipients.items()
     refused = {path: reply for path, reply in replies if path not in recipients}
 
@@ -233,7 +234,7 @@ def _log_refused(
         shown = show((Reply(*reply) for reply in refused.values()), refused)
         final = DeliveryError(
             f"{len(refused)} of {len(envelope.recipients)} recipients were refused for"
-            f" good: {shown}. It is tried again for {len(recipients)}.",
+            f" good: {shown}. {len(recipients)} will be tried again.",
             message_id=envelope.message_id,
             stage="RCPT",
             recipients=refused,
@@ -244,7 +245,7 @@ def _log_refused(
 def _find_recipients(
     error: DeliveryError, recipients: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return whom a message may reach at another time, and has not reached."""
+    """Return the recipients whom a message has not reached but may reach later."""
     if error.recipients:
         replies = error.recipients.items()
         return tuple(path for path, (code, _) in replies if code // 100 == 4)
@@ -255,8 +256,8 @@ def _find_recipients(
     if error.smtp_code is not None:
         is_transient = error.smtp_code // 100 == 4
     else:
-        # Or else the server and the configuration don't go together. An error without
-        # a stage says that all connections are in use.
+        # Other errors mean that the configuration does not fit the server. An error
+        # without a stage says that all connections are in use.
         is_transient = isinstance(error, ConnectionLost) or error.stage is None
 
     return recipients if is_transient else ()

@@ -16,9 +16,9 @@ if t.TYPE_CHECKING:
 
 
 def use_celery(app: Flask, config: Config) -> None:
-    """Give the routed tasks of an app their way.
+    """Send tasks of an app to Celery as its routes say.
 
-    :raises ValueError: Two functions have a name that is routed to Celery.
+    :raises ValueError: Two functions share a name that is routed to Celery.
     """
     state = CeleryState(config)
     bind_names(app, state.takes)

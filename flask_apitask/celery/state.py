@@ -17,7 +17,7 @@ if t.TYPE_CHECKING:
 
     from ..config import Config
 
-# The header by which an eager task knows when it was submitted.
+# The header that tells an eager task when it was submitted.
 _SUBMITTED: t.Final = "apitask_submitted"
 _PICKLE: t.Final = {"pickle", "application/x-python-serialize"}
 
@@ -27,7 +27,7 @@ class CeleryState:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # By process and Celery app. An entry is added in one step, and never changed.
+        # By process and Celery app. An entry is added atomically and never changed.
         self._brokers: dict[tuple[int, celery.Celery], Broker] = {}
 
     def takes(self, name: str) -> bool:
@@ -43,16 +43,17 @@ class CeleryState:
         submitted: float,
         **options: t.Any,
     ) -> celery.result.AsyncResult | None:
-        """Publish a task of an app; ``None`` if it has to be done here.
+        """Publish a task of an app. Return ``None`` if it has to run here.
 
-        :param submitted: Seconds of this process's clock, so not for another one.
+        :param submitted: Seconds of this process's clock, useless in another process.
         """
         celery_app = find_celery(app, name)
         task = celery_app.tasks[name]
 
         if celery_app.conf.task_always_eager:
-            # As apply_async() does. But that sets a flag of the process meanwhile, and
-            # with it no view can get a result; two threads leave it set for ever.
+            # This is what apply_async() does. But that also sets a global flag for the
+            # time, with which no view can get a result, and two threads at once leave
+            # it set for ever.
             headers = {_SUBMITTED: submitted}
             return task.apply(args, kwargs, headers=headers, **options)
 
@@ -60,7 +61,7 @@ class CeleryState:
         return broker.publish(app.logger, task, args, kwargs, **options)
 
     def close(self) -> None:
-        """Close the connections to brokers that this process has, after a test say."""
+        """Close this process's connections to brokers, after a test for example."""
         for (pid, _), broker in self._brokers.items():
             if pid == os.getpid():
                 broker.close()
@@ -77,13 +78,13 @@ class CeleryState:
 
     @staticmethod
     def _warn_once(app: Flask, settings: t.Any) -> None:
-        """Say what does not go well with Celery's settings."""
+        """Warn about Celery settings that are unsafe or don't work here."""
         if _PICKLE & set(settings.accept_content):
             log_once(
                 app,
                 "pickle",
-                "The Celery app accepts pickle: whoever can write to its broker can run"
-                " code in its workers. Take it out of accept_content.",
+                "The Celery app accepts pickle, so anyone who can write to its broker"
+                " can run code in its workers. Remove pickle from accept_content.",
             )
 
         if str(settings.result_backend).startswith("rpc") and not (
@@ -92,14 +93,15 @@ class CeleryState:
             log_once(
                 app,
                 "rpc",
-                "Results by rpc:// reach the thread that publishes, which is not the"
-                " view's: AsyncResult.get() would wait for ever. Set result_backend to"
-                " a store, such as Redis, or task_ignore_result.",
+                "The result backend rpc:// sends results to the thread that published"
+                " the task, which is not the view's: AsyncResult.get() would wait for"
+                " ever. Set result_backend to a store such as Redis, or set"
+                " task_ignore_result.",
             )
 
 
 def find_submitted(task: celery.Task, started: float) -> float:
-    """Return when a called task was submitted: as it started, unless it is eager."""
+    """Return when a task was submitted: when it started, unless it is eager."""
     headers = task.request.headers if task.request.is_eager else None
     submitted: float = (headers or {}).get(_SUBMITTED, started)
     return submitted
@@ -115,8 +117,8 @@ def find_celery(app: Flask, name: str) -> celery.Celery:
     if celery_app is None:
         raise RuntimeError(
             f"Task {name!r} is routed to Celery (APITASK_ROUTES), but the app"
-            f" {app.name!r} has no Celery app in app.extensions['celery']. Make one as"
-            " Flask's documentation does, with celery_init_app(app):"
+            f" {app.name!r} has no Celery app in app.extensions['celery']. Create one"
+            " with celery_init_app(app), as Flask's documentation does:"
             " https://flask.palletsprojects.com/patterns/celery/"
         )
 
@@ -124,9 +126,9 @@ def find_celery(app: Flask, name: str) -> celery.Celery:
 
 
 def find_state() -> tuple[Flask, CeleryState] | None:
-    """Return the current app and its routes, where a task may be handed over.
+    """Return the current app and its Celery state where a task may be handed over.
 
-    In a task, and so in a worker, everything is a plain call.
+    In a task, and so in a worker, every task is a plain call.
     """
     context = find_app_context()
 

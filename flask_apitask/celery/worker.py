@@ -29,17 +29,17 @@ if t.TYPE_CHECKING:
     Takes: t.TypeAlias = cabc.Callable[[str], bool]
 
 _NO_CONTEXT: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-# The apps that have routes to Celery, and which names each sends there.
+# The apps that have routes to Celery, and what tells which names each sends there.
 _apps: weakref.WeakKeyDictionary[Flask, Takes] = weakref.WeakKeyDictionary()
-# The names that Celery knows. It binds each to all of its apps, of now and later. Mail
-# has one of its own.
+# The names that Celery knows. It binds each to all its apps, even those made later. The
+# task for mail is defined elsewhere.
 _bound: set[str] = {"flask_mail.send"}
 
 
 def bind_names(app: Flask, takes: Takes) -> None:
-    """Have Celery know the named functions that an app routes to it, of now and later.
+    """Register with Celery the functions that an app routes to it, now and later.
 
-    :raises ValueError: Two functions have one of these names.
+    :raises ValueError: Two functions share one of these names.
     """
     for name in all_names():
         if takes(name):
@@ -49,7 +49,7 @@ def bind_names(app: Flask, takes: Takes) -> None:
 
 
 def _check_name(name: str, functions: list[FunctionType]) -> None:
-    """Bind a name that is about to be given; for :data:`.naming_checks`."""
+    """Bind a name that a function is about to get; for :data:`.naming_checks`."""
     if any(takes(name) for takes in _apps.values()):
         _bind(name, functions)
 
@@ -64,19 +64,19 @@ def _bind(name: str, functions: list[FunctionType]) -> None:
         both = " and ".join(f"{path!r}, line {line}" for path, line in places)
         raise ValueError(
             f"Two functions have the name {name!r}, which APITASK_ROUTES sends to"
-            f" Celery: those in {both}. A worker would not know which one to call: give"
-            " one of them another name."
+            f" Celery: in {both}. A worker could not tell which one to call. Rename one"
+            " of them."
         )
 
     if functions and name not in _bound:
         _bound.add(name)
-        # What fails is logged by us, and Celery tells of an expected failure at INFO.
+        # We log failures ourselves. Celery logs expected ones only at INFO.
         options = {"bind": True, "throws": (Exception,), "typing": False}
         shared_task(name=name, **options)(_make_call(name))
 
 
 def find_place(fn: t.Any) -> tuple[str, int]:
-    """Return where a function is defined; nowhere for any other callable."""
+    """Return where a function is defined, or a null place for any other callable."""
     if not isinstance(fn, FunctionType):
         return "", 0
 
@@ -85,7 +85,7 @@ def find_place(fn: t.Any) -> tuple[str, int]:
 
 def _make_call(name: str) -> cabc.Callable[..., t.Any]:
     def call(self: celery.Task, /, *args: t.Any, **kwargs: t.Any) -> t.Any:
-        # Not held here: the function may be closed over an app that is gone.
+        # Looked up, not held: the function may be a closure that keeps an app alive.
         fn: t.Any = [_miss, *find_named(name)][-1]
 
         with app_context(self.app) as app:
@@ -95,7 +95,7 @@ def _make_call(name: str) -> cabc.Callable[..., t.Any]:
             try:
                 return call_observed(app, "celery", submitted, fn, args, kwargs)
             except TaskPredicate:
-                # Its own way to say: try again, ignore, reject.
+                # The task's own way to ask for a retry, or to be ignored or rejected.
                 raise
             except BaseException as error:
                 log_failure(app, fn, error, time.monotonic() - started)
@@ -105,18 +105,18 @@ def _make_call(name: str) -> cabc.Callable[..., t.Any]:
 
 
 def _miss(*args: t.Any, **kwargs: t.Any) -> t.NoReturn:
-    """Stand for a function that is gone."""
+    """Stand in for a function that no longer exists."""
     raise RuntimeError(
-        "The function of this name is gone. Define it at the top of a module, or keep a"
-        " reference to it for as long as its app lives."
+        "The function with this name no longer exists. Define it at module level, or"
+        " keep a reference to it for as long as its app lives."
     )
 
 
 @contextlib.contextmanager
 def app_context(celery_app: celery.Celery) -> cabc.Iterator[Flask]:
-    """Push the context of the app that a Celery app belongs to, if it is not there yet.
+    """Push the context of a Celery app's Flask app, unless it is the current one.
 
-    The base class for tasks in Flask's documentation pushes one. In the block,
+    The task class in Flask's documentation pushes one already. In the block,
     :func:`.run` is a plain call.
 
     :raises RuntimeError: There is no such app in this process.
@@ -130,9 +130,9 @@ def app_context(celery_app: celery.Celery) -> cabc.Iterator[Flask]:
         app, entered = apps[0], apps[0].app_context()
     else:
         raise RuntimeError(
-            f"No Flask app of this process has {celery_app!r} in"
-            " app.extensions['celery']. Make the Celery app of the worker from the app,"
-            " with celery_init_app(app)."
+            f"No Flask app in this process has {celery_app!r} in"
+            " app.extensions['celery']. Create the worker's Celery app from the Flask"
+            " app, with celery_init_app(app)."
         )
 
     with entered:

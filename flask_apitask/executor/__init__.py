@@ -1,3 +1,3 @@
-"""Scopes, and the threads that they run on. Nothing in here knows Flask."""
+"""Scopes and the threads they run on. Nothing in this package knows about Flask."""
 
 from __future__ import annotations

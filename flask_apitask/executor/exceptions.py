@@ -2,16 +2,16 @@ from __future__ import annotations
 
 
 class ApiTaskError(Exception):
-    """Base class of every exception that Flask-ApiTask raises on its own account.
+    """Base class of the exceptions that Flask-ApiTask defines.
 
-    A wrong argument or a wrong configuration value is a :exc:`ValueError` or a
-    :exc:`TypeError`, as everywhere in Python, and not one of these.
+    A wrong argument or configuration value is a :exc:`ValueError` or
+    :exc:`TypeError`, as elsewhere in Python, and not one of these.
     """
 
 
 class ScopeClosed(ApiTaskError, RuntimeError):
-    """Raised when a task is submitted to a :class:`.TaskScope` that was ended.
+    """Raised when a task is submitted to a :class:`.TaskScope` that has ended.
 
-    :func:`.run` does not raise it: where the request's scope is closed already, it
-    calls the task on the spot.
+    :func:`.run` does not raise it: once the request's scope is closed, it calls the
+    task on the spot.
     """

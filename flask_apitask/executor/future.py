@@ -24,22 +24,22 @@ _NO_WAIT: t.Final = contextlib.nullcontext()
 
 
 class TaskFuture(concurrent.futures.Future[T]):
-    """A standard future that holds its task until that has run.
+    """A standard future that holds its task until the task has run.
 
-    A scope queues these. When somebody waits for one, its scope gets a thread if it has
-    none. In a coroutine, ``await`` waits without blocking the event loop.
+    A scope queues these futures. When something waits for one, its scope gets a thread
+    if it has none. In a coroutine, ``await`` waits without blocking the event loop.
 
-    The task finds the context variables of the place where the future is made.
+    The task runs with the context variables of the code that made the future.
 
-    :param runner: Calls the task, and the done callbacks.
-    :param scope: Where the task is queued; ``None`` for one that was called at once.
+    :param runner: Calls the task and the done callbacks.
+    :param scope: The scope that queues the task; ``None`` for a plain call.
     """
 
-    # Its place among the tasks of its scope, from 1.
+    # The position of the task among those of its scope, from 1.
     index: int = 0
     # The identifier of the thread that runs the task, or its done callbacks.
     thread: int = 0
-    # Whether its scope has put it off until something has happened.
+    # Whether the task is deferred until a success or a commit.
     held: bool = False
 
     def __init__(
@@ -48,7 +48,7 @@ class TaskFuture(concurrent.futures.Future[T]):
         scope: TaskQueue | None = None,
         work: Work | None = None,
     ) -> None:
-        # Not by super(), which takes a tenth of the time that this does.
+        # Not with super(), which would add a tenth to the time that this takes.
         concurrent.futures.Future.__init__(self)
         self._runner = runner
         self._scope = scope
@@ -58,28 +58,29 @@ class TaskFuture(concurrent.futures.Future[T]):
     def result(self, timeout: float | None = None) -> T:
         """Return what the task returns, or raise what it raises.
 
-        :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
-        :raises TimeoutError: The task is not done by then. It goes on.
-        :raises concurrent.futures.CancelledError: It never runs.
-        :raises RuntimeError: It is put off, by :func:`.run_on_success` say.
+        :param timeout: The most seconds to wait, ``None`` for as long as it takes.
+        :raises TimeoutError: The task is not done by then. It keeps running.
+        :raises concurrent.futures.CancelledError: The task will never run.
+        :raises RuntimeError: The task is deferred, by :func:`.run_on_success` for
+            example.
         """
         try:
             with self._waiting():
                 return super().result(timeout)
         finally:
-            # What the task raised refers to this frame: no cycle through the future.
+            # The traceback refers to this frame: avoid a cycle through the future.
             del self
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Return what the task raises, or ``None``. It waits as :meth:`result` does."""
+        """Return what the task raises, or ``None``. Waits like :meth:`result`."""
         with self._waiting():
             return super().exception(timeout)
 
     def add_done_callback(self, fn: Callback) -> None:
-        """Have a function called with this future once the task is done.
+        """Call a function with this future once the task is done.
 
-        It runs where a task may run, and finds what a task finds: an app context of its
-        own, and the task's request and context variables. What it raises is logged.
+        It runs where a task may run, in its own app context, with the task's request
+        and context variables. What it raises is logged.
         """
         runner, context = self._runner, self._context
         super().add_done_callback(
@@ -87,10 +88,10 @@ class TaskFuture(concurrent.futures.Future[T]):
         )
 
     def __await__(self) -> cabc.Generator[t.Any, None, T]:
-        # Only a coroutine gets here, and asyncio takes long to import.
+        # Only coroutines get here, and asyncio is slow to import.
         import asyncio
 
-        # Else it would have to wait until a thread calls it back.
+        # Without these shortcuts, it would wait until a thread calls back.
         if self.cancelled():
             raise asyncio.CancelledError
 
@@ -101,10 +102,10 @@ class TaskFuture(concurrent.futures.Future[T]):
             return (yield from asyncio.wrap_future(self).__await__())
 
     def run(self, how: How) -> None:
-        """Run the task, unless it was cancelled. For the scope, once.
+        """Run the task, unless it was cancelled. The scope calls this once.
 
-        A waiting thread may go on as soon as the scope counts the task as done. By then
-        nothing here refers to the task or its arguments any more.
+        A waiting thread may go on as soon as the scope counts the task as done. By
+        then, nothing here refers to the task or its arguments any more.
         """
         run: t.Any = self._context.run
 
@@ -122,40 +123,40 @@ class TaskFuture(concurrent.futures.Future[T]):
             self._work = self._scope = None
             self.set_exception(error)
             self.thread = 0
-            # The traceback refers to this frame: no cycle from it to the exception.
+            # The traceback refers to this frame: avoid a cycle through the future.
             del self
         else:
             self._work = self._scope = None
             self.set_result(result)
-            # Another thread may have this identifier later on.
+            # Another thread may get this identifier later.
             self.thread = 0
 
     def drop(self, reason: str) -> None:
-        """Cancel a task that was put off, and have the runner say why.
+        """Cancel a deferred task, and let the runner say why.
 
-        :param reason: What has not come about, as part of a sentence.
+        :param reason: A clause, such as ``"the session was rolled back"``.
         """
         work, self._work, self.held = self._work, None, False
-        # Somebody may have cancelled it before.
+        # It may have been cancelled before.
         reasons = () if self.cancelled() else (reason,)
         self.cancel()
-        # Those who wait for it are told.
+        # This notifies those that wait for the future.
         self.run("inline")
         run: t.Any = self._context.run
         run(self._runner.drop, *work, *reasons)
 
     @property
     def task(self) -> t.Any:
-        """What is called, ``None`` once that is done."""
+        """The callable, ``None`` once it has run."""
         work: Work | None = self._work
         return None if work is None else work[0]
 
     def _waiting(self) -> contextlib.AbstractContextManager[None]:
         if self.held:
             raise RuntimeError(
-                f"Task {task_name(self.task)!r} is put off, and to wait for it here may"
-                " be to wait for ever: it starts when its request has succeeded, or its"
-                " session has committed. Use add_done_callback()."
+                f"Task {task_name(self.task)!r} is deferred, so waiting for it here may"
+                " never end: it starts once its request has succeeded, or its session"
+                " has committed. Use add_done_callback() instead."
             )
 
         scope = self._scope

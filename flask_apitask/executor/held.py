@@ -9,19 +9,19 @@ from .task import make_callable
 
 
 class HoldingQueue(TaskQueue):
-    """A queue with tasks beside it that are put off until something has happened.
+    """A queue that also holds deferred tasks until something has happened.
 
     Tasks that wait for the success of the scope are started or dropped together, by
-    :meth:`settle`. The others, which wait for a commit, have their own :meth:`start`
-    and :meth:`drop`, and are dropped at the end of the scope.
+    :meth:`settle`. The others wait for a commit: they are started or dropped one by
+    one, by :meth:`start` and :meth:`drop`, and dropped at the end of the scope.
 
-    What could break it, and what prevents it: a task is held just when the scope is
-    settled, or is started just when the scope ends. So a task is held, and goes from
-    there to the queue, in one step each, under the lock of the queue.
+    What could break it, and what prevents it: a task is held while the scope is being
+    settled, or started while the scope is ending. So holding a task is one step under
+    the lock of the queue, and moving it to the queue is another.
     """
 
-    # What is put off, and whether it waits for the success of the scope. Most scopes
-    # have nothing of that.
+    # The deferred tasks, and whether each waits for the success of the scope. Most
+    # scopes have none.
     _held: dict[TaskFuture[t.Any], bool] | None = None
     _settled: bool = False
     _failure: str | None = None
@@ -40,9 +40,9 @@ class HoldingQueue(TaskQueue):
         *,
         for_success: bool,
     ) -> TaskFuture[t.Any] | None:
-        """Put a task off, or drop it if the scope has failed already.
+        """Defer a task, or drop it if the scope has already failed.
 
-        :return: ``None`` if there is nothing to wait for any more.
+        :return: ``None`` if there is nothing left to wait for.
         """
         task = make_callable(task)
 
@@ -68,9 +68,9 @@ class HoldingQueue(TaskQueue):
         return None
 
     def settle(self, failure: str | None) -> None:
-        """Start the tasks that wait for the success, or drop them. Idempotent.
+        """Start the tasks that wait for the scope's success, or drop them. Idempotent.
 
-        :param failure: Why there is no success, as part of a sentence.
+        :param failure: Why there is no success, as a clause, or ``None``.
         """
         if self._forked:
             return
@@ -90,7 +90,7 @@ class HoldingQueue(TaskQueue):
             self.drop(self._failure, *futures)
 
     def start(self, *futures: TaskFuture[t.Any]) -> None:
-        """Queue those of the tasks that are still held."""
+        """Queue the tasks that are still held."""
         if self._forked:
             return
 
@@ -105,7 +105,7 @@ class HoldingQueue(TaskQueue):
         self._request_threads(lacking)
 
     def drop(self, reason: str, *futures: TaskFuture[t.Any]) -> None:
-        """Cancel those of the tasks that are still held."""
+        """Cancel the tasks that are still held."""
         if self._forked:
             return
 
@@ -116,7 +116,10 @@ class HoldingQueue(TaskQueue):
             future.drop(reason)
 
     def _drop_held(self, reason: str, *, for_success: bool) -> None:
-        """Drop what waits for a commit, or for anything. The scope is closed."""
+        """Drop the tasks that wait for a commit, or all held ones. The scope is closed.
+
+        :param for_success: Drop the tasks that wait for the scope's success too.
+        """
         with self._lock:
             held = tuple((self._held or {}).items())
 
@@ -124,5 +127,5 @@ class HoldingQueue(TaskQueue):
         self.drop(reason, *futures)
 
     def _take_held(self, future: TaskFuture[t.Any]) -> bool:
-        """Return whether a task is held, and hold it no more. Needs the lock."""
+        """Release a task; return whether it was held. Needs the lock."""
         return self._held is not None and self._held.pop(future, None) is not None

@@ -14,17 +14,17 @@ if t.TYPE_CHECKING:
 
     from .future import TaskFuture
 
-# What lies directly in these packages calls tasks, and is of no use in a stack. What
-# lies below, as the delivery of mail does, is a task itself.
+# Modules directly in these packages call tasks, and are of no use in a stack. Their
+# subpackages hold tasks, such as the one that delivers mail.
 _CALLERS: t.Final = (__package__, __package__.rpartition(".")[0])
 
-_NO_STACK: t.Final = "  (no stack: it is on no thread of the system, or async)\n"
+_NO_STACK: t.Final = "  (no stack: the task is async, or no thread is running it)\n"
 
 
 class OverdueTask(t.NamedTuple):
-    """A task that still runs at its deadline.
+    """A task that is still running at its deadline.
 
-    :param stack: Where its thread is, as text.
+    :param stack: The stack of its thread, as text.
     :param thread: The identifier of that thread.
     :param exit_grace: Seconds that the exit of the process may wait for it.
     """
@@ -38,7 +38,7 @@ class OverdueTask(t.NamedTuple):
 def find_overdue(
     futures: cabc.Iterable[TaskFuture[t.Any]], timeout: float
 ) -> list[OverdueTask]:
-    """Look at tasks that run at their deadline. Those done meanwhile are left out."""
+    """Describe the tasks that run at their deadline, leaving out any done meanwhile."""
     overdue: list[OverdueTask] = []
     frames = sys._current_frames()
 
@@ -50,17 +50,17 @@ def find_overdue(
                 grace = exit_grace(task, timeout)
                 overdue.append(OverdueTask(task_name(task), stack, thread, grace))
     finally:
-        # This frame is one of them: no cycle through it.
+        # This frame is one of them: avoid a reference cycle.
         del frames
 
     return overdue
 
 
 def format_stack(frame: FrameType | None) -> str:
-    """Format the stack of a thread from the first line of its task on.
+    """Format the stack of a thread, from the task's own first line on.
 
-    There is none where the thread has not begun the task, or has left it. Nor does an
-    async task have one: its thread waits for an event loop.
+    A thread that has not begun the task or has already left it has no such stack, nor
+    does an async task, whose thread waits for an event loop.
     """
     stack = [] if frame is None else [frame for frame, _ in traceback.walk_stack(frame)]
 

@@ -24,31 +24,33 @@ _pools: weakref.WeakSet[ThreadPool] = weakref.WeakSet()
 
 
 class ThreadPool:
-    """Threads that serve any number of scopes, started on demand, and kept.
+    """Threads that serve any number of scopes. Started on demand, and kept.
 
-    A scope gets a thread that is idle, or a new one. If there are ``size`` already, it
+    A scope gets an idle thread or a new one. If there are ``size`` threads already, it
     queues until one is free.
 
-    The threads are daemons, as a process could not end otherwise while a task is stuck.
-    The interpreter's exit waits for those that are busy all the same (:meth:`close`).
+    The threads are daemons, because a stuck task would otherwise keep the process from
+    exiting. The interpreter's exit still waits for those that are busy (:meth:`close`).
 
-    1.  A scope that asked for a thread gets one, or learns at once that there is none.
-    2.  At most ``size`` threads are busy or idle. Not counted are those started for a
-        scope that is waited for, at most one for each thread that waits, and those
-        abandoned with a stuck task, up to ``size`` of them (:meth:`abandon`).
-    3.  A thread keeps nothing of whoever started it, nor of a scope it has served.
+    1.  A scope that requests a thread gets one, or learns at once that there is none.
+    2.  At most ``size`` threads are busy or idle. Two kinds are not counted: at most
+        one extra thread for each thread that waits for a scope, and up to ``size``
+        threads abandoned with a stuck task (:meth:`abandon`).
+    3.  A thread keeps no reference to the code that started it or to a scope that it
+        has served.
 
     What could break it, and what prevents it:
 
-    1.  *Lost scope.* A thread finds the queue empty and goes idle; a scope, which has
-        seen no idle thread, queues. So each looks and decides in one step.
-    2.  *Fork.* The child has none of the threads, and a lock that nobody there may ever
-        release. So the pool is made anew in the child, before anything else runs.
+    1.  *Lost scope.* A thread finds the queue empty and goes idle, while a scope that
+        saw no idle thread queues. So each looks and decides in one step, under the
+        lock.
+    2.  *Fork.* The child has none of the threads, and its copy of the lock may stay
+        locked for ever. So the pool is reset in the child before anything else runs.
     3.  *Interrupted start.* A Ctrl-C hits :meth:`threading.Thread.start`, and nobody
-        can say whether the thread will come. So it is given up; should it come, it
-        finds that and ends. Until its start has succeeded, it does nothing.
+        knows whether the thread will run. So the worker is given up: if the thread
+        does run, it notices and ends. It does nothing until its start has succeeded.
 
-    :param size: The most threads, apart from the exceptions above.
+    :param size: The most threads, with the exceptions above.
     """
 
     def __init__(self, size: int) -> None:
@@ -56,7 +58,7 @@ class ThreadPool:
         self._numbers = itertools.count()
         # How often this process and those before it have forked.
         self.generation = 0
-        # Whether the last tasks took less time than it takes to wake a few threads.
+        # Whether the last tasks took less time than waking a few threads.
         self.tasks_are_small = True
         self.reset()
         _pools.add(self)
@@ -71,17 +73,17 @@ class ThreadPool:
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._abandoned: dict[Worker, OverdueTask] = {}
-        # Why no thread was to be had the last time, and what was said of that.
+        # Why no thread could be started last time, and the causes warned about so far.
         self._refusal = ""
         self._warned: set[str] = set()
         self._closed = False
 
     def request(self, scope: TaskQueue) -> bool:
-        """Have a thread serve a scope as soon as one is free.
+        """Let a thread serve a scope as soon as one is free.
 
-        If none is, and the scope is waited for, another one is started.
+        If none is free and a thread waits for the scope, start an extra one.
 
-        :return: ``False`` if the system gives no thread, so none will come.
+        :return: ``False`` if no thread can be started, so none will come.
         """
         with self._lock:
             if self._closed:
@@ -93,7 +95,8 @@ class ThreadPool:
             if worker is None:
                 self._waiting.append(scope)
 
-                # Only now: a thread that begins to wait looks in the other order.
+                # Look only after queueing: a thread that begins to wait counts itself
+                # before it looks at the queue.
                 waiters = scope.waiters
                 serving = [worker for worker in self._busy if worker.scope is scope]
 
@@ -109,8 +112,8 @@ class ThreadPool:
         return self._wake(worker)
 
     def withdraw(self, scope: TaskQueue) -> int:
-        """Drop a scope's requests that still queue, and return how many there were."""
-        # Mostly nothing queues, and this is looked at for each request.
+        """Drop a scope's queued requests, and return how many there were."""
+        # A fast path: this is called for each HTTP request, and mostly nothing queues.
         if not self._waiting:
             return 0
 
@@ -123,7 +126,7 @@ class ThreadPool:
         return count
 
     def abandon(self, scope: TaskQueue, overdue: list[OverdueTask]) -> int:
-        """Don't count the threads that a scope's tasks hold, until these are done.
+        """Stop counting the threads held by a scope's overdue tasks, until they end.
 
         :return: How many threads are abandoned now, by any scope.
         """
@@ -131,7 +134,7 @@ class ThreadPool:
 
         with self._lock:
             for worker in self._busy:
-                # It may have gone on to another scope meanwhile.
+                # The worker may have moved on to another scope meanwhile.
                 if worker.scope is scope and worker.ident in tasks:
                     self._abandoned[worker] = tasks[worker.ident]
 
@@ -139,21 +142,21 @@ class ThreadPool:
             return len(self._abandoned)
 
     def replace_abandoned(self) -> None:
-        """Let other threads take the place of those that were abandoned."""
+        """Let other threads take the places of abandoned ones."""
         while True:
             with self._lock:
-                # It looks for a scope when it comes. Until then, a thread that begins
-                # to wait finds that in the queue.
+                # The new thread only takes a scope off the queue once it runs. Until
+                # then, a thread that begins to wait still finds its scope there.
                 other = self._find_worker() if self._waiting else None
 
             if other is None or not self._wake(other):
                 return
 
     def close(self, started: float) -> None:
-        """Refuse further requests and wait for the busy threads, as the process exits.
+        """Refuse further requests and wait for the busy threads: the process exits.
 
-        For one that was abandoned with its task, or is meanwhile, as long as the task
-        is given. A WARNING names what is left behind.
+        A thread that is abandoned, before or during the wait, is only given its task's
+        ``exit_grace``. A WARNING names the tasks left behind.
 
         :param started: When the exit began, in seconds of :func:`time.monotonic`.
         """
@@ -174,7 +177,8 @@ class ThreadPool:
             log(
                 _logger,
                 logging.WARNING,
-                "The process exits, and %d task(s) past their deadline with it: %s",
+                "The process exits without waiting any longer for %d task(s) past their"
+                " deadline: %s",
                 len(left),
                 ", ".join(map(repr, left)),
             )
@@ -188,21 +192,21 @@ class ThreadPool:
         return math.inf
 
     def warn(self) -> None:
-        """Say, once for each cause, that tasks run where no thread was to be had."""
+        """Warn, once per cause, that tasks run inline for want of a thread."""
         if self._refusal not in self._warned:
             self._warned.add(self._refusal)
             log(
                 _logger,
                 logging.WARNING,
-                "No thread can be had for tasks, so they run one after the other where"
-                " they are started or waited for: %s",
+                "No thread can be started for tasks, so they run one after the other"
+                " where they are started or waited for: %s",
                 self._refusal,
             )
 
     def work(self, worker: Worker) -> bool:
         """Serve scopes until none waits.
 
-        :return: Whether the thread is to sleep now and come back when it is woken.
+        :return: Whether the thread is to sleep until it is woken, or else to end.
         """
         scope, stays = worker.scope, True
 
@@ -216,19 +220,20 @@ class ThreadPool:
         return stays
 
     def _next_scope(self, worker: Worker) -> tuple[TaskQueue | None, bool]:
-        """Return the scope that a worker serves next, and whether the worker stays."""
+        """Return the next scope for a worker, and whether the worker stays."""
         with self._lock:
             self._abandoned.pop(worker, None)
             scope = worker.scope
 
-            # It has queued while this worker still counted as serving it.
+            # The scope has queued again while this worker still counted as serving it.
             if scope is not None and worker.extra and scope in self._waiting:
                 self._waiting.remove(scope)
                 return scope, True
 
             worker.scope = None
             worker.extra = False
-            # It is not busy if it was given up, or in a child that a task has forked.
+            # A worker is not among the busy ones if it was given up, or in the child of
+            # a task that forked.
             surplus = worker not in self._busy or self._count() > self._size
 
             if self._waiting and not surplus:
@@ -245,7 +250,7 @@ class ThreadPool:
             return None, True
 
     def _find_worker(self) -> Worker | None:
-        """Return a worker, now busy, that is idle or new. Needs the lock."""
+        """Return an idle or new worker, marked busy, or ``None``. Needs the lock."""
         if self._idle:
             worker = self._idle.pop()
         elif self._closed or self._count() >= self._size:
@@ -257,12 +262,12 @@ class ThreadPool:
         return worker
 
     def _count(self) -> int:
-        """Count the threads that the size limits. Needs the lock."""
+        """Count the threads that ``size`` limits. Needs the lock."""
         abandoned = min(len(self._abandoned), self._size)
         return len(self._busy) + len(self._idle) - abandoned
 
     def _wake(self, worker: Worker) -> bool:
-        """Wake a thread, or start it if it is new, and return whether it comes."""
+        """Wake a worker, starting its thread if it is new. Return whether it comes."""
         try:
             if not worker.ident:
                 self._start(worker)
@@ -272,7 +277,7 @@ class ThreadPool:
                 self._busy.discard(worker)
                 self._settled.notify_all()
 
-            # Should it come after all, it ends.
+            # If the thread runs after all, it ends.
             worker.awake.release()
 
             if not isinstance(error, RuntimeError):
@@ -287,11 +292,11 @@ class ThreadPool:
     def _start(self, worker: Worker) -> None:
         """Start a worker's thread.
 
-        :raises RuntimeError: The system gives none.
+        :raises RuntimeError: No thread can be started.
         """
         if not threads_enabled():
             raise RuntimeError(
-                "this uWSGI lets no thread run but those of requests. Add"
+                "this uWSGI runs no threads but those that serve requests. Add"
                 " 'enable-threads = true' to its configuration."
             )
 
@@ -305,19 +310,18 @@ class ThreadPool:
         )
 
     def __del__(self) -> None:
-        # They find the pool gone, and end.
+        # The idle workers wake, find the pool gone, and end.
         for worker in self._idle:
             worker.awake.release()
 
 
 def threads_enabled() -> bool:
-    """Return whether threads of this process run while it serves no request.
+    """Return whether threads of this process run while no request is being served.
 
-    Before 2.0.27, uWSGI keeps Python's global lock between requests unless it is told
-    otherwise. A thread freezes there until the next request comes, in the middle of
-    what it does.
+    Before 2.0.27, uWSGI holds Python's global lock between requests unless told
+    otherwise, so threads freeze in mid-work until the next request comes.
     """
-    # uWSGI puts it there itself: it is no module that could be imported.
+    # uWSGI puts this module into sys.modules itself; it can't be imported.
     return getattr(sys.modules.get("uwsgi"), "has_threads", True)
 
 
@@ -334,8 +338,8 @@ def _reset_all() -> None:
         pool.reset()
 
 
-# Before any function of atexit, as the standard library's pool does it. A child of
-# multiprocessing calls those that are registered here, and none of atexit's.
+# This runs before any atexit function, as the standard library's pool does. Besides, a
+# child of multiprocessing calls the functions registered here, but none of atexit's.
 getattr(threading, "_register_atexit", atexit.register)(_close_all)
 
 if hasattr(os, "register_at_fork"):

@@ -20,18 +20,18 @@ if t.TYPE_CHECKING:
 
 _logger = logging.getLogger("flask_apitask")
 
-# Seconds that one thread of the pool has to itself before a waiting one calls more.
-# Small tasks are done by then: a thread wakes within some 20 us.
+# Seconds for which a waiting thread lets one thread of the pool work alone before it
+# requests more. Small tasks are done by then: a thread wakes within some 20 us.
 _HEAD_START: t.Final = 30e-6
-# Seconds up to which a task counts as small: some wake-ups of a thread.
+# Seconds up to which a task counts as small: about as long as waking a few threads.
 _SMALL: t.Final = 200e-6
 
 
 class _Barrier:
-    """What a thread sleeps on that waits for tasks. Guarded by the scope's lock.
+    """What a thread that waits for tasks sleeps on. Guarded by the scope's lock.
 
-    :param last: The index of the last of them.
-    :param remaining: How many of them are not done.
+    :param last: The index of the last task to wait for.
+    :param remaining: How many of the tasks are not done.
     """
 
     __slots__ = ("last", "lock", "remaining")
@@ -39,32 +39,33 @@ class _Barrier:
     def __init__(self, last: int, remaining: int) -> None:
         self.last = last
         self.remaining = remaining
-        # Held until none remains.
+        # Held until no task remains.
         self.lock = threading.Lock()
         self.lock.acquire()
 
     def sleep(self, timeout: float | None) -> None:
-        """Sleep until none remains, without the scope's lock."""
+        """Sleep until no task remains. Called without the scope's lock."""
         if self.remaining:
             limit = -1 if timeout is None else max(0, timeout)
             self.lock.acquire(timeout=min(limit, threading.TIMEOUT_MAX))
 
 
 class TaskQueue:
-    """The tasks of a scope, the threads that run them, and those that wait for them.
+    """The tasks of a scope, the threads that run them, and those waiting for them.
 
     What could break it, and what prevents it:
 
-    1.  *Lost wake-up.* A thread finds the cap reached and leaves; the one that runs
-        finishes and leaves as well. So a slot is given back and the next task taken in
-        one step, under the lock.
-    2.  *Late submit.* A task comes between the last look at the queue and the end. So
-        ``_closed`` is set before the wait, and read by ``submit``, under the lock.
+    1.  *Lost wake-up.* A thread finds the cap reached and leaves; the one that is
+        running finishes and leaves as well. So giving a slot back and taking the next
+        task is one step, under the lock.
+    2.  *Late submit.* A task arrives between the last look at the queue and the end. So
+        ``_closed`` is set before the wait, and ``submit`` reads it under the lock.
     3.  *A thread that can't come.* One thread is about to queue the scope at a full
-        pool; another begins to wait, and finds nothing queued yet. So the one that
-        waits counts itself before it looks, and the pool queues before it looks.
-    4.  *Fork.* The child has tasks that run in the parent, and a lock that nobody may
-        ever release. So whether it is a child is looked at before the lock is touched.
+        pool; another begins to wait, and finds nothing queued yet. So a thread that
+        waits counts itself before it looks at the queue, and the pool queues before it
+        looks for waiting threads.
+    4.  *Fork.* The child has tasks that run in the parent, and its copy of the lock may
+        stay locked for ever. So a fork is checked for before the lock is taken.
     """
 
     def __init__(
@@ -79,19 +80,19 @@ class TaskQueue:
         self._timeout = timeout
         self._runner = runner or Runner()
         self._generation = pool.generation
-        # Guards everything below. Held for bookkeeping only: never while a task, a done
-        # callback or the pool runs.
+        # Guards everything below. Held only for bookkeeping, never while a task, a done
+        # callback or the pool's code runs.
         self._lock = threading.Lock()
         self._queue: deque[TaskFuture[t.Any]] = deque()
         self._running: set[TaskFuture[t.Any]] = set()
         self._barriers: list[_Barrier] = []
         self._submitted = 0
         self._unfinished = 0
-        # How many threads are yet to come.
+        # How many requested threads have not come yet.
         self._requested = 0
-        # Of the thread that is going to call more of them in a moment.
+        # The barrier of a waiting thread that will request more threads in a moment.
         self._head_start: _Barrier | None = None
-        # How many threads wait. Read by the pool, without the lock.
+        # How many threads wait. The pool reads it without the lock.
         self.waiters: int = 0
         self._closed = False
 
@@ -104,14 +105,14 @@ class TaskQueue:
         self._submitted = future.index = self._submitted + 1
         self._unfinished += 1
         self._queue.append(future)
-        # The thread that comes may have done all small tasks by the time that another
-        # one is awake. If not, it calls that.
+        # By the time that a second thread is awake, the first one may have done all
+        # small tasks. If not, the first one requests the second.
         waits = self._requested and self._pool.tasks_are_small
         return 0 if waits else self._claim_threads(self._max_workers)
 
     @contextlib.contextmanager
     def waiting(self) -> cabc.Iterator[None]:
-        """Let a thread that waits for one of the tasks in here have its thread."""
+        """Make sure that a thread comes while the caller waits for one of the tasks."""
         if self._forked:
             yield
             return
@@ -127,9 +128,9 @@ class TaskQueue:
             self._stop_waiting()
 
     def _wait_for(self, future: TaskFuture[t.Any]) -> bool:
-        """Queue what counts as waited for until :meth:`_stop_waiting`, if that is open.
+        """Queue a future that counts as waited for until :meth:`_stop_waiting`.
 
-        :return: Whether it is open.
+        :return: ``False`` if the scope is closed, and nothing was queued.
         """
         with self._lock:
             if self._closed:
@@ -146,10 +147,10 @@ class TaskQueue:
             self.waiters -= 1
 
     def serve(self, how: How) -> None:
-        """Run what is queued, and have another thread come if there is more of it.
+        """Run queued tasks, and request another thread if there are more of them.
 
-        Called by the threads of the pool. They come one by one, for as long as there is
-        work left for them, as waking a thread may take longer than a task does.
+        The pool's threads call this. Each requests only the next one, as long as there
+        is work left, because waking a thread may take longer than a task.
         """
         with self._lock:
             self._requested -= how == "thread"
@@ -179,27 +180,27 @@ class TaskQueue:
             with self._lock:
                 following = self._next(future)
 
-            # Not under the lock, as it may be the last reference to a result.
+            # Not under the lock, because this may drop the last reference to a result.
             future = following
 
         self._pool.tasks_are_small = (time.monotonic() - started) / count < _SMALL
 
     @staticmethod
     def _run(future: TaskFuture[t.Any], how: How) -> None:
-        """Run a task. Whatever happens to its future, the next one has its turn."""
+        """Run a task. Never raises, so that the next task runs in any case."""
         try:
             future.run(how)
         except BaseException as error:
-            # Somebody has set the outcome, say, which is for the scope to do.
+            # Other code may have set the outcome, which only the scope should do.
             log(
                 _logger,
                 logging.ERROR,
-                "%r can't have its outcome.",
+                "The outcome of %r could not be set.",
                 future,
                 error=error,
             )
         finally:
-            # What failed refers to this frame, as its caller: no cycle through it.
+            # The traceback refers to this frame: avoid a reference cycle.
             del future
 
     def _join(self, timeout: float | None) -> int:
@@ -236,13 +237,13 @@ class TaskQueue:
                 self._barriers.remove(barrier)
 
     def _expedite(self, lacking: int) -> None:
-        """Request threads such that none queues at the pool while this one waits."""
-        # What queues is requested anew: the pool sees now that it is waited for.
+        """Request threads, and leave no request in the pool's queue during the wait."""
+        # Queued requests are made again: now the pool sees that a thread waits.
         if lacking := lacking or self._pool.withdraw(self):
             self._request_threads(lacking)
 
     def _claim_threads(self, most: int) -> int:
-        """Return how many threads to request now, and note that. Needs the lock."""
+        """Count more threads as requested, and return how many. Needs the lock."""
         if not self._queue:
             return 0
 
@@ -256,15 +257,15 @@ class TaskQueue:
         return lacking
 
     def _request_threads(self, count: int, *, serves: bool = False) -> None:
-        """Request threads that were claimed, and do without if there are none at all.
+        """Request claimed threads. If there are none at all, run the tasks here.
 
-        :param serves: This thread serves the queue anyway.
+        :param serves: The caller serves the queue anyway.
         """
         try:
             while count and self._pool.request(self):
                 count -= 1
         except BaseException:
-            # A Ctrl-C. Other threads may rely on these requests.
+            # A Ctrl-C, for example. Other threads may rely on these requests.
             self._request_threads(count, serves=serves)
             raise
 
@@ -279,12 +280,12 @@ class TaskQueue:
             if alone:
                 self.serve("inline")
 
-        # It may have ended before a request could be withdrawn.
+        # The scope may have ended before these requests could be withdrawn.
         if self._closed:
             self._drop_requests()
 
     def _drop_requests(self) -> None:
-        """Let the pool not keep a scope, and so a request, that needs no thread."""
+        """Withdraw useless requests, which would keep the scope and all it holds."""
         if self._requested and not self._queue:
             self._pool.withdraw(self)
 
@@ -310,9 +311,10 @@ class TaskQueue:
         return future
 
     def _leave_to_parent(self) -> None:
-        """Forget all tasks: one has forked, and this is the child.
+        """Forget all tasks: one of them has forked, and this is the child.
 
-        Nor are they waited for in here, where the task may have run inline.
+        Nothing waits for them here any more. (If the task ran inline, its thread may be
+        one that waits.)
         """
         self._lock = threading.Lock()
         self._queue.clear()
@@ -321,11 +323,11 @@ class TaskQueue:
             barrier.remaining = 0
 
     def _cancel_queued(self) -> list[str]:
-        """Cancel what no thread has begun, and return the names."""
+        """Cancel the tasks that no thread has begun, and return their names."""
         with self._lock:
             queued = list(self._queue)
             self._queue.clear()
-            # So that they count as unfinished until they are done.
+            # They still count as unfinished until _next() below.
             self._running.update(queued)
 
         names = [task_name(future.task) for future in queued if not future.cancelled()]

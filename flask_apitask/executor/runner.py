@@ -19,10 +19,11 @@ class TimeoutReport(t.NamedTuple):
     """What a scope left behind when it ended at its deadline.
 
     :param timeout: Seconds that it waited.
-    :param cancelled: The names of tasks that no thread had begun. They never run.
-    :param running: The names of tasks that still run, each with the stack, as text,
-        that its thread was in.
-    :param abandoned: How many threads of the pool such tasks hold now, of any scope.
+    :param cancelled: The names of tasks that no thread had begun. They will never run.
+    :param running: The names of tasks still running, each with its thread's stack as
+        text.
+    :param abandoned: How many threads of the pool the overdue tasks of all scopes hold
+        now.
     """
 
     timeout: float
@@ -32,11 +33,11 @@ class TimeoutReport(t.NamedTuple):
 
 
 class Runner:
-    """How a scope calls its tasks. This one calls them, and does nothing else."""
+    """How a scope calls its tasks. This base class does nothing but call them."""
 
-    # What a task has raised that whoever ends the scope is to raise.
+    # What a task has raised and the end of the scope is to raise.
     raised: BaseException | None = None
-    # Copies the context variables of whoever starts a task, for the task.
+    # Copies the context variables of the thread that starts a task, for the task.
     copy_context: cabc.Callable[[], contextvars.Context]
     copy_context = staticmethod(contextvars.copy_context)
 
@@ -48,7 +49,7 @@ class Runner:
         submitted: float,
         how: How,
     ) -> t.Any:
-        """Call a task, on the thread and with the context variables that it has.
+        """Call a task, on its thread and with its context variables.
 
         :param submitted: Seconds of :func:`time.monotonic`.
         """
@@ -73,13 +74,13 @@ class Runner:
         submitted: float,
         reason: str | None = None,
     ) -> None:
-        """Say that a task never runs, with the context variables of the task.
+        """Report that a task will never run. Called with its context variables.
 
-        :param reason: Part of a sentence; ``None`` if its future was cancelled.
+        :param reason: A clause; ``None`` if the future was cancelled.
         """
         if reason is not None:
             log(_logger, logging.INFO, "%r was dropped: %s.", task, reason)
 
     def report(self, report: TimeoutReport) -> None:
-        """Say what a scope left behind, in the thread that waited. Never raises."""
+        """Report what a scope left behind, in the thread that waited. Never raises."""
         log(_logger, logging.WARNING, "A scope left tasks behind: %s", report)

@@ -25,41 +25,44 @@ T = t.TypeVar("T")
 
 
 class TaskScope(HoldingQueue, concurrent.futures.Executor):
-    """An executor with the lifetime of one request, or of one block of code.
+    """An executor that lives as long as one request or one block of code.
 
-    It has a queue, a cap and an end of its own, and borrows the threads that it runs
-    on. :func:`.open_scope` and :class:`.ApiTask` make one; don't make one yourself.
-    What takes an executor works with it, such as :func:`concurrent.futures.wait` and
-    :meth:`asyncio.loop.run_in_executor`.
+    It has its own queue, cap and end, and borrows its threads from a pool. Don't create
+    one yourself: :func:`.open_scope` and :class:`.ApiTask` do. It works with everything
+    that takes an executor or its futures, such as
+    :meth:`asyncio.loop.run_in_executor` and :func:`concurrent.futures.wait`.
 
-    1.  A task whose :meth:`submit` returned runs exactly once, unless its future is
-        cancelled, the scope is shut down with ``cancel_futures`` or ends at a deadline.
-    2.  Tasks begin in the order of their submission, ``max_workers`` at once at most.
-    3.  No task runs on the thread that submits it or waits for it, unless the system
-        gives no thread at all. Then it runs there, in order, and a warning says so.
-    4.  A scope that is waited for gets a thread, if need be one beyond the pool's size,
-        and at most one for each thread that waits.
-    5.  When a wait is over, nothing in here refers to the arguments of its tasks.
+    1.  Once :meth:`submit` has returned, the task runs exactly once, unless its future
+        is cancelled, or the scope is shut down with ``cancel_futures`` or ends at a
+        deadline.
+    2.  Tasks begin in the order of their submission, at most ``max_workers`` at once.
+    3.  No task runs on a thread that submits it or waits for it, unless no thread can
+        be started at all. Then it runs there, in order, and a warning says so.
+    4.  When a thread waits for a scope, the scope gets a thread, if need be one beyond
+        the pool's size; at most one extra for each thread that waits.
+    5.  After a wait, the scope keeps no reference to the arguments of its tasks.
 
-    No task may wait for a later one of its scope. No signal handler or finalizer may
-    submit: it may interrupt a thread that holds the lock.
+    A task must not wait for a later one of its scope. A signal handler or finalizer
+    must not submit, because it may interrupt a thread that holds the lock.
 
-    :param timeout: Seconds that :meth:`end` waits, ``None`` for as long as it takes.
+    :param timeout: The most seconds that :meth:`end` waits, ``None`` for as long as it
+        takes.
     """
 
     @property
     def closed(self) -> bool:
-        """Whether further tasks are refused. In a forked child they always are."""
+        """Whether new tasks are refused. In a forked child they always are."""
         return self._closed or self._forked
 
     def submit(
         self, fn: cabc.Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> TaskFuture[T]:
-        """Run a task on a thread of the pool, in the Flask context of the caller.
+        """Run a task on a thread of the pool, with the caller's context variables.
 
-        :param fn: A callable. Every argument after it belongs to it.
+        :param fn: A callable. All further arguments are its own.
         :raises TypeError: ``fn`` can't be called.
-        :raises ScopeClosed: The scope has ended. :func:`.run` makes a plain call then.
+        :raises ScopeClosed: The scope has ended. :func:`.run` makes a plain call
+            instead.
         """
         task: t.Any = fn
 
@@ -84,16 +87,17 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
             return future
         finally:
-            # The traceback of what failed inline refers to this frame: no cycle.
+            # The traceback of a task that failed inline refers to this frame: avoid a
+            # reference cycle.
             del future
 
     def call_back(self, fn: cabc.Callable[..., object], *args: t.Any) -> bool:
-        """Call a function on a thread of the pool, and wait for it as for a task.
+        """Call a function on a thread of the pool; the scope waits for it too.
 
-        Whoever asks for that may wait for it, in ways of its own. So this counts as a
+        The caller may wait for the function in its own way, so this call counts as a
         thread that waits.
 
-        :return: ``False`` if the scope has ended, and nothing is called.
+        :return: ``False`` if the scope has ended, so the function is not called.
         """
         work: Work = self._call_back, (fn, *args), {}, time.monotonic()
         future: TaskFuture[None] = TaskFuture(Runner(), self, work)
@@ -106,10 +110,11 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
             self._stop_waiting()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Block until the tasks submitted so far are done, however they end.
+        """Block until the tasks submitted so far have ended, in whatever way.
 
-        :param timeout: Seconds to wait at most, ``None`` for as long as it takes.
-        :raises TimeoutError: Some are not done yet. They go on, and so does the scope.
+        :param timeout: The most seconds to wait, ``None`` for as long as it takes.
+        :raises TimeoutError: Some tasks are not done yet. They keep running, and the
+            scope stays open.
         """
         unfinished = 0 if self._forked else self._join(timeout)
 
@@ -119,13 +124,13 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
             )
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Refuse further tasks, and wait for those submitted, without a deadline.
+        """Refuse new tasks, and wait for those submitted, without a deadline.
 
-        A request's scope is ended for you; call this to end it early. Doing it twice
+        A request's scope is ended for you; call this to end it early. Calling it twice
         is harmless.
 
         :param wait: Block until the tasks are done.
-        :param cancel_futures: Cancel those that no thread has begun.
+        :param cancel_futures: Cancel the tasks that no thread has begun.
         """
         if self._forked:
             return
@@ -143,17 +148,17 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
         self._drop_requests()
 
     def end(self) -> BaseException | None:
-        """Refuse further tasks, and wait for those submitted until the deadline.
+        """Refuse new tasks, and wait until the deadline for those submitted.
 
-        The runner reports what is left behind then.
+        The runner reports the tasks that are left behind.
 
-        :return: What the runner would have raised, if anything, and once only.
+        :return: The exception that the runner kept to be raised, if any; only once.
         """
         if not self._forked:
             with self._lock:
                 self._closed = True
 
-            # Most scopes hold nothing.
+            # A fast path: most scopes hold no deferred tasks.
             if self._held:
                 reason = "its scope ended before the commit"
                 self._drop_held(reason, for_success=False)
@@ -167,7 +172,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
         return raised
 
     def _give_up(self, timeout: float) -> None:
-        """Cancel what is queued, have what runs replaced, and report both."""
+        """Cancel queued tasks, replace the threads of running ones, and report both."""
         cancelled = self._cancel_queued()
 
         with self._lock:
@@ -179,7 +184,8 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
         try:
             self._pool.replace_abandoned()
         finally:
-            # Whoever is interrupted and ends it again finds nothing to report.
+            # Even after an interrupt: ending the scope again would find nothing to
+            # report.
             if cancelled or overdue:
                 stacks = [(task.name, task.stack) for task in overdue]
                 report = TimeoutReport(timeout, cancelled, stacks, abandoned)
@@ -204,7 +210,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
 def _refusal(fn: object) -> ScopeClosed:
     return ScopeClosed(
-        f"Task {task_name(fn)!r} was submitted to a scope that has ended. Submit"
-        " before the end of the request or of the 'with' block, or use run(), which"
-        " then calls the task on the spot."
+        f"Task {task_name(fn)!r} was submitted to a scope that has ended. Submit it"
+        " before the request or the 'with' block ends, or use run(), which then calls"
+        " the task on the spot."
     )

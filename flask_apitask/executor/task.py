@@ -12,21 +12,22 @@ if t.TYPE_CHECKING:
 T_co = t.TypeVar("T_co", covariant=True)
 F = t.TypeVar("F", bound="cabc.Callable[..., t.Any]")
 
-# The functions that task() has named, by their names, for as long as they live.
+# The functions named by task(), by name, for as long as they live.
 _named: dict[str, list[weakref.ref[types.FunctionType]]] = {}
-# Each is called with a name and its functions, the newest last, which it may refuse.
+# Each is called with a name and its functions, the newest last, and may raise to refuse
+# the newest.
 naming_checks: list[cabc.Callable[[str, list[types.FunctionType]], None]] = []
 
 
 class Task(t.Protocol[T_co]):
-    """What :func:`.run` takes beside a plain callable: a unit of work with a name.
+    """A unit of work with a name, which :func:`.run` takes instead of a callable.
 
-    Write one where a task carries state of its own; for all else a function does.
+    Write one for a task that carries its own state; otherwise a function will do.
     """
 
     @property
     def name(self) -> str:
-        """What logs and signals call it. Low-cardinality: never with an id in it."""
+        """Its name in logs and signals. Keep it low-cardinality: no ids in it."""
         ...
 
     def run(self) -> T_co:
@@ -35,18 +36,18 @@ class Task(t.Protocol[T_co]):
 
 
 def task(name: str) -> cabc.Callable[[F], F]:
-    """Name a function, for logs and signals, and return it unchanged otherwise.
+    """Name a function for logs and signals, and return it otherwise unchanged.
 
-    Without it a task is called by its module and qualified name, which is enough for
-    most; name one where that is a moving target or where several functions are one
+    By default, a task's name is its module and qualified name, which is enough for
+    most tasks. Set a name if that keeps changing, or if several functions do the same
     kind of work. ::
 
         @task("mailer.welcome")
         def send_welcome(user_id): ...
 
-    :param name: Low-cardinality: ``"mailer.welcome"``, never with an id in it.
-    :raises TypeError: The name is missing, as in a bare ``@task``, or what it is for
-        can't be named.
+    :param name: Low-cardinality: ``"mailer.welcome"``, with no ids in it.
+    :raises TypeError: The name is missing, as in a bare ``@task``, or the object can't
+        be named.
     :raises ValueError: Another function has this name, and :data:`APITASK_ROUTES`
         sends it to Celery, which knows a task by its name alone.
     """
@@ -59,15 +60,15 @@ def task(name: str) -> cabc.Callable[[F], F]:
     def decorator(fn: F) -> F:
         if not callable(fn):
             raise TypeError(
-                f"task({name!r}) names a function, and not {fn!r}. Put it right above"
-                " the 'def'."
+                f"task({name!r}) names a function, not {fn!r}. Put it right above the"
+                " 'def'."
             )
 
         try:
             fn.task_name = name  # type: ignore[attr-defined]
         except AttributeError:
             raise TypeError(
-                f"{fn!r} takes no name: bound methods and built-in functions don't."
+                f"{fn!r} can't be named, like all bound methods and built-in functions."
                 " Name the function where it is defined, or a functools.partial of it."
             ) from None
 
@@ -86,20 +87,20 @@ def task(name: str) -> cabc.Callable[[F], F]:
 
 
 def find_named(name: str) -> list[types.FunctionType]:
-    """Return the functions that a name was given to, the newest last."""
+    """Return the functions with this name, the newest last."""
     functions = [reference() for reference in _named.get(name, ())]
     return [function for function in functions if function is not None]
 
 
 def all_names() -> list[str]:
-    """Return the names that were given so far."""
+    """Return the names given so far."""
     return list(_named)
 
 
 def make_callable(task: t.Any) -> t.Any:
-    """Return what calls a task: itself, or the ``run`` of a :class:`Task`, by its name.
+    """Return a callable as it is, or the ``run`` of a :class:`Task`, with its name.
 
-    :raises TypeError: It is neither. The text says what was given, and the likely
+    :raises TypeError: The task is neither. The message shows it, and names the likely
         mistake.
     """
     if callable(task):
@@ -108,7 +109,8 @@ def make_callable(task: t.Any) -> t.Any:
     if not (hasattr(task, "name") and callable(getattr(task, "run", None))):
         raise TypeError(
             f"A task is a callable, or an object with 'name' and 'run()', not {task!r}."
-            " Pass the function and its arguments apart: run(fn, x), not run(fn(x))."
+            " Pass the function and its arguments separately: run(fn, x), not"
+            " run(fn(x))."
         )
 
     run = functools.partial(task.run)
@@ -121,7 +123,7 @@ def make_callable(task: t.Any) -> t.Any:
 
 
 def task_name(task: t.Any) -> str:
-    """Return the name a callable was given, or its module and qualified name."""
+    """Return the name of a callable: its own, or its module and qualified name."""
     task = _unwrap(task, "task_name")
 
     # A mock has every attribute.
@@ -129,15 +131,15 @@ def task_name(task: t.Any) -> str:
         return name
 
     named = task if hasattr(task, "__qualname__") else type(task)
-    # A method of a type that is written in C may have no module.
+    # A method of a type written in C may have no module.
     module = getattr(named, "__module__", None)
     return f"{module}.{named.__qualname__}" if module else named.__qualname__
 
 
 def exit_grace(task: t.Any, timeout: float) -> float:
-    """Return for how many seconds the exit waits for a task past its deadline.
+    """Return how many seconds the process's exit waits for a task past its deadline.
 
-    :param timeout: For a task that has no attribute ``exit_grace``.
+    :param timeout: The default for a task without an ``exit_grace`` attribute.
     """
     grace = getattr(_unwrap(task, "exit_grace"), "exit_grace", timeout)
 
@@ -149,7 +151,7 @@ def exit_grace(task: t.Any, timeout: float) -> float:
 
 
 def _unwrap(task: t.Any, attribute: str) -> t.Any:
-    """Return the partial, or else the callable below it, that has an attribute."""
+    """Return the outermost partial with an attribute, or the callable inside."""
     while isinstance(task, functools.partial) and not hasattr(task, attribute):
         task = task.func
 

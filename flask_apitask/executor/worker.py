@@ -12,33 +12,33 @@ if t.TYPE_CHECKING:
 
 
 class Worker:
-    """A thread of a pool, which works and sleeps in turns.
+    """A thread of a pool, which alternates between working and sleeping.
 
-    :param extra: It is beyond the pool's size, for a scope that is waited for.
+    :param extra: Whether it exceeds the pool's size, for a scope with a waiting thread.
     """
 
     __slots__ = ("awake", "extra", "ident", "scope")
 
     def __init__(self, extra: bool = False) -> None:
-        # The worker sleeps by acquiring this lock once more, and is woken by a release:
-        # for the first time when its start has succeeded.
+        # The worker sleeps by acquiring this lock again, and a release wakes it. The
+        # first release comes once its start has succeeded.
         self.awake: threading.Lock = threading.Lock()
         self.awake.acquire()
         self.extra: bool = extra
-        # What it serves.
+        # The scope that it serves.
         self.scope: TaskQueue | None = None
-        # The identifier of its thread, which sets it.
+        # The identifier of its thread, set by the thread itself.
         self.ident: int = 0
 
     def start(self, name: str, pool: weakref.ref[ThreadPool]) -> None:
         """Start the thread.
 
-        :raises RuntimeError: The system gives none.
+        :raises RuntimeError: The system can't start one.
         """
         thread = threading.Thread(
             target=self._run, args=(pool,), name=name, daemon=True
         )
-        # In an empty context: else it may keep the request that starts it, for good.
+        # In an empty context, so that it does not keep the request that starts it.
         contextvars.Context().run(thread.start)
 
     def _run(self, reference: weakref.ref[ThreadPool]) -> None:
@@ -46,7 +46,8 @@ class Worker:
 
         while True:
             self.awake.acquire()
-            # While it sleeps, it does not keep the pool alive.
+            # Only a weak reference while asleep, so that it does not keep the pool
+            # alive.
             pool = reference()
 
             if pool is None or not pool.work(self):

@@ -15,14 +15,14 @@ if t.TYPE_CHECKING:
 
 
 class Outbox:
-    """How to tell of messages that are not sent, as in tests.
+    """Announces messages that are suppressed and so not sent, as in tests.
 
-    :param on_success: Tell of them only where they would be sent, and in order.
+    :param on_success: Announce only those that would be sent, and in order.
     """
 
     def __init__(self, on_success: bool) -> None:
         self._on_success = on_success
-        # What tells of the last one, by the scope.
+        # The future of the last announcement of each scope.
         self._last: weakref.WeakKeyDictionary[
             TaskScope, concurrent.futures.Future[None]
         ] = weakref.WeakKeyDictionary()
@@ -31,7 +31,7 @@ class Outbox:
         scope, held = find_holder() if self._on_success else None, None
 
         if scope is not None:
-            # Not by run_on_success(): it is not sent, so it does not go to Celery.
+            # Not with run_on_success(): nothing is sent, so nothing may go to Celery.
             work = self._last.get(scope), announce
             held = scope.hold(_tell_next, work, {}, for_success=True)
 
@@ -50,5 +50,5 @@ def _tell_next(
     announce()
 
 
-# Not by task(), which would name a second function so.
+# Not with task(), which would give a second function this name.
 _tell_next.task_name = "flask_mail.send"  # type: ignore[attr-defined]

@@ -32,53 +32,53 @@ if t.TYPE_CHECKING:
 
 
 class Change:
-    """What somebody has put in place of something of Flask-Mail's, and has to be there.
+    """Other code in place of parts of Flask-Mail, which must still be there to send.
 
-    :param name: The first of it, for the log.
+    :param name: The first changed part, for the log.
     """
 
     def __init__(self, mail: object, method: str, suppress: bool, name: str) -> None:
         self.name = name
-        # But for the method itself, which the task has.
+        # All parts but the method itself, which the task holds.
         other = "send" if method == "connect" else "connect"
         self._find_parts = functools.partial(_find_parts, mail, suppress, other)
         self._changed = [part for part in self._find_parts() if part.is_changed]
 
     def check(self) -> None:
-        """Refuse to send by anything else, such as Flask-Mail after the end of a mock.
+        """Refuse to send any other way, such as by Flask-Mail after a mock has ended.
 
-        :raises DeliveryError: It is not there any more.
+        :raises DeliveryError: The change is no longer there.
         """
         found = {part.path: part.value for part in self._find_parts()}
 
         for path, value, _ in self._changed:
             if found.get(path) is not value:
                 raise DeliveryError(
-                    f"Nothing was sent: {'.'.join(path)} was changed as the message was"
-                    " sent in the request, and the change was undone before a task had"
-                    " used it. Undo a patch after the tasks of the request."
+                    f"Nothing was sent: {'.'.join(path)} was changed when the request"
+                    " sent the message, but the change was undone before the task ran."
+                    " Undo a patch only after the tasks of the request are done."
                 )
 
 
 def find_change(mail: object, name: str, suppress: bool) -> Change | None:
-    """Find what somebody has put in place of something of Flask-Mail's, if it is so.
+    """Return a change if other code is in place of a part of Flask-Mail.
 
     :param name: ``"send"`` or ``"connect"``, of a ``Mail``.
-    :param suppress: Nothing is to be sent, so it does not matter how.
+    :param suppress: Nothing is to be sent, so changes to :mod:`smtplib` don't matter.
     """
     for part in _find_parts(mail, suppress, name):
         if part.is_changed:
             return Change(mail, name, suppress, str(part))
 
         if name == "send":
-            # It calls connect().
+            # send() calls connect(), where the rest is checked.
             break
 
     return None
 
 
 def _find_parts(mail: object, suppress: bool, name: str) -> cabc.Iterator[Part]:
-    # As it is there, not bound to anything.
+    # Look up the function itself, not a bound method.
     holders = mail, *type(mail).__mro__
     method = next(vars(h)[name] for h in holders if name in vars(h))
     path = type(mail).__name__, name
@@ -93,16 +93,16 @@ def _find_parts(mail: object, suppress: bool, name: str) -> cabc.Iterator[Part]:
 def use_change(
     app: Flask, change: Change, name: str, value: t.Any, start: Start | None
 ) -> t.Any:
-    """Have a task call somebody else's ``send`` or ``connect``, and say so once.
+    """Let a task call somebody else's ``send`` or ``connect``, and warn once.
 
-    :param start: What starts the task; ``None`` where it is a plain call.
+    :param start: Starts the task; ``None`` where it is a plain call.
     """
     log_once(
         app,
         f"mail_{change.name}",
-        "Flask-Mail is changed: %s. That sends the mail of this app, then, in the"
-        " background as before, but with no kept connections and no pipelining; the"
-        " APITASK_MAIL_* keys of connections have no effect.",
+        "Flask-Mail was changed: %s. The changed code sends the mail of this app, still"
+        " in the background, but without kept connections and pipelining. The"
+        " APITASK_MAIL_* keys for connections have no effect.",
         change.name,
     )
 
@@ -114,17 +114,17 @@ def use_change(
 
 
 class _InTask(functools.partial[t.Any]):
-    """Has a task call a method, and is that method to those who look at it: a mock."""
+    """Lets a task call a method, but looks like the method itself, such as a mock."""
 
     def __getattr__(self, name: str) -> t.Any:
         return getattr(self.args[-1], name)
 
 
 class RecordedConnection:
-    """What ``mail.connect()`` returns where somebody else's code sends.
+    """The result of ``mail.connect()`` where somebody else's code sends.
 
-    What is done with it in a ``with`` block is done later by one task, with what the
-    other ``connect()`` returns there: all of it is theirs, and none of it ours.
+    It records the calls in a ``with`` block, and one task repeats them later on the
+    result of the other ``connect()``. So only the other code sends, and none of ours.
     """
 
     host = None
@@ -152,7 +152,7 @@ class RecordedConnection:
             raise AttributeError(name)
 
         if self._calls is None:
-            # Not in a block, whose end would send: it is as without us.
+            # Outside a block, there is no end at which to send: call it directly.
             return getattr(self._connect(), name)
 
         return functools.partial(self._record, name)
@@ -165,7 +165,7 @@ class RecordedConnection:
 
 
 def _freeze(value: t.Any) -> t.Any:
-    """Take a message as it is now. A mock in the place of its class has none."""
+    """Copy a message as it is now. Leave anything else, such as a mock, as it is."""
     return snapshot(value) if isinstance(value, Message) else value
 
 
@@ -183,8 +183,8 @@ def _send(
         recorded.send(*args, **kwargs)
 
 
-# It has no exit_grace, unlike our own: Flask-Mail gives smtplib no timeout, so nothing
-# else bounds it.
+# Unlike our own delivery, this has no exit_grace of None: Flask-Mail gives smtplib no
+# timeout, so the process might wait for ever at its exit.
 def _replay(
     change: Change, connect: cabc.Callable[[], t.Any], calls: list[Call]
 ) -> None:
@@ -198,7 +198,7 @@ def _replay(
     except DeliveryError:
         raise
     except smtplib.SMTPException as error:
-        # Its text is logged, and shows addresses and what the server says.
+        # The original text would be logged, with addresses and the server's words.
         recipients = getattr(error, "recipients", {})
         mail = current_app.extensions["mail"]
         secrets = [*recipients, str(mail.username or ""), str(mail.password or "")]
@@ -211,5 +211,5 @@ def _replay(
         ) from None
 
 
-# Not by task(), which would name a second function so.
+# Not with task(), which would give a second function this name.
 _replay.task_name = "flask_mail.send"  # type: ignore[attr-defined]

@@ -18,19 +18,19 @@ if t.TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a server says that has enough connections, before it lets a message in.
+# Replies of a server that has enough connections, before it takes a message.
 _ENOUGH = {421, 432, 450, 451, 452, 454}
-# What Exchange says at any place, mostly at the end of a message: too many at once.
+# Exchange says this at any stage, mostly at the end of a message: too many at once.
 _AT_ONCE = 432
-# Seconds until a server that has enough is asked again: at first, and at most. So one
-# that hangs up on a log-in sees it some ten times, which no lock-out minds.
+# Seconds until a server that has enough is asked again: at first, and at most. A server
+# that hangs up on a log-in sees some ten of them, too few to lock out an account.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
 
 
 class PooledConnection(contextlib.AbstractContextManager["PooledConnection"]):
-    """The use of one connection of a pool, which is replaced as need be.
+    """The use of one connection of a pool, replaced by another if need be.
 
-    It is for one thread at a time, and until the end of the ``with`` block.
+    For one thread at a time, until the end of the ``with`` block.
     """
 
     def __init__(self, pool: ConnectionPool) -> None:
@@ -48,13 +48,13 @@ class PooledConnection(contextlib.AbstractContextManager["PooledConnection"]):
             self._pool.release(session)
 
     def send(self, envelope: Envelope) -> None:
-        """Deliver a message. The next one can be sent however this one ended.
+        """Deliver a message. Another can be sent afterwards, whatever the outcome.
 
         It is sent a second time, on a new connection, only if the server can't have
-        had all of it the first time: if a connection that was kept is found dead, or
-        the server says 421. A connection too many for the server is given up for one
-        of the others. If there is none, a server that refuses for now is asked again
-        until the timeout is over: another process may have the connection.
+        had all of it the first time: if a kept connection turns out to be dead, or the
+        server says 421. If a connection is one too many for the server, it is given up
+        for one of the others. If there are no others, a server that refuses for now is
+        asked again until the timeout: another process may have the connections.
 
         :raises DeliveryError: The message was not delivered to all recipients.
         :raises DeliveryUnknown: It may or may not have been delivered.
@@ -67,14 +67,14 @@ class PooledConnection(contextlib.AbstractContextManager["PooledConnection"]):
 
             try:
                 if not kept:
-                    # One that has served its time.
+                    # The session is new, or its connection is used up.
                     end_all([session])
                     session.open()
 
                 session.deliver(envelope)
             except DeliveryError as error:
                 attempts.settle(kept, let_in=error.stage != "MAIL")
-                # A connection that was kept may be dead, which says nothing else.
+                # A kept connection may just be dead, which says nothing about limits.
                 kept = kept and error.smtp_code != _AT_ONCE
 
                 if not kept and attempts.find_limit(session, error):
@@ -83,7 +83,7 @@ class PooledConnection(contextlib.AbstractContextManager["PooledConnection"]):
                 elif not attempts.may_repeat(session, error, kept):
                     raise
 
-                text = "%s It is tried again: %s"
+                text = "%s Trying again: %s"
                 log(logger, logging.DEBUG, text, error, envelope.message_id)
             else:
                 attempts.settle(kept, let_in=True)
@@ -95,15 +95,16 @@ class _Attempts:
 
     def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
-        # Since then the server has not taken anything.
+        # The server has taken nothing since then, as far as is known.
         self._began = time.monotonic()
         self._pause = _FIRST_PAUSE
         self._repeated = False
-        # A refusal of the sender, on a new connection: it may be about either of them.
+        # A refusal of MAIL on a new connection. It may be about the sender, or about
+        # the connection.
         self._doubt: tuple[int | str, str] | None = None
 
     def settle(self, kept: bool, *, let_in: bool) -> None:
-        """Know what was refused, now that a connection that works was tried."""
+        """Resolve a doubtful refusal, once a kept connection has been tried."""
         if self._doubt is not None and kept:
             if let_in:
                 self._pool.tell(*self._doubt)
@@ -113,7 +114,7 @@ class _Attempts:
             self._doubt = None
 
     def find_limit(self, session: SMTPSession, error: DeliveryError) -> bool:
-        """Take an error for the limit of a server, if other connections work."""
+        """Take an error for the server's limit, if other connections work."""
         certain = _is_for_connection(error)
         scarce = certain and _is_passing(error)
 
@@ -135,7 +136,7 @@ class _Attempts:
     def may_repeat(
         self, session: SMTPSession, error: DeliveryError, kept: bool
     ) -> bool:
-        """Tell whether another attempt is safe and of use, and wait for its time."""
+        """Tell whether another attempt is safe and useful, and wait until it is due."""
         if kept or not _is_for_connection(error):
             lost = isinstance(error, ConnectionLost)
             again = lost and (kept or error.smtp_code == 421) and not self._repeated
@@ -143,7 +144,7 @@ class _Attempts:
             return again
 
         now = time.monotonic()
-        # Others worked in the meantime, and may be closed by now.
+        # Other connections worked in the meantime, though they may be closed by now.
         if served := self._pool.taken_at > self._began:
             self._began = now
 
@@ -162,19 +163,19 @@ class _Attempts:
 
 
 def _is_passing(error: DeliveryError) -> bool:
-    """Tell whether a server refuses for now."""
+    """Tell whether a server refuses only for now."""
     hung_up = isinstance(error, ConnectionLost) and error.hung_up
     return hung_up or error.smtp_code in _ENOUGH
 
 
 def _is_for_connection(error: DeliveryError) -> bool:
-    """Tell whether a connection did not work, whatever the message is."""
+    """Tell whether an error is about the connection, whatever the message."""
     lost_early = error.stage == "MAIL" and isinstance(error, ConnectionLost)
     return error.stage in OPENING or lost_early or error.smtp_code == _AT_ONCE
 
 
 def _may_be_limit(error: DeliveryError) -> bool:
-    """Tell whether this is how a server may refuse a connection too many."""
+    """Tell whether a server may refuse one connection too many like this."""
     if error.stage == "MAIL" or error.smtp_code == _AT_ONCE:
         return _is_passing(error)
 

@@ -16,13 +16,13 @@ _UNFIT = re.compile(r"[\0\r\n\ud800-\udfff]")
 
 @dataclasses.dataclass(frozen=True)
 class Envelope:
-    """A rendered message and whom it goes to. Its ``repr`` shows no address.
+    """A rendered message and its recipients. Its ``repr`` shows no address.
 
-    :param sender: An address, as all recipients; a display name is dropped.
-    :param content: The message as of :rfc:`5322`, with any kind of line ends.
+    :param sender: An address, like each recipient; display names are dropped.
+    :param content: The message in the format of :rfc:`5322`, with any line endings.
     :param message_id: The ``Message-ID`` header, by which errors name the message.
-    :raises ValueError: There is no recipient, or an address or an option has a line
-        break, after which a command could follow, or can't be encoded.
+    :raises ValueError: There is no recipient, or an address or option can't be encoded
+        or has a line break, which could be followed by a command.
     """
 
     sender: str = dataclasses.field(repr=False)
@@ -36,7 +36,7 @@ class Envelope:
         if not self.recipients:
             raise ValueError(f"The message {self.message_id!r} has no recipients.")
 
-        # A long display name is folded, like the header that it was made for.
+        # A long display name is folded, because it was made for a header.
         paths = [_FOLD.sub("", path) for path in (self.sender, *self.recipients)]
 
         if any(map(_UNFIT.search, (*paths, *self.mail_options, *self.rcpt_options))):
@@ -47,27 +47,27 @@ class Envelope:
 
         sender, *recipients = [smtplib.quoteaddr(path)[1:-1] for path in paths]
         object.__setattr__(self, "sender", sender)
-        # Nobody gets it twice, if given twice with different names.
+        # A recipient given twice, with different names, still gets one copy.
         object.__setattr__(self, "recipients", tuple(dict.fromkeys(recipients)))
 
 
 @dataclasses.dataclass(frozen=True)
 class SMTPSettings:
-    """Where mail is handed in, and how. Its ``repr`` shows no credential.
+    """Which server to send mail to, and how. Its ``repr`` shows no credentials.
 
     :param port: 0 for the usual one: 25, or 465 with ``use_ssl``.
     :param use_tls: Switch to TLS with ``STARTTLS``, or send nothing.
     :param use_ssl: Speak TLS from the first byte on.
     :param username: Log in, if there is a password too.
-    :param timeout: Seconds that a TCP connect, a TLS handshake, a reply, ``AUTH`` as a
-        whole and every 16 KiB of a message may take each.
-    :param timeout_key: The key that the timeout is from, for the texts of errors.
+    :param timeout: Seconds allowed for each of these: a TCP connect, a TLS handshake, a
+        reply, all of ``AUTH``, and each 16 KiB of a message.
+    :param timeout_key: The key that sets the timeout, for error messages.
     :param tls_verify: Check the certificate and its host name; the path of a CA file
-        to check against that one instead of the system's.
+        to check against it instead of the system's trust store.
     :param certfile: The path of a certificate to show to the server, with its chain.
-    :param keyfile: The path of its key, if that is in another file, unencrypted.
+    :param keyfile: The path of its unencrypted key, if that is in another file.
     :param max_messages: Messages per connection, ``None`` for as many as there are.
-    :param debug: Above 0, write the dialogue to ``stderr``, ``AUTH`` left out.
+    :param debug: Above 0, write the dialogue to ``stderr``, except for ``AUTH``.
     :raises ValueError: ``use_tls`` and ``use_ssl`` are both set, or ``keyfile`` alone.
     """
 
@@ -88,13 +88,13 @@ class SMTPSettings:
     def __post_init__(self) -> None:
         if self.use_tls and self.use_ssl:
             raise ValueError(
-                "A mail connection is encrypted from the start (use_ssl, mostly port"
-                " 465) or by STARTTLS (use_tls, mostly port 587), not both."
+                "A mail connection is encrypted from the start (use_ssl, usually port"
+                " 465) or by STARTTLS (use_tls, usually port 587), not both."
             )
 
         if self.keyfile and not self.certfile:
             raise ValueError(
-                f"The key {self.keyfile!r} is of no use without its certificate. Set"
+                f"The key {self.keyfile!r} is useless without its certificate. Set"
                 " MAIL_SSL_CERTFILE."
             )
 
@@ -116,12 +116,12 @@ class SMTPSettings:
         return load_context(self.tls_verify, self.certfile, self.keyfile)
 
 
-# To load a trust store takes some 30 ms and most of a megabyte.
+# Loading a trust store takes some 30 ms and most of a megabyte.
 @functools.lru_cache(maxsize=8)
 def load_context(
     verify: bool | str, certfile: str | None = None, keyfile: str | None = None
 ) -> ssl.SSLContext:
-    """Return the context that trusts what ``tls_verify`` says, the same for all.
+    """Return the TLS context for these settings, the same one each time.
 
     :raises ValueError: A file can't be read.
     """
@@ -136,13 +136,13 @@ def load_context(
 
     if certfile:
         try:
-            # Without a password it would ask for one on the terminal.
+            # Without a password, OpenSSL would ask for one on the terminal.
             context.load_cert_chain(certfile, keyfile, password="")
         except OSError as error:
             raise ValueError(
                 f"{certfile!r} (MAIL_SSL_CERTFILE) with the key in"
                 f" {keyfile or certfile!r} (MAIL_SSL_KEYFILE) can't be loaded: {error}."
-                " Both are PEM files, and the key is not encrypted."
+                " Both must be PEM files, and the key must not be encrypted."
             ) from error
 
     if verify is False:
@@ -153,7 +153,7 @@ def load_context(
 
 
 def dot_stuff(content: bytes) -> bytes:
-    """Make every line end CRLF, double leading dots and add the final one.
+    """Make every line ending CRLF, double leading dots, and add the final dot.
 
     See :rfc:`5321#section-2.3.8` and section 4.5.2.
     """
@@ -163,7 +163,7 @@ def dot_stuff(content: bytes) -> bytes:
 
 
 def divide(commands: list[bytes], limit: int) -> cabc.Iterator[list[bytes]]:
-    """Divide commands into groups of so many bytes, or of one command."""
+    """Divide commands into groups of at most ``limit`` bytes, or of one command."""
     group: list[bytes] = []
 
     for command in commands:

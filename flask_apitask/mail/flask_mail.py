@@ -40,10 +40,10 @@ _KEYS = (
 
 
 def reroute() -> None:
-    """Look up what sends as it is for the app of the moment."""
-    # To replace flask_mail.Connection would be plainer. But a Mail with a connect() or
-    # send() of its own never gets there, and a patch of that name that is older than
-    # ours takes ours along when it is undone. All that sends is looked up on a Mail.
+    """Make every ``Mail`` look up ``connect`` and ``send`` for the current app."""
+    # It would be simpler to replace flask_mail.Connection. But a Mail with its own
+    # connect() or send() never uses it, and undoing a patch of that name that is older
+    # than ours would undo ours too. Everything that sends is looked up on a Mail.
     flask_mail._MailMixin.__getattribute__ = _look_up  # type: ignore[method-assign, assignment]
 
 
@@ -56,7 +56,7 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
 
     context = find_app_context() if name in {"connect", "send"} else None
 
-    # It may belong to another app than the current one.
+    # This Mail may belong to another app than the current one.
     if context is None or (vars(self).get("app") or context.app) != context.app:
         return value
 
@@ -71,7 +71,7 @@ def _init_app(init_app: cabc.Callable[[Flask], t.Any], app: Flask) -> t.Any:
 
 
 def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -> t.Any:
-    """Return what sends for an app in place of ``connect`` or ``send``."""
+    """Return what an app uses in place of ``connect`` or ``send``."""
     rerouted = find_rerouted(app)
     state: flask_mail._Mail | None = app.extensions.get("mail")
 
@@ -82,7 +82,7 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
 
     if change is None:
         connect = functools.partial(BackgroundConnection, rerouted, state)
-        # Flask-Mail's own send() looks up connect() in turn.
+        # Flask-Mail's own send() will look up connect() in turn.
         return connect if name == "connect" else value
 
     scope = rerouted.find_scope()
@@ -90,9 +90,9 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
 
 
 class BackgroundConnection:
-    """What ``mail.connect()`` returns, in place of a :class:`flask_mail.Connection`.
+    """Stands in for a :class:`flask_mail.Connection`, from ``mail.connect()``.
 
-    A message is checked and rendered at once, and passed on to a :class:`.MailBlock`.
+    It checks and renders a message at once, and passes it on to a :class:`.MailBlock`.
     """
 
     host = None
@@ -105,7 +105,8 @@ class BackgroundConnection:
         self._block: MailBlock | None = None
 
     def __enter__(self) -> te.Self:
-        # What is suppressed takes no time, and the outbox of a test is in order so.
+        # Suppressed mail needs no task: it takes no time, and a test finds its outbox
+        # in order.
         if not is_suppressed(self.mail):
             pool = find_pool(self._rerouted, self.mail)
             delivery = self._rerouted.find_handover() or deliver
@@ -127,13 +128,13 @@ class BackgroundConnection:
         :raises AssertionError: There is no recipient or no sender, as in Flask-Mail.
         :raises flask_mail.BadHeaderError: There is a line break in a header. Flask-Mail
             lets one through in ``cc``, ``bcc``, ``extra_headers`` and attachments.
-        :raises RuntimeError: The ``with`` block that this belongs to has been left.
+        :raises RuntimeError: The ``with`` block of this connection has ended.
         :raises DeliveryError: Only without a scope: the message was not delivered.
         """
         if self._left:
             raise RuntimeError(
-                "This connection ended with the 'with mail.connect()' block that it"
-                " comes from. Send inside of the block."
+                "This connection ended with its 'with mail.connect()' block. Send"
+                " inside the block."
             )
 
         check(message, envelope_from)
@@ -142,7 +143,7 @@ class BackgroundConnection:
         if message.date is None:
             message.date = time.time()
 
-        # Those who listen now are those who are told, as in Flask-Mail.
+        # As in Flask-Mail, what counts is whether there are receivers now.
         listened = bool(flask_mail.email_dispatched.receivers)
         then = functools.partial(_announce, snapshot(message)) if listened else None
 
@@ -152,12 +153,12 @@ class BackgroundConnection:
             self._rerouted.outbox.tell(then)
 
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
-        """Send what the arguments of :class:`flask_mail.Message` say."""
+        """Send a :class:`flask_mail.Message` made from these arguments."""
         self.send(flask_mail.Message(*args, **kwargs))
 
 
 def find_pool(rerouted: ReroutedMail, mail: flask_mail._Mail) -> ConnectionPool:
-    """Return the pool for what ``app.extensions["mail"]`` says by now."""
+    """Return the pool for the current settings in ``app.extensions["mail"]``."""
     keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in _KEYS}
     return rerouted.pool(keys)
 
@@ -166,17 +167,17 @@ def find_pool(rerouted: ReroutedMail, mail: flask_mail._Mail) -> ConnectionPool:
 def deliver(pool: ConnectionPool, batch: Batch, before: Delivery) -> None:
     """Deliver messages in order.
 
-    :raises DeliveryError: Some were not delivered; the text says which, and why.
+    :raises DeliveryError: Some were not delivered; the message says which, and why.
     """
     if error := sending.deliver(pool, batch, before):
         raise error
 
 
-# The exit of the process waits for it: the timeouts of its connection bound it.
+# The process's exit waits for a delivery: the timeouts of its connection limit that.
 deliver.exit_grace = None  # type: ignore[attr-defined]
 
 
 def _announce(message: flask_mail.Message) -> None:
-    """Tell of a message that is delivered: a receiver can't make it a failure."""
+    """Announce a delivered message. A receiver that raises makes it no failure."""
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
     notify(flask_mail.email_dispatched, app, {"message": message})

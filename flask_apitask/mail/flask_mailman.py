@@ -1,7 +1,7 @@
-"""The backend of Flask-Mailman that sends in the background.
+"""A Flask-Mailman backend that sends in the background.
 
-``MAIL_BACKEND = "smtp"``, the default, means this one in an app that has
-``APITASK_MAIL_BACKGROUND`` on. Beside another backend, it goes by its own name,
+``MAIL_BACKEND = "smtp"``, the default, means this backend in an app that has
+``APITASK_MAIL_BACKGROUND`` on. To use it beside another backend, pass its name,
 ``"flask_apitask.mail.flask_mailman"``.
 """
 
@@ -37,7 +37,7 @@ if t.TYPE_CHECKING:
     from .sending import Delivery
     from .sending import ReroutedMail
 
-# What MAIL_BACKEND is for the backend of Flask-Mailman in whose place ours comes.
+# The values of MAIL_BACKEND for the Flask-Mailman backend that ours replaces.
 _SMTP = (
     "smtp",
     "flask_mailman.backends.smtp",
@@ -54,9 +54,9 @@ _get_connection = flask_mailman._MailMixin.get_connection
 
 
 def reroute() -> None:
-    """Have the default backend looked up as it is for the app of the moment."""
-    # To set MAIL_BACKEND would be plainer. But a Mail that was initialised before has
-    # read it, and for one that comes later it would mean real mail in a test.
+    """Make Flask-Mailman look up the default backend for the current app."""
+    # It would be simpler to set MAIL_BACKEND. But a Mail initialised earlier has
+    # already read it, and one initialised later would send real mail in a test.
     flask_mailman._MailMixin.get_connection = _get_rerouted_connection
 
 
@@ -71,7 +71,7 @@ def _get_rerouted_connection(
 
 
 def _find_backend(app: Flask) -> type[EmailBackend] | None:
-    """Return our backend if it comes in place of the default one of an app."""
+    """Return our backend if it replaces an app's default one."""
     mailman = app.extensions.get("mailman")
 
     if mailman is None or mailman.backend not in _SMTP or not find_rerouted(app):
@@ -82,8 +82,9 @@ def _find_backend(app: Flask) -> type[EmailBackend] | None:
             log_once(
                 app,
                 f"mail_{part}",
-                "Flask-Mailman is changed: %s. That sends the mail of this app, then,"
-                " and not in the background; the APITASK_MAIL_* keys have no effect.",
+                "Flask-Mailman was changed: %s. The changed code sends the mail of this"
+                " app, and not in the background. The APITASK_MAIL_* keys have no"
+                " effect.",
                 part,
             )
             return None
@@ -92,21 +93,21 @@ def _find_backend(app: Flask) -> type[EmailBackend] | None:
 
 
 class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
-    """Check and render messages in the caller, and have a task deliver them.
+    """Checks and renders messages in the caller, and lets a task deliver them.
 
-    In a ``with`` block they are collected, and one task delivers them when it is left.
-    The connections of the app are kept, so there is none that ``open()`` has to make.
+    In a ``with`` block, messages are collected, and one task delivers them at its end.
+    ``open()`` makes no connection, because those of the app are pooled.
     """
 
     _block: MailBlock | None = None
 
     def open(self) -> bool:
-        """Begin a block, and tell whether there was none."""
+        """Begin a block. Return ``False`` if there is one already."""
         with self._lock:
             if self._block is not None:
                 return False
 
-            # It may never be closed.
+            # The block may never be closed.
             self._block = self._make_block(ends=False)
             return True
 
@@ -124,9 +125,9 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
             return self
 
     def send_messages(self, email_messages: cabc.Sequence[t.Any]) -> int:
-        """Pass messages on, and return how many: those that have a recipient.
+        """Pass on the messages that have a recipient, and return how many there are.
 
-        Without a scope it is how many were delivered, as in Flask-Mailman.
+        Without a scope, return how many were delivered, as Flask-Mailman does.
 
         :raises ValueError: A message has no sender, a bad address, a line break in a
             header (:exc:`flask_mailman.BadHeaderError`), or text that can't be encoded
@@ -162,8 +163,8 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
         if rerouted is None:
             raise RuntimeError(
                 f"{__name__} sends in the background, but {current_app.name!r} has no"
-                " ApiTask with APITASK_MAIL_BACKGROUND on. Set it, or let MAIL_BACKEND"
-                " be 'smtp', which goes by it."
+                " ApiTask with APITASK_MAIL_BACKGROUND on. Turn it on, or set"
+                " MAIL_BACKEND to 'smtp', which works with and without it."
             )
 
         keys = {f"MAIL_{name.upper()}": getattr(self, name) for name in _KEYS}
@@ -178,8 +179,8 @@ def deliver(
 ) -> DeliveryError | None:
     """Deliver messages in order.
 
-    :param fail_silently: Log what goes wrong and return it, and don't raise it.
-    :raises DeliveryError: Some were not delivered; the text says which, and why.
+    :param fail_silently: Log the error and return it instead of raising it.
+    :raises DeliveryError: Some were not delivered; the message says which, and why.
     """
     if error := sending.deliver(pool, batch, before):
         if not fail_silently:
@@ -190,11 +191,11 @@ def deliver(
     return error
 
 
-# The exit of the process waits for it: the timeouts of its connection bound it.
+# The process's exit waits for a delivery: the timeouts of its connection limit that.
 deliver.exit_grace = None  # type: ignore[attr-defined]
 
 
 def _log_silenced(error: DeliveryError) -> None:
-    # Without the error itself, whose traceback would keep what the request has used.
-    text = "A mail was not delivered, which fail_silently allows: %s"
+    # Without the error itself, whose traceback would keep the request's objects alive.
+    text = "A mail was not delivered (fail_silently is on): %s"
     log(current_app.logger, logging.INFO, text, str(error))

@@ -18,14 +18,14 @@ if t.TYPE_CHECKING:
 
 
 def find_reroute() -> cabc.Callable[[Flask, Config], None]:
-    """Return what reroutes the mail of an app, by each library that is installed.
+    """Return a function that reroutes an app's mail in each installed mail library.
 
-    :raises RuntimeError: There is none.
+    :raises RuntimeError: No mail library is installed.
     """
     seams: list[cabc.Callable[[], None]] = []
 
-    # To import Flask-Mail changes how any text in UTF-8 is encoded in a mail. That is
-    # not to happen to an app that uses the other one.
+    # Importing Flask-Mail changes how the email package encodes any UTF-8 text. That
+    # must not happen to an app that uses Flask-Mailman.
     late = bool(sys.modules.get("flask_mailman")) and not _has_flask_mail()
 
     if not late:
@@ -71,15 +71,16 @@ def _reroute(
     seams: list[cabc.Callable[[], None]], late: bool, app: Flask, config: Config
 ) -> None:
     """Send the mail of an app in the background of its requests."""
-    # What can't be used is told here, and not by the first mail.
+    # Raise for settings that can't be used now, not when the first mail is sent.
     read_settings(app.config, config)
 
     if config.mail_tls_verify is False:
         log_once(
             app,
             "tls_verify",
-            "APITASK_MAIL_TLS_VERIFY is False: whoever answers for the mail server gets"
-            " its credentials and the mail. Name a file of CA certificates instead.",
+            "APITASK_MAIL_TLS_VERIFY is False, so anyone who impersonates the mail"
+            " server gets the credentials and the mail. Set it to the path of a CA file"
+            " instead.",
         )
 
     app.extensions["apitask_mail"] = ReroutedMail(config)
@@ -92,6 +93,6 @@ def _reroute(
 
 
 def _reroute_late() -> None:
-    """Reroute Flask-Mail as well, if somebody has imported it after all."""
+    """Reroute Flask-Mail too, if something has imported it after all."""
     if _has_flask_mail():
         _import_flask_mail()()

@@ -9,19 +9,20 @@ from flask_mailman.message import sanitize_address  # type: ignore[import-untype
 
 from .envelope import Envelope
 
-# What is no name of a header, and what ends the line of one, but for a fold.
+# A character that is not allowed in a header's name, and one that ends a header's line,
+# except in a fold.
 _BAD_NAME = re.compile(r"[^!-9;-~]")
 _BAD_VALUE = re.compile(r"\r?\n(?![ \t])|\r(?!\n)|[\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
 def render(message: t.Any, mailman: t.Any) -> Envelope:
-    """Render a message as the ``smtp`` backend of Flask-Mailman does.
+    """Render a message as Flask-Mailman's ``smtp`` backend does.
 
     :param message: A :class:`flask_mailman.EmailMessage`, with a recipient.
-    :param mailman: What ``app.extensions["mailman"]`` is.
-    :raises ValueError: There is no sender, or an address that is none.
-    :raises flask_mailman.BadHeaderError: There is a line break in a header. In names of
-        headers, Flask-Mailman lets one through.
+    :param mailman: The value of ``app.extensions["mailman"]``.
+    :raises ValueError: There is no sender, or an address is not valid.
+    :raises flask_mailman.BadHeaderError: There is a line break in a header.
+        Flask-Mailman does not check the names of headers for one.
     """
     if not message.from_email:
         raise ValueError(
@@ -49,6 +50,6 @@ def render(message: t.Any, mailman: t.Any) -> Envelope:
         tuple(sanitize_address(each, encoding) for each in message.recipients()),
         content,
         str(rendered["Message-ID"]),
-        # There are none before Flask-Mailman 1.1.
+        # Flask-Mailman has these only since 1.1.
         tuple(getattr(mailman, "mail_options", ())),
     )

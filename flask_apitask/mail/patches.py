@@ -11,7 +11,7 @@ _CLASSES = {"Connection", "EmailBackend", "SMTP", "SMTP_SSL"}
 
 
 class Part(t.NamedTuple):
-    """Something that takes part in the sending."""
+    """A module, class or function that takes part in sending mail."""
 
     path: tuple[str, ...]
     value: object
@@ -23,7 +23,7 @@ class Part(t.NamedTuple):
 
 
 def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
-    """Yield a class that sends, and what it sends by.
+    """Yield a class that sends mail, and the parts of :mod:`smtplib` that it uses.
 
     :param module: The module of the class, which imports :mod:`smtplib`.
     """
@@ -35,14 +35,15 @@ def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
 
 
 def find_in_class(module: t.Any, name: str, ignored: str = "") -> cabc.Iterator[Part]:
-    """Yield a class, and its methods other than the ignored.
+    """Yield a class, and its methods except the ignored one.
 
-    A function has the globals of its module, whatever it is called. That can be told at
-    any time, so it does not matter who came first, and a patch may be undone.
+    A function keeps the globals of its own module, whatever its name. This can be
+    checked at any time, so it does not matter whether a patch came before us, or
+    whether it is undone later.
     """
     cls, path = getattr(module, name), (module.__name__, name)
 
-    # A proxy says that it is what it stands for, but not to type().
+    # A proxy pretends to be the object that it wraps, but type() tells.
     if type(cls) is not type or (cls.__module__, cls.__qualname__) != path:
         yield Part(path, cls, True)
         return

@@ -26,25 +26,26 @@ if t.TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds after which one more connection is tried than the server has allowed.
+# Seconds after which we try one more connection than the server has allowed.
 _TRY_MORE_AFTER = 30.0
-# Seconds for which an idle connection is kept if others may need its place.
+# Seconds to keep an idle connection if another process may need its place.
 _SHORTLY = 1.0
 _LIMIT = (
-    "Fewer than %d connections are allowed by %s (%s at %s), so mail goes over those"
-    " that work. Set APITASK_MAIL_CONNECTIONS to the limit."
+    "Fewer than %d connections are allowed by %s (%s at %s), so mail is sent over those"
+    " that work. Set APITASK_MAIL_CONNECTIONS to the server's limit."
 )
 
-# Guards all that follows, and the state of all pools. It is held for list operations
-# and to start a thread, never for I/O.
+# Guards everything below, and the state of all pools. It is held for list operations
+# and to start a thread, never during I/O.
 _lock = threading.Lock()
 _pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
-# The servers whose limits an owner of pools was told of: a pool is soon gone.
+# The servers whose limits were logged, by the owner of the pools. A pool itself may be
+# gone soon.
 _told: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
-# Those with idle connections, which live by this alone.
+# The pools with idle connections. Only this set keeps them alive.
 _idle_pools: set[ConnectionPool] = set()
-# Closes those connections in time. It sleeps on the alarm, which anything may ring, the
-# garbage collector too.
+# The thread that closes those connections in time. It sleeps on the alarm, a queue to
+# which even code run by the garbage collector may write.
 _closer: threading.Thread | None = None
 _closer_wakes_at = 0.0
 _alarm: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -52,17 +53,18 @@ _exiting = False
 
 
 class ConnectionPool:
-    """SMTP connections to one server, kept for the next message.
+    """Connections to one SMTP server, kept for further messages.
 
-    At most ``size`` connections are open at once, those that are being closed too. One
-    is used by one thread at a time, and by the process that opened it. Whoever waits
-    longest is served first: a thread that sends mail after mail would else have its
-    connection back before one that waits has woken.
+    At most ``size`` connections are open at once, including those being closed. A
+    connection is used by one thread at a time, and only in the process that opened it.
+    The thread that has waited longest is served first. Otherwise, a thread that sends
+    mail after mail would take its connection back before a waiting thread wakes.
 
-    :param size: Most connections that are open at once.
-    :param keepalive: Seconds that an idle connection is kept, half of the timeout at
-        most. 0 closes it at the end of the ``with`` block, unless a thread waits.
-    :param owner: Takes the idle connections along when it goes; the default never does.
+    :param size: The most connections open at once.
+    :param keepalive: Seconds to keep an idle connection, at most half of the timeout.
+        0 closes it at the end of the ``with`` block, unless a thread waits for it.
+    :param owner: When this object is gone, the idle connections are closed. By default
+        they are only closed in time.
     """
 
     def __init__(
@@ -75,39 +77,42 @@ class ConnectionPool:
     ) -> None:
         self.settings = settings
         self.size = size
-        # Where a server allows few, another process has its turn before it gives up.
+        # If the server allows few connections, another process gets one before its own
+        # timeout.
         self.keepalive = min(keepalive, settings.timeout / 2)
         self._owner = weakref.ref(owner or self, _wake_closer)
         self.reset()
         _pools.add(self)
 
     def reset(self) -> None:
-        """Have no connections: in a new pool, and in the child of a fork."""
-        # What each thread in line sleeps on. Nobody is handed a place, which would be
-        # lost if the wait is interrupted: the first in line is woken, and takes one.
+        """Start with no connections, in a new pool or a forked child."""
+        # What each thread in line sleeps on. Places are not handed over, as one would
+        # be lost with an interrupted wait. The first in line is woken and takes one.
         self._waiting: collections.deque[threading.Condition] = collections.deque()
-        # Each has a place, open or not: len(in_use) + len(idle) <= size.
+        # Each session has a place, open or not: len(in_use) + len(idle) <= size.
         self._in_use: set[SMTPSession] = set()
-        # With the time at which each is to be closed, soonest first.
+        # With the time at which to close each, soonest first.
         self._idle: collections.deque[tuple[float, SMTPSession]] = collections.deque()
-        # What the server allows, as far as is known, and until when that counts.
+        # The server's limit, as far as is known, and when to try one more.
         self._limit, self._try_more_at = self.size, 0.0
-        # When those that were given back last had a message taken, or a reply.
+        # When the server last took a message from, or answered, a session that has been
+        # given back.
         self.taken_at = self._heard_at = 0.0
 
     def connection(self) -> PooledConnection:
-        """Return a connection for a batch of messages, to be used in a ``with`` block.
+        """Return a connection for a batch of messages, for use in a ``with`` block.
 
-        It is taken from the pool when the first message is sent, not before.
+        It is only taken from the pool when the first message is sent.
         """
         return PooledConnection(self)
 
     def acquire(self) -> SMTPSession:
-        """Take the session used last, or one that is not open; wait for it if need be.
+        """Take the session used last or a new one, waiting for a place if need be.
 
-        While something is heard of the server, to wait is no error.
+        Waiting is no error as long as the server is heard from.
 
-        :raises DeliveryError: None was free for the timeout, and nothing was heard.
+        :raises DeliveryError: For the whole timeout, no place was free and the server
+            was silent.
         """
         began = time.monotonic()
         turn = threading.Condition(_lock)
@@ -145,8 +150,9 @@ class ConnectionPool:
         raise DeliveryError(
             f"No connection to {self.settings} was free, and it was silent for"
             f" {self.settings.timeout:g} s ({self.settings.timeout_key}): all"
-            f" {len(self._in_use)} are in use and {len(self._waiting) - 1} more wait."
-            " Allow more (APITASK_MAIL_CONNECTIONS), or send less at once."
+            f" {len(self._in_use)} are in use, and {len(self._waiting) - 1} more are"
+            " waited for. Allow more (APITASK_MAIL_CONNECTIONS), or send less mail at"
+            " once."
         )
 
     def _wake_next(self) -> None:
@@ -154,17 +160,18 @@ class ConnectionPool:
             self._waiting[0].notify()
 
     def narrow(self, session: SMTPSession, *, certain: bool, scarce: bool) -> bool:
-        """Do without a connection from now on, if there are others that work.
+        """Do without this connection from now on, if others work.
 
-        :param certain: It is about the connection. If in doubt, one that is being
-            opened is as good: it may have what the server allows.
-        :param scarce: Keep none for long, even if not: other processes need it, too.
+        :param certain: The refusal was about the connection. If that is in doubt, even
+            a connection being opened counts as working: it may be within the limit.
+        :param scarce: Keep no connection for long, even if no others work, because
+            other processes need them too.
         """
         with _lock:
             others = self._in_use - {session}
             working = [other for other in others if other.let_in or not certain]
             count = len(working) + len(self._idle)
-            # If it lets nobody in, that is no limit.
+            # A server that lets nobody in has another problem than a limit.
             self._limit = min(self._limit, count) or self.size
 
             if count or scarce:
@@ -173,19 +180,20 @@ class ConnectionPool:
             return count > 0
 
     def widen(self) -> None:
-        """Take that back: it was no limit."""
+        """Undo :meth:`narrow`: there was no limit."""
         with _lock:
             self._limit, self._try_more_at = self.size, 0.0
 
     def opens_others(self, session: SMTPSession) -> bool:
-        """Tell whether others are being opened, or work."""
+        """Tell whether other connections are being opened or are open."""
         with _lock:
             others = self._in_use - {session}
-            # Before its connect returns, it has no socket, and the server has it.
+            # Until connect() returns, a session has no socket, but the server may
+            # already count it.
             return any(other.opening or other.sock for other in others)
 
     def tell(self, cause: int | str, stage: str) -> None:
-        """Say once for an owner that a server has a limit, and by what it was found."""
+        """Log a server's limit, once per owner, and the reply that showed it."""
         server = str(self.settings)
 
         with _lock:
@@ -198,10 +206,10 @@ class ConnectionPool:
             log(logger, logging.INFO, _LIMIT, *found)
 
     def release(self, session: SMTPSession) -> None:
-        """Give a session back, and keep its connection if somebody may want it."""
+        """Give a session back, and keep its connection if it may be wanted."""
         kept = False
 
-        # Whatever happens here, a Ctrl-C say, the place is not to be lost with it.
+        # Whatever happens here, such as a Ctrl-C, the place must not be lost.
         try:
             kept = session.usable() and self._keep(session)
         finally:
@@ -212,7 +220,7 @@ class ConnectionPool:
         with _lock:
             wanted = self.keepalive or self._waiting
 
-            # One that was taken before a fork and used after it has no place here.
+            # A session taken before a fork has no place in the child's pool.
             if _exiting or not wanted or session not in self._in_use:
                 return False
 
@@ -242,10 +250,10 @@ class ConnectionPool:
     def close_idle(
         self, until: float = math.inf, deadline: float | None = None
     ) -> None:
-        """Close what is idle now. The exit of the interpreter does it by itself.
+        """Close idle connections. The exit of the interpreter does so by itself.
 
-        :param until: Close what is due by then, by the monotonic clock.
-        :param deadline: When to wait for the server no longer; for 1 s by default.
+        :param until: Close those due by this time of the monotonic clock.
+        :param deadline: When to stop waiting for the server; after 1 s by default.
         """
         due: list[SMTPSession] = []
 
@@ -272,26 +280,26 @@ class ConnectionPool:
 
 
 def find_pool(pools: Pools, settings: SMTPSettings, **options: t.Any) -> ConnectionPool:
-    """Return the pool for these settings, or make it with these options."""
+    """Return the pool for these settings, or make one with these options."""
     with _lock:
         pool = pools.get(settings)
         return pool or pools.setdefault(settings, ConnectionPool(settings, **options))
 
 
 def _watch(pool: ConnectionPool, closes_at: float) -> None:
-    """Have a pool's idle connection closed in time. Needs the lock."""
+    """Make sure that a pool's idle connection is closed in time. Needs the lock."""
     global _closer
     _idle_pools.add(pool)
 
     if _closer is None:
-        # One that is no daemon would keep the interpreter for the length of keepalive.
+        # A non-daemon thread would keep the interpreter from exiting for the keepalive.
         closer = threading.Thread(
             target=_close_in_time, name="apitask-mail-closer", daemon=True
         )
 
-        # If no thread can be had, the next connection that comes back tries again.
+        # If no thread can be started, the next connection given back tries again.
         with contextlib.suppress(RuntimeError):
-            # In an empty context, to keep nothing of the request that starts it.
+            # In an empty context, so that it does not keep the request that starts it.
             contextvars.Context().run(closer.start)
             _closer = closer
     elif closes_at < _closer_wakes_at:
@@ -309,7 +317,7 @@ def _close_in_time() -> None:
 
 
 def _close_all(until: float) -> float | None:
-    """Close what is due by a time, and return when something is again."""
+    """Close the connections due by a time; return when the next one is due."""
     global _closer, _closer_wakes_at
     deadline = time.monotonic() + 1
 
@@ -326,13 +334,14 @@ def _close_all(until: float) -> float | None:
             _closer_wakes_at = min(pool._idle[0][0] for pool in _idle_pools)
             return _closer_wakes_at
 
-        # Under the same lock: a connection that comes back now must not rely on it.
+        # Under the same lock, so that no connection given back now relies on this
+        # thread.
         _closer = None
         return None
 
 
 def _end() -> None:
-    """Close all that is idle, and have nothing kept any more: the process exits."""
+    """Close all idle connections and keep no more of them: the process exits."""
     global _exiting
 
     with _lock:
@@ -342,7 +351,7 @@ def _end() -> None:
 
 
 def _after_fork() -> None:
-    """Begin anew in a child, whose parent may hold the lock, and uses connections."""
+    """Start afresh in a forked child: the lock may be held, the connections in use."""
     global _alarm, _closer, _lock
     _lock, _alarm, _closer = threading.Lock(), queue.SimpleQueue(), None
     _idle_pools.clear()
@@ -355,5 +364,5 @@ def _after_fork() -> None:
 
 
 atexit.register(_end)
-# There is no fork everywhere.
+# Not every system has fork().
 getattr(os, "register_at_fork", dict)(after_in_child=_after_fork)

@@ -18,7 +18,8 @@ if t.TYPE_CHECKING:
 Address: t.TypeAlias = "str | tuple[str, str]"
 
 _LINE_BREAK = re.compile(r"[\r\n]")
-# Before Python 3.13, email ends a line of a header wherever str.splitlines() does.
+# Before Python 3.13, the email package ends a header's line wherever str.splitlines()
+# does.
 _SEPARATOR = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _BAD_HEADER = (
     "There is a line break in an address, the subject, an extra header, an attachment's"
@@ -27,13 +28,13 @@ _BAD_HEADER = (
 
 
 def check(message: flask_mail.Message, envelope_from: Address | None = None) -> None:
-    """Refuse what Flask-Mail does, and line breaks wherever it does in one place.
+    """Refuse what Flask-Mail refuses, and line breaks in every header.
 
-    It refuses CR and LF in the subject (but for folds), the sender, ``reply_to`` and
-    the recipients, in their names as well, and lets them through in all other headers:
-    there they add a header (``extra_headers``), change who gets the message (``cc`` and
-    ``bcc`` as text), or are encoded (a name in a tuple). No text that a person has
-    pasted on one line has them, so none of these needs a rule of its own.
+    Flask-Mail refuses CR and LF in the subject (except in folds), the sender,
+    ``reply_to`` and the recipients, display names included. In other headers it lets
+    them through, where they add a header (``extra_headers``), change who gets the
+    message (``cc`` and ``bcc`` as text), or are encoded (a name in a tuple). Text from
+    a single-line input never has them, so one rule will do for all.
     """
     if not message.send_to:
         raise AssertionError("No recipients have been added")
@@ -55,19 +56,29 @@ def render(
 ) -> Envelope:
     """Render a message as Flask-Mail does.
 
-    Other separators are delivered where Flask-Mail encodes them, as in most texts.
+    Line separators other than CR and LF are delivered where Flask-Mail encodes them,
+    which it does in most texts.
 
-    :raises flask_mail.BadHeaderError: A separator has made a header of a text.
+    :raises flask_mail.BadHeaderError: A separator has turned text into a header.
     """
+    texts = _header_texts(message, envelope_from)
+    has_separator = any(map(_SEPARATOR.search, texts))
+
     try:
         content = message.as_bytes()
+        sound = not has_separator or _outline(content) == _outline(
+            _clean(message).as_bytes()
+        )
+    except (email.errors.MessageError, ValueError) as error:
+        # Newer versions of Python detect it themselves. Any other ValueError is about
+        # text that can't be encoded.
+        if not has_separator and not isinstance(error, email.errors.MessageError):
+            raise
 
-        if any(map(_SEPARATOR.search, _header_texts(message, envelope_from))):
-            if _outline(content) != _outline(_clean(message).as_bytes()):
-                raise flask_mail.BadHeaderError(_BAD_HEADER)
-    except email.errors.MessageError as error:
-        # Newer versions of Python find it out by themselves.
         raise flask_mail.BadHeaderError(_BAD_HEADER) from error
+
+    if not sound:
+        raise flask_mail.BadHeaderError(_BAD_HEADER)
 
     return Envelope(
         flask_mail.sanitize_address(envelope_from or message.sender),
@@ -82,7 +93,7 @@ def render(
 def _header_texts(
     message: flask_mail.Message, envelope_from: Address | None
 ) -> cabc.Iterator[str]:
-    """Yield what goes into headers, but for the folds that a subject may have."""
+    """Yield the texts that go into headers, without the folds of the subject."""
     yield str(message.subject or "").replace("\r\n", "")
     fields: list[t.Any] = [envelope_from or "", message.sender, message.reply_to or ""]
     fields += [*message.recipients, *message.cc, *message.bcc]
@@ -97,7 +108,7 @@ def _header_texts(
 
 
 def _clean(value: t.Any) -> t.Any:
-    """Copy a message, or a part of it, without separators in what goes into headers."""
+    """Copy a message, or a part of it, without separators in the texts for headers."""
     if isinstance(value, Message | Attachment):
         clean = copy.copy(value)
         texts = vars(value).keys() - {"body", "alts", "data"}
@@ -110,19 +121,19 @@ def _clean(value: t.Any) -> t.Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_clean, value))
 
-    # Anything else may be a lazy text.
+    # Anything else may be a lazy string.
     is_number = value is None or isinstance(value, int | float)
     return value if is_number else _SEPARATOR.sub("_", str(value))
 
 
 def _outline(content: bytes) -> list[tuple[list[str], int]]:
-    """Return the headers of each part of a message, by name, and what is odd there."""
+    """Return the names of the headers and the number of defects of each part."""
     parts = email.message_from_bytes(content).walk()
     return [(sorted(map(str.lower, part)), len(part.defects)) for part in parts]
 
 
 def snapshot(message: flask_mail.Message) -> flask_mail.Message:
-    """Copy a message, so that receivers of the signal get it as it was when sent."""
+    """Copy a message, so that the signal's receivers get it as it was when sent."""
     snapshot = copy.copy(message)
 
     for name, value in vars(message).items():

@@ -9,21 +9,21 @@ import typing as t
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-# Characters of a server's words that are shown: some write a page.
+# The most characters of a server's words to show: some servers write a page.
 _SHOWN = 300
 
 _ADDRESS = re.compile(r'<?(?:"[^"]*"|[^\s<>()\[\],;:"\']+)@[^\s<>()\[\],;:"\']+>?')
 _BASE64 = re.compile(r"(?<![A-Za-z0-9+/=])[A-Za-z0-9+/]{8,}={0,2}(?![A-Za-z0-9+/=])")
-# The status of a reply, which is no secret though a user may be called "1".
+# The status of a reply, which is not secret, even if a user name is "1".
 _STATUS = re.compile(r"(?:\d{3} (?:\d\.\d{1,3}\.\d{1,3}\b)?)?")
 _MIXED = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*[0-9]).{16,}")
 
-# What an error calls a stage, and which key to look at, if a connection breaks there.
+# What an error calls a stage, and which key to check if a connection breaks there.
 PLACES = {
     "connect": ("the TCP connect", " Check MAIL_SERVER and MAIL_PORT."),
     "greeting": (
         "the greeting",
-        " If MAIL_PORT is one for TLS from the start, mostly 465, set MAIL_USE_SSL.",
+        " If MAIL_PORT is for TLS from the start (usually 465), set MAIL_USE_SSL.",
     ),
     "TLS": (
         "the TLS handshake",
@@ -36,17 +36,17 @@ PLACES = {
 _LOG_IN = "Set MAIL_USERNAME and MAIL_PASSWORD."
 TEMPORARY = "A 4xx reply is temporary: the server may accept the message later."
 
-# What refused what, by the stage and the reply: the first row that fits. The codes with
-# dots are those of RFC 3463, and of IANA's registry of them. Words are the last resort,
-# as a policy is explained with any of them; "" in place of a remedy is better than the
-# wrong key.
+# Stages, a pattern for the reply, what it means, and a remedy. The first row that fits
+# counts. The codes with dots are from RFC 3463 and IANA's registry. Matching words is
+# the last resort, because servers explain their policies in any words. No remedy ("")
+# is better than the wrong key.
 _CAUSES: list[tuple[str, str, str, str]] = [
     (
         "greeting EHLO AUTH MAIL RCPT DATA end",
         r"^4.*\b(too many|concurrent|number of) (\w+ )?(connections|sessions)\b"
         r"|^432 .*thread limit",
         "Too many connections are open at once, says {}",
-        "Have fewer in all processes together (APITASK_MAIL_CONNECTIONS).",
+        "Allow fewer in all processes together (APITASK_MAIL_CONNECTIONS).",
     ),
     (
         "MAIL RCPT DATA end",
@@ -73,13 +73,14 @@ _CAUSES: list[tuple[str, str, str, str]] = [
         r"^5\d\d 5\.7\.(54|64)\b|relay access denied|relay(ing)? (denied|not permitted)"
         r"|^5.*unable to relay",
         "The message is not relayed by {}",
-        f"If the server relays for those who log in: {_LOG_IN} Else check MAIL_SERVER.",
+        f"If the server relays for users who log in: {_LOG_IN} If not, check"
+        " MAIL_SERVER.",
     ),
     (
         "DATA end",
         r"^5.*(\blines?\b.*(too long|length)|too long.* line)",
         "The message has a line that is too long for {}",
-        "Break the lines of its text and HTML: 998 characters is the limit of SMTP.",
+        "Break the lines of its text and HTML: SMTP allows 998 characters in a line.",
     ),
     (
         "RCPT DATA end",
@@ -112,7 +113,7 @@ _CAUSES: list[tuple[str, str, str, str]] = [
         "AUTH",
         r"application-specific password",
         "An application-specific password is required by {}",
-        "Make one in the settings of the account, and set MAIL_PASSWORD to it.",
+        "Create one in the account's settings, and set MAIL_PASSWORD to it.",
     ),
     (
         "AUTH",
@@ -129,7 +130,7 @@ _CAUSES: list[tuple[str, str, str, str]] = [
 
 
 class Reply(t.NamedTuple):
-    """What a server answers, as :mod:`smtplib` has it."""
+    """A server's reply, in the form that :mod:`smtplib` uses."""
 
     code: int
     words: bytes
@@ -144,7 +145,7 @@ class Reply(t.NamedTuple):
 
 
 def explain(stage: str, reply: Reply) -> tuple[str, str]:
-    """Return what a refusal means, ``{}`` being the server, and the remedy."""
+    """Return what a refusal means, with ``{}`` for the server, and a remedy."""
     meaning, remedy = next(
         (meaning, remedy)
         for stages, pattern, meaning, remedy in _CAUSES
@@ -152,7 +153,8 @@ def explain(stage: str, reply: Reply) -> tuple[str, str]:
         and re.search(pattern, reply.text, re.IGNORECASE)
     )
 
-    # Exchange has a 451 5.7.3, and SendGrid a 403, for what no second attempt mends.
+    # Not every 4xx is temporary: Exchange says 451 5.7.3, and SendGrid 403, where a
+    # second attempt can't help.
     if re.match(r"4[2-5]\d (?!5\.)", reply.text):
         remedy = f"{TEMPORARY} {remedy}".rstrip()
 
@@ -160,7 +162,7 @@ def explain(stage: str, reply: Reply) -> tuple[str, str]:
 
 
 def show(replies: cabc.Iterable[Reply], secrets: cabc.Iterable[str]) -> str:
-    """Name replies and how often each came, for a log: without addresses or secrets."""
+    """List replies and how often each came, masked so that they can be logged."""
     secrets = list(secrets)
     counts = collections.Counter(mask(reply.text, secrets) for reply in replies)
     return ", ".join(
@@ -170,9 +172,9 @@ def show(replies: cabc.Iterable[Reply], secrets: cabc.Iterable[str]) -> str:
 
 
 def mask(text: str, secrets: cabc.Iterable[str]) -> str:
-    """Hide addresses, secrets and base64 in what a server says, which may quote them.
+    """Hide addresses, secrets and base64 in a server's words, which may quote them.
 
-    :param secrets: User name, password, addresses. Their local parts are hidden, too.
+    :param secrets: User name, password, addresses. Their local parts are hidden too.
     """
     status = t.cast("re.Match[str]", _STATUS.match(text))[0]
     text = _ADDRESS.sub("<address>", text[len(status) :])
@@ -188,7 +190,7 @@ def mask(text: str, secrets: cabc.Iterable[str]) -> str:
 
 
 def _hide_base64(match: re.Match[str]) -> str:
-    """Hide what stands for text, or looks like anything but a word."""
+    """Hide a token that decodes to text or does not look like a word."""
     token = match[0]
 
     try:

@@ -34,7 +34,7 @@ if t.TYPE_CHECKING:
     from .pool import ConnectionPool
     from .pool import Pools
 
-    # What to deliver, and what to call once it is.
+    # What to call once a message is delivered, and the messages to deliver.
     Then: t.TypeAlias = cabc.Callable[[], object] | None
     Batch: t.TypeAlias = collections.deque[tuple[Envelope, Then]]
     Delivery: t.TypeAlias = TaskFuture[DeliveryError | None] | None
@@ -42,37 +42,39 @@ if t.TYPE_CHECKING:
         [ConnectionPool, Batch, Delivery], DeliveryError | None
     ]
 
-# Bytes of rendered messages with which a block begins to deliver while it is open.
+# A block with this many bytes of rendered messages begins to deliver while it is open.
 BATCH = 4 * 1024 * 1024
 
 
 class ReroutedMail:
-    """The way that the mail of one app takes: its configuration and its connections."""
+    """How the mail of one app is sent: its configuration and connections."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # What decides where a mail goes, and what starts its delivery.
+        # These find the scope of a mail, and start its delivery.
         on_success = config.mail_start == "success"
         self.find_scope = find_holder if on_success else current_scope
         self.start = run_on_success if on_success else run
         self.on_success: bool = on_success
         self.outbox = Outbox(on_success)
-        # A pool lives while it is in use or has something idle. So nothing is left of
-        # the settings of a tenant that sends no more.
+        # A pool lives while it is in use or has idle connections. So the settings of a
+        # tenant who sends no more mail don't stay around.
         self._pools: Pools = weakref.WeakValueDictionary()
-        # Finds what hands the mail of Flask-Mail over to Celery, where it goes there.
+        # Finds the task that hands Flask-Mail's mail over to Celery, where it goes
+        # there.
         self.find_handover: cabc.Callable[[], HandsOver | None] = lambda: None
 
     def pool(self, keys: cabc.Mapping[str, t.Any]) -> ConnectionPool:
-        """Return the pool for what a library says of its mail server by now.
+        """Return the pool for a mail library's current settings.
 
         :param keys: As in the configuration of the app.
-        :raises ValueError: The settings can't be used, or a file not be read.
+        :raises ValueError: The settings can't be used, or a file can't be read.
         """
         config, server = self.config, keys["MAIL_SERVER"]
 
         if not server:
-            # It is no mistake at start-up: an app that sends nothing needs none.
+            # Not checked at start-up, because an app that sends no mail needs no
+            # server.
             raise refuse("MAIL_SERVER", server, "the name of a mail server")
 
         settings = read_settings(keys, config)
@@ -81,14 +83,14 @@ class ReroutedMail:
             self._pools,
             settings,
             size=config.mail_connections,
-            # None is kept where no thread could close it in time.
+            # Don't keep connections if no thread could close them in time.
             keepalive=config.mail_keepalive if threads_enabled() else 0,
             owner=self,
         )
 
 
 def find_rerouted(app: Flask) -> ReroutedMail | None:
-    """Return the way of an app's mail; ``None`` if its library is left as it is."""
+    """Return how an app's mail is rerouted; ``None`` if it is not."""
     rerouted: ReroutedMail | None = app.extensions.get("apitask_mail")
 
     if rerouted is None and is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
@@ -98,15 +100,17 @@ def find_rerouted(app: Flask) -> ReroutedMail | None:
 
 
 class MailBlock:
-    """Messages that go over one connection, in order.
+    """Messages that are sent over one connection, in order.
 
-    In a scope they are collected, and delivered by one task at the end of the block;
-    some megabytes are delivered before that, by one task after another, unless mail
-    waits for the success of the request. Without a scope a message is delivered at
-    once. Where mail goes to Celery, the task hands it over, with a scope or without.
+    In a scope, they are collected, and one task delivers them at the end of the block.
+    If they come to some megabytes, further tasks deliver them earlier, one after the
+    other, unless mail waits for the success of the request. Without a scope, each
+    message is delivered at once. Where mail goes to Celery, the task hands it over,
+    with a scope or without.
 
     :param deliver: The task, which raises or returns what :func:`deliver` returns.
-    :param ends: It ends for sure. Else nothing is collected: a task delivers each.
+    :param ends: The block is sure to end. If it is not, nothing is collected: each
+        message gets a task.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class MailBlock:
         self._rerouted = rerouted
         self._pool = pool
         self._deliver = deliver
-        # What each message goes over, without a scope.
+        # The connection for all messages, without a scope.
         is_kept = rerouted.find_scope() or isinstance(deliver, HandsOver)
         self._connection = None if is_kept else pool.connection()
         self._batch: Batch = collections.deque()
@@ -128,7 +132,7 @@ class MailBlock:
         self._delivery: Delivery = None
 
     def send(self, envelope: Envelope, then: Then = None) -> None:
-        """Deliver a message, or have it delivered.
+        """Deliver a message, or let a task do so.
 
         :param then: What to call once it is delivered.
         :raises DeliveryError: Only without a scope: the message was not delivered.
@@ -143,16 +147,16 @@ class MailBlock:
             self._begin_delivery()
 
     def end(self) -> None:
-        """Have the rest delivered."""
+        """Let a task deliver the remaining messages."""
         if self._connection is not None:
             self._connection.close()
         elif self._batch:
             self._begin_delivery()
 
     def _begin_delivery(self) -> None:
-        """Have a task deliver the batch, once the one before is through."""
+        """Let a task deliver the batch, once the one before is done."""
         if not self._rerouted.on_success:
-            # So that little is held at a time.
+            # Wait for the previous batch, so that memory holds few messages at a time.
             _find_error(self._delivery)
 
         self._delivery = self._rerouted.start(
@@ -164,12 +168,12 @@ class MailBlock:
 def deliver(
     pool: ConnectionPool, batch: Batch, before: Delivery
 ) -> DeliveryError | None:
-    """Deliver messages in order, and return what went wrong: which ones, and why.
+    """Deliver messages in order, and return an error that says which failed, and why.
 
-    One that is refused does not stop the others. A server that can't be reached does:
-    to wait for it once more for each of them would hold the request for minutes.
+    A message that is refused does not stop the others. A server that can't be reached
+    does: waiting for it again for each message would hold up the request for minutes.
 
-    :param before: The delivery of those before them, which has to be through.
+    :param before: The delivery of the previous batch, to wait for first.
     """
     give_up = _is_unreachable(_find_error(before))
     count = len(batch)
@@ -195,7 +199,7 @@ def deliver(
 def _deliver_all(
     connection: PooledConnection, batch: Batch, give_up: bool = False
 ) -> list[DeliveryError]:
-    """Deliver a batch, tell of what was delivered, and return what went wrong."""
+    """Deliver a batch, announce the delivered messages, and return the errors."""
     told: list[cabc.Callable[[], object]] = []
     failures: list[DeliveryError] = []
 
@@ -204,7 +208,7 @@ def _deliver_all(
 
         try:
             if give_up:
-                raise DeliveryError("It was not tried.")
+                raise DeliveryError("It was not attempted.")
 
             connection.send(envelope)
 
@@ -213,11 +217,11 @@ def _deliver_all(
         except DeliveryError as error:
             error.message_id = envelope.message_id
             give_up = _is_unreachable(error)
-            # What is below is of no use to those who read the log.
+            # A traceback through our own code would not help readers of the log.
             failures.append(error.with_traceback(None))
 
     if told:
-        # A receiver may send mail, and must not wait for the connection used for this.
+        # A receiver may send mail, and must not wait for the connection used here.
         connection.close()
 
     for then in told:
@@ -227,10 +231,10 @@ def _deliver_all(
 
 
 def _find_error(delivery: Delivery) -> BaseException | None:
-    """Wait for a delivery, and return what went wrong."""
-    # One of a scope around this one may wait for its success.
+    """Wait for a delivery, and return its error, if any."""
+    # A delivery in an outer scope may be deferred until that scope's success.
     if delivery is not None and not delivery.held:
-        # It is cancelled if the time of the request is up.
+        # The delivery is cancelled if the request's deadline has passed.
         with contextlib.suppress(concurrent.futures.CancelledError):
             return delivery.exception() or delivery.result()
 
@@ -238,6 +242,6 @@ def _find_error(delivery: Delivery) -> BaseException | None:
 
 
 def _is_unreachable(error: BaseException | None) -> bool:
-    """Tell whether the server let nobody in, at the last of the messages."""
+    """Tell whether the last message failed because the server let nobody in."""
     last = getattr(error, "failures", ())[-1:] or (error,)
     return isinstance(last[0], DeliveryError) and last[0].stage in OPENING | {None}

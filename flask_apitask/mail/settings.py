@@ -14,9 +14,9 @@ if t.TYPE_CHECKING:
 
 
 def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSettings:
-    """Read the keys of a mail library: text too, as environment variables bring it.
+    """Read the keys of a mail library, which may be text from environment variables.
 
-    :raises ValueError: A value is not allowed. The text names the key, the value and
+    :raises ValueError: A value is not allowed. The message names the key, the value and
         what is allowed.
     """
     use_tls, use_ssl = keys.get("MAIL_USE_TLS"), keys.get("MAIL_USE_SSL")
@@ -26,8 +26,8 @@ def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSetting
     if is_tls and is_ssl:
         raise ValueError(
             f"MAIL_USE_TLS is {use_tls!r} and MAIL_USE_SSL is {use_ssl!r}, but only one"
-            " can be: STARTTLS, mostly on port 587, or TLS from the start, mostly on"
-            " port 465."
+            " can be on: STARTTLS, usually on port 587, or TLS from the start, usually"
+            " on port 465."
         )
 
     read_mail_flag("MAIL_SUPPRESS_SEND", keys.get("MAIL_SUPPRESS_SEND"))
@@ -36,14 +36,14 @@ def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSetting
     debug = int(debug) if isinstance(debug, bool) else debug
     text = "True, False, or a whole number of at least 0"
     username, password = keys.get("MAIL_USERNAME"), keys.get("MAIL_PASSWORD")
-    # This is Flask-Mailman's, as the keys of the certificate are.
+    # A key of Flask-Mailman, like those of the certificate.
     timeout = keys.get("MAIL_TIMEOUT")
     return SMTPSettings(
         host=keys.get("MAIL_SERVER", "127.0.0.1"),
         port=read_whole("MAIL_PORT", port, "a port from 1 to 65535", 0, 65_535),
         use_tls=is_tls,
         use_ssl=is_ssl,
-        # Environment variables bring numbers where they look like some.
+        # Flask reads an environment variable that looks like a number as one.
         username=None if username is None else str(username),
         password=None if password is None else str(password),
         timeout=(
@@ -64,7 +64,7 @@ def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSetting
 
 
 def read_mail_flag(key: str, value: object) -> bool:
-    """Read a flag as Flask-Mail does, but words of text as what they mean."""
+    """Read a flag as Flask-Mail does, but a word such as "false" by its meaning."""
     if not isinstance(value, str):
         return bool(value)
 
@@ -73,5 +73,5 @@ def read_mail_flag(key: str, value: object) -> bool:
 
 
 def is_suppressed(mail: t.Any) -> bool:
-    """Tell whether Flask-Mail is to send nothing."""
+    """Tell whether Flask-Mail is told not to send."""
     return read_mail_flag("MAIL_SUPPRESS_SEND", mail.suppress)

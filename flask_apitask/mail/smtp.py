@@ -22,40 +22,40 @@ if t.TYPE_CHECKING:
 
 # The stages before a server is ready for a message.
 OPENING = {"connect", "greeting", "TLS", "EHLO", "STARTTLS", "AUTH"}
-# Bytes of pipelined commands written before their replies are read. They fit into the
-# send buffer of any kernel, so that a server which waits for its replies to be read
-# never meets a client that waits for its commands to be (RFC 2920, section 3.1).
+# The most bytes of pipelined commands to write before reading their replies. They fit
+# into any kernel's send buffer. So client and server never deadlock, each waiting for
+# the other to read (RFC 2920, section 3.1).
 _GROUP = 8_192
 _QUIT_TIMEOUT = 1.0
 
 
 class SMTPSession(SMTPStream):
-    """A dialogue with a mail server: :meth:`open` it, :meth:`deliver`, :meth:`end`.
+    """A dialogue with a mail server: :meth:`open`, :meth:`deliver`, :meth:`end`.
 
-    One that was closed can be opened again. It is for one thread at a time. A message
-    takes two round trips where the server offers ``PIPELINING`` (:rfc:`2920`), else
-    three and one per recipient.
+    A closed session can be opened again. For one thread at a time. A message takes two
+    round trips if the server offers ``PIPELINING`` (:rfc:`2920`), and otherwise three
+    plus one per recipient.
 
-    No exception's text holds an address or a credential. The server's words, which may
-    quote them, are masked in it.
+    The text of an exception holds no address or credential: they are masked in the
+    server's words, which may quote them.
     """
 
     def __init__(self, settings: SMTPSettings) -> None:
         super().__init__(settings)
         self._messages = 0
-        # It is being opened, by the thread that it is for.
+        # The thread that uses this session is opening it.
         self.opening = False
         # The server is ready for messages.
         self.let_in = False
-        # When it last took one.
+        # When the server last took a message.
         self.taken_at = 0.0
         # No reply is due and no transaction is open: any command may follow.
         self._in_order = False
 
     def open(self) -> None:
-        """Connect, switch to TLS and log in, as the settings say.
+        """Connect, switch to TLS and log in, according to the settings.
 
-        :raises DeliveryError: Something of it failed, and the session is closed.
+        :raises DeliveryError: One of these steps failed, and the session is closed.
         """
         settings = self.settings
         self.close()
@@ -87,7 +87,7 @@ class SMTPSession(SMTPStream):
                 self.close()
 
     def usable(self) -> bool:
-        """Tell whether another message can be sent, without a round trip."""
+        """Tell, without a round trip, whether another message can be sent."""
         limit = self.settings.max_messages
         is_worn = limit and self._messages >= limit
         return self._in_order and not is_worn and not self._is_dropped()
@@ -96,11 +96,13 @@ class SMTPSession(SMTPStream):
         """Send a message once.
 
         :raises DeliveryError: The server did not take it, or not for all recipients.
-        :raises ConnectionLost: The server can't have taken it.
-        :raises DeliveryUnknown: The server had all of it, and gave no proper reply.
+        :raises ConnectionLost: The connection broke before the server can have taken
+            it.
+        :raises DeliveryUnknown: The server had all of it, but gave no proper reply.
         """
         content = dot_stuff(envelope.content)
-        # Without the final dot, and dots that are doubled don't count either.
+        # The size excludes the final dot. It includes doubled dots, which RFC 1870
+        # would not count, so it is an upper bound.
         commands = self._commands(envelope, len(content) - 3)
         self._messages += 1
         self._in_order = False
@@ -109,7 +111,7 @@ class SMTPSession(SMTPStream):
         refused = {path: reply for path, reply in pairs if not reply.is_positive}
         self._check_start(envelope, replies, refused)
         self._stage = "message"
-        # A ConnectionLost up to here says that the line with the dot did not get out.
+        # If send() raises ConnectionLost, the line with the final dot did not get out.
         self.send(content)
         self._check_end(envelope)
 
@@ -119,11 +121,11 @@ class SMTPSession(SMTPStream):
             raise self._refused_recipients(refused, what)
 
     def end(self, deadline: float) -> None:
-        """Close, with ``QUIT`` if the dialogue is at a place for it.
+        """Close the session, with a ``QUIT`` if the dialogue is ready for one.
 
-        Never raises: what was taken before is delivered, whether this works or not.
+        Never raises: messages taken before are delivered, whether this works or not.
 
-        :param deadline: When to wait for the reply no longer, by the monotonic clock.
+        :param deadline: When to stop waiting for the reply, by the monotonic clock.
         """
         self._deadline = deadline
 
@@ -136,17 +138,17 @@ class SMTPSession(SMTPStream):
             self.close()
 
     def close(self) -> None:
-        """Close the socket without a word, and without an effect on a forked twin."""
+        """Close the socket without ``QUIT``, with no effect on a forked process."""
         self.let_in = self._in_order = False
         super().close()
 
     def _greet(self) -> None:
         self._stage = "EHLO"
-        # Nothing learned in plain text counts after STARTTLS.
+        # After STARTTLS, forget all that was learned in plain text.
         self.ehlo_resp = self.helo_resp = None
         self.does_esmtp = False
         reply = self.ehlo()
-        # One that says "not now" knows EHLO.
+        # Only a 5xx means that the server does not know EHLO; a 4xx means "not now".
         self._expect(*(self.helo() if reply[0] // 100 == 5 else reply))
 
     def _upgrade(self) -> None:
@@ -164,14 +166,15 @@ class SMTPSession(SMTPStream):
         if self._received:
             raise self._error(
                 f"Plain text follows the STARTTLS reply of {self.settings}, so nothing"
-                " was sent. It is broken, or something on the way forges replies."
+                " was sent. The server is broken, or something on the way forges"
+                " replies."
             )
 
         self._start_tls()
         self._greet()
 
     def _log_in(self, username: str, password: str) -> None:
-        """Log in, with one timeout for all of it: servers may ask many questions."""
+        """Log in, with one timeout for all the steps, which may be many."""
         self._stage = "AUTH"
         self._deadline = time.monotonic() + self.settings.timeout
         self.set_debuglevel(0)
@@ -182,21 +185,21 @@ class SMTPSession(SMTPStream):
             raise
         except UnicodeEncodeError:
             raise self._error(
-                f"MAIL_USERNAME or MAIL_PASSWORD for {self.settings} has a character"
-                " outside of ASCII, and smtplib can't log in with it."
+                f"MAIL_USERNAME or MAIL_PASSWORD for {self.settings} has a non-ASCII"
+                " character, with which smtplib can't log in."
             ) from None
         except (smtplib.SMTPException, ValueError):
             raise self._error(
-                f"smtplib knows no way to log in that is offered by {self.settings}. If"
-                " the server offers one only over TLS, set MAIL_USE_TLS; if it needs no"
-                " log-in, leave out MAIL_USERNAME."
+                f"smtplib knows none of the ways to log in that {self.settings} offers."
+                " If the server offers one only over TLS, set MAIL_USE_TLS; if it needs"
+                " no log-in, remove MAIL_USERNAME."
             ) from None
         finally:
             self._deadline = None
             self.set_debuglevel(self.settings.debug)
 
     def _commands(self, envelope: Envelope, size: int) -> list[bytes]:
-        """Make the lines that go before the message, ``DATA`` the last of them."""
+        """Return the command lines before the message; the last one is ``DATA``."""
         options = [f"SIZE={size}"] if self.has_extn("size") else []
         options += envelope.mail_options
 
@@ -204,8 +207,8 @@ class SMTPSession(SMTPStream):
             if not self.has_extn("smtputf8"):
                 self._stage = "MAIL"
                 raise self._error(
-                    "The message needs SMTPUTF8, for an address outside of ASCII, and"
-                    f" {self.settings} does not offer it."
+                    "The message has a non-ASCII address and needs SMTPUTF8, which"
+                    f" {self.settings} does not offer."
                 )
 
             wanted = ("SMTPUTF8", "BODY=8BITMIME")
@@ -221,7 +224,7 @@ class SMTPSession(SMTPStream):
         return [f"{line}\r\n".encode() for line in [sender, *recipients, "DATA"]]
 
     def _start_transaction(self, commands: list[bytes]) -> list[Reply]:
-        """Send the commands and return a reply for each that was of use."""
+        """Send the commands, and return the replies up to the point of a refusal."""
         replies: list[Reply] = []
         limit = _GROUP if self.has_extn("pipelining") else 0
 
@@ -235,7 +238,7 @@ class SMTPSession(SMTPStream):
                     self._stage = command[:4].decode()
                     replies.append(self.getreply())
             except ConnectionLost:
-                # Hanging up on the rest of a group does not take back a refusal.
+                # If the server refuses and then hangs up, the refusal still counts.
                 if not _is_refused(replies, len(commands) - 2):
                     raise
 
@@ -247,7 +250,7 @@ class SMTPSession(SMTPStream):
     def _check_start(
         self, envelope: Envelope, replies: list[Reply], refused: dict[str, Reply]
     ) -> None:
-        """Raise if the message itself is not to be sent."""
+        """Raise if the message itself can't be sent."""
         sender, last = replies[0], replies[-1]
 
         if not sender.is_positive:
@@ -263,7 +266,7 @@ class SMTPSession(SMTPStream):
             return
 
         if last.code == 354:
-            # It waits for a message, which it might deliver.
+            # The server waits for a message, which it might deliver.
             self.close()
         else:
             self._reset()
@@ -271,23 +274,23 @@ class SMTPSession(SMTPStream):
         raise error
 
     def _check_end(self, envelope: Envelope) -> None:
-        """Raise if the server did not take the message, or if nobody can tell."""
+        """Raise if the server did not take the message, or if that can't be known."""
         self._stage = "end of message"
 
         try:
             reply = self.getreply()
 
             if reply.code // 100 == 3:
-                raise self._lost(f"{reply.code} is no answer to a message")
+                raise self._lost(f"{reply.code} is not a reply to a message")
         except ConnectionLost as lost:
             if lost.smtp_code == 421:
                 raise
 
             raise DeliveryUnknown(
-                f"The message may or may not have been delivered: {lost} The server had"
-                " all of it by then, so it is not sent again. Look for it in the"
-                " server's log, and give a slow server longer"
-                f" ({self.settings.timeout_key}).",
+                f"The message may or may not have been delivered: {lost} The server"
+                " already had all of it, so it is not sent again. Look for it in the"
+                " server's log. If the server is slow, raise"
+                f" {self.settings.timeout_key}.",
                 stage=self._stage,
             ) from None
 
@@ -301,7 +304,7 @@ class SMTPSession(SMTPStream):
         self._in_order = True
 
     def _reset(self) -> None:
-        """End a transaction without a message, so that the next one can begin."""
+        """Abort a transaction, so that the next one can begin."""
         if self.sock is not None:
             with contextlib.suppress(ConnectionLost):
                 self._stage = "RSET"
@@ -311,11 +314,11 @@ class SMTPSession(SMTPStream):
 def end_all(
     sessions: cabc.Iterable[SMTPSession], deadline: float | None = None
 ) -> None:
-    """Close sessions, with a ``QUIT`` for each, and with one second for all replies.
+    """Close sessions with a ``QUIT`` each, and one second for all the replies.
 
-    A process that stops has little time, and nothing depends on them any more.
+    A process that stops has little time, and nothing depends on the replies.
 
-    :param deadline: When this second is over, by the monotonic clock.
+    :param deadline: When that second ends, by the monotonic clock.
     """
     deadline = deadline or time.monotonic() + _QUIT_TIMEOUT
 
@@ -325,12 +328,12 @@ def end_all(
 
 @functools.cache
 def _local_hostname() -> str:
-    # smtplib asks DNS for it with each connection.
+    # Cached, because smtplib asks DNS for the name with each connection.
     return str(smtplib.LMTP().local_hostname)
 
 
 def _is_refused(replies: list[Reply], recipients: int) -> bool:
-    """Tell whether the sender was refused, or every recipient."""
+    """Tell whether the sender or every recipient was refused."""
     positive = [reply.is_positive for reply in replies[: recipients + 1]]
     return positive[:1] == [False] or (
         len(positive) > recipients and not any(positive[1:])

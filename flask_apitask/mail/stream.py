@@ -21,15 +21,18 @@ if t.TYPE_CHECKING:
 
     SMTP = smtplib.SMTP
 else:
-    # smtplib.SMTP may be a mock when this is imported, and must not be one for ever.
+    # smtplib.SMTP may be a mock while this module is imported. Don't keep the mock.
     SMTP = smtplib.LMTP.__base__
 
-# Bytes written under one timeout. It is the most that a TLS record holds: SSLSocket's
-# sendall() starts the timeout anew for every record, and so this bounds both kinds.
+# The most bytes to write under one timeout. A TLS record holds no more, and SSLSocket's
+# sendall() restarts the timeout for every record. So the bound holds with and without
+# TLS.
 _CHUNK = 16_384
-# Bytes of one reply, all of its lines: a hundred times the longest that is of use.
+# The most bytes of a reply, all its lines together: a hundred times the longest useful
+# reply.
 _REPLY = 65_536
-# A connect that is refused is none: nobody listens there.
+# Errors by which the other side ends a connection that it had accepted. A refused
+# connect is not one of them.
 _HANG_UPS = (
     *(EOFError, ssl.SSLEOFError, BrokenPipeError),
     *(ConnectionAbortedError, ConnectionResetError),
@@ -38,9 +41,9 @@ _REPLY_LINE = re.compile(rb"[2-5][0-9]{2}(?:[ -].*)?\r?")
 
 
 class ConnectionLost(DeliveryError):
-    """Raised when a connection broke before the server had the whole of a message.
+    """Raised when a connection broke before the server had the whole message.
 
-    Nothing was delivered: to send the message again can't make two of it.
+    Nothing was delivered, so sending the message again can't deliver it twice.
     """
 
     # The other side ended a connection that it had accepted.
@@ -48,11 +51,11 @@ class ConnectionLost(DeliveryError):
 
 
 class SMTPStream(SMTP):
-    """What goes to a mail server and comes from it, each part of it in time.
+    """Writes to a mail server and reads from it, each part within a timeout.
 
-    :mod:`smtplib` reads in another way: there half a reply line is a reply, a reply
-    that nothing asked for answers the next command, and a byte within each timeout
-    makes a reply take for ever.
+    :mod:`smtplib` reads less strictly: it takes half a reply line for a reply, and an
+    unsolicited reply for the answer to the next command, and if a byte comes within
+    each timeout, a reply may take for ever.
     """
 
     sock: t.Any = None
@@ -60,12 +63,12 @@ class SMTPStream(SMTP):
     def __init__(self, settings: SMTPSettings) -> None:
         super().__init__(local_hostname="", timeout=settings.timeout)
         self.settings = settings
-        # When the server last answered, or took a part of a message.
+        # When the server last answered or took a part of a message.
         self.heard_at = 0.0
         self._secrets = [settings.username or "", settings.password or ""]
-        # Where in the dialogue it is, as DeliveryError has it.
+        # The current stage of the dialogue, as in DeliveryError.
         self._stage = "connect"
-        # What was received and not read yet.
+        # Received, but not read yet.
         self._received = b""
         # Set while several replies share one timeout.
         self._deadline: float | None = None
@@ -103,15 +106,15 @@ class SMTPStream(SMTP):
             raise self._lost(error) from None
 
     def close(self) -> None:
-        """Close the socket without a word, and without an effect on a forked twin."""
+        """Close the socket without ``QUIT``, with no effect on a forked process."""
         with contextlib.suppress(OSError):
             super().close()
 
     def send(self, s: t.Any) -> None:
         """Write commands or a message, each 16 KiB within the timeout.
 
-        :raises ConnectionLost: The operating system did not take the last byte, so the
-            server can't have it.
+        :raises ConnectionLost: The operating system did not accept the last byte, so
+            the server can't have it.
         """
         octets = s.encode(self.command_encoding) if isinstance(s, str) else s
 
@@ -119,7 +122,7 @@ class SMTPStream(SMTP):
             if self._is_dropped():
                 reply = self.getreply()
                 shown = show([reply], self._secrets)
-                raise self._lost(f"the server said {shown!r} unasked", reply)
+                raise self._lost(f"the server said {shown!r} out of turn", reply)
 
             self.sock.settimeout(self.settings.timeout)
 
@@ -133,7 +136,7 @@ class SMTPStream(SMTP):
     def getreply(self) -> Reply:
         """Read a reply of one or more lines, all of it within the timeout.
 
-        :raises ConnectionLost: There was none, or a 421.
+        :raises ConnectionLost: There was no reply, or a 421.
         """
         deadline = self._deadline or time.monotonic() + self.settings.timeout
         lines: list[bytes] = []
@@ -144,10 +147,10 @@ class SMTPStream(SMTP):
             size += len(line) + 1
 
             if not _REPLY_LINE.fullmatch(line) or line[:3] != lines[0][:3]:
-                raise self._lost("its answer is not an SMTP reply")
+                raise self._lost("the server's answer is not an SMTP reply")
 
             if size > _REPLY:
-                raise self._lost("its answer has no end")
+                raise self._lost("the server's answer is too long")
 
         self.heard_at = time.monotonic()
         words = b"\n".join(line[4:].strip() for line in lines)
@@ -155,8 +158,9 @@ class SMTPStream(SMTP):
 
         if reply.code == 421:
             raise self._lost(
-                f"{show([reply], self._secrets)!r} ended it. The server may allow fewer"
-                " connections (APITASK_MAIL_CONNECTIONS) or messages (MAIL_MAX_EMAILS)",
+                f"the server ended it with {show([reply], self._secrets)!r}. It may"
+                " allow fewer connections (APITASK_MAIL_CONNECTIONS) or messages"
+                " (MAIL_MAX_EMAILS)",
                 reply,
             )
 
@@ -165,10 +169,10 @@ class SMTPStream(SMTP):
     def _read_line(self, deadline: float) -> bytes:
         while b"\n" not in self._received:
             if len(self._received) > _REPLY:
-                raise self._lost("its answer has no end")
+                raise self._lost("the server's answer is too long")
 
             try:
-                # 0 would mean not to wait at all, which is another error.
+                # A timeout of 0 would make the socket non-blocking, with another error.
                 self.sock.settimeout(max(deadline - time.monotonic(), 1e-6))
                 received = self.sock.recv(4096)
             except OSError as error:
@@ -187,9 +191,9 @@ class SMTPStream(SMTP):
         return line
 
     def _is_dropped(self) -> bool:
-        """Tell whether something came that nothing has asked for, such as the end.
+        """Tell whether something unsolicited has come, such as the connection's end.
 
-        Reading tells it and selecting would not: TLS has messages of its own.
+        select() can't tell, because TLS has messages of its own, so this has to read.
         """
         if not self._received:
             self.sock.settimeout(0)
@@ -207,7 +211,7 @@ class SMTPStream(SMTP):
         return DeliveryError(text, stage=self._stage)
 
     def _lost(self, cause: object, reply: Reply | None = None) -> ConnectionLost:
-        """Close the connection and make the exception that says why."""
+        """Close the connection, and return the exception that says why."""
         self.close()
         if isinstance(cause, TimeoutError):
             key = self.settings.timeout_key
@@ -215,7 +219,7 @@ class SMTPStream(SMTP):
 
         place, remedy = PLACES.get(self._stage, (self._stage, ""))
 
-        # What has answered, or speaks TLS, is no server that waits for TLS.
+        # A server that has replied, or that already speaks TLS, does not wait for TLS.
         if reply:
             remedy = f" {TEMPORARY}" if reply.code // 100 == 4 else ""
         elif self._stage == "greeting" and self.settings.use_ssl:
@@ -231,7 +235,7 @@ class SMTPStream(SMTP):
             raise self._refused(self._stage, Reply(code, words))
 
     def _refused(self, stage: str, reply: Reply, *addresses: str) -> DeliveryError:
-        """Make the exception for a reply, which may quote addresses."""
+        """Return the exception for a reply, which may quote addresses."""
         meaning, remedy = explain(stage, reply)
         shown = show([reply], [*self._secrets, *addresses])
         text = f"{meaning.format(self.settings)}: {shown}. {remedy}".rstrip()
