@@ -7,6 +7,7 @@ import typing as t
 from . import routes
 from .api import current_scope
 from .api import warn_without_apitask
+from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
 from .executor.future import TaskFuture
@@ -100,7 +101,7 @@ def run_on_commit(
         future = TaskFuture(_make_runner(), None, work)
         future.held = True
 
-    _watch(session).add(_Held(future, scope, session.get_nested_transaction()))
+    _watch(session).add(_Held(future, scope), session.get_nested_transaction())
     return future
 
 
@@ -108,12 +109,10 @@ class _Held(t.NamedTuple):
     """A task that waits for a commit.
 
     :param scope: Where it goes to, if there is a scope.
-    :param savepoint: What has to be released before.
     """
 
     future: TaskFuture[t.Any]
     scope: TaskScope | None
-    savepoint: orm.SessionTransaction | None
 
     def start(self) -> None:
         if self.scope is not None:
@@ -137,13 +136,19 @@ class _Commits:
     """
 
     def __init__(self) -> None:
-        self._held: list[_Held] = []
+        # By the savepoint that has to be released before; None where there is none.
+        self._held: dict[orm.SessionTransaction | None, list[_Held]] = {}
         # What has been committed, and is about to end.
         self.committed: orm.SessionTransaction | None = None
 
-    def add(self, held: _Held) -> None:
+    def add(self, held: _Held, savepoint: orm.SessionTransaction | None) -> None:
+        others = self._held.setdefault(savepoint, [])
+
         # A session may live for longer than the requests that use it.
-        self._held = [*(other for other in self._held if other.future.held), held]
+        if others and not others[-1].future.held:
+            others[:] = [other for other in others if other.future.held]
+
+        others.append(held)
 
     def end(
         self,
@@ -154,20 +159,20 @@ class _Commits:
 
         :param outer: The savepoint around it, if there is one.
         """
-        committed = self.committed is transaction
+        committed, self.committed = self.committed is transaction, None
         savepoint = transaction if transaction.nested else None
-        ended = [held for held in self._held if held.savepoint is savepoint]
-        self._held = [held for held in self._held if held.savepoint is not savepoint]
-        self.committed = None
+        ended = self._held.pop(savepoint, [])
+
+        if committed and savepoint:
+            self._held.setdefault(outer, []).extend(ended)
+            return
 
         for held in ended:
-            if not committed:
+            if committed:
+                held.start()
+            else:
                 what = "the savepoint" if savepoint else "the session"
                 held.drop(f"{what} was rolled back")
-            elif savepoint:
-                self._held.append(held._replace(savepoint=outer))
-            else:
-                held.start()
 
 
 def _find_session(session: t.Any) -> orm.Session:
@@ -224,13 +229,21 @@ def _end_transaction(session: orm.Session, transaction: orm.SessionTransaction) 
 
 
 def _make_runner() -> Runner:
-    """Make what calls a task that has no scope."""
+    """Make what calls a task that has no scope; in a task, it is what calls that."""
     context, request_context = find_app_context(), find_request_context()
 
     if context is None or "apitask" not in context.app.extensions:
         return _LoggingRunner()
 
     app, request = context.app, request_context and request_context.request
+    frame = current_frame.get()
+    is_here = frame and (frame.app, frame.request) == (app, request)
+    find_scope = frame.task_of if frame and is_here else None
+    scope = find_scope and find_scope()
+
+    if scope:
+        return scope.runner
+
     return TaskRunner(app, request, app.extensions["apitask"].config.copy_g)
 
 
