@@ -77,11 +77,6 @@ class RequestScope:
         self.raised: BaseException | None = None
 
     @property
-    def awaits_success(self) -> bool:
-        """Whether a task waits for the success of the request."""
-        return self._scope is not None and self._scope.awaits_success
-
-    @property
     def defers(self) -> bool:
         """Whether there are scopes that end with the response."""
         return bool(self._deferred)

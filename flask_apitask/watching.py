@@ -20,14 +20,16 @@ if t.TYPE_CHECKING:
 
 # Where Flask catches what leaves a view.
 _DISPATCH: t.Final = Flask.full_dispatch_request.__code__
+# A key of the extensions of an app in which tasks have been put off.
+_WATCHED: t.Final = "apitask_watched"
 
 
 def watch(app: Flask) -> None:
     """Look at what becomes of the requests of an app. Idempotent."""
-    if "apitask_watched" not in app.extensions:
+    if _WATCHED not in app.extensions:
         watch_responses(app)
         watch_exceptions(app)
-        app.extensions["apitask_watched"] = True
+        app.extensions[_WATCHED] = True
 
 
 def watch_exceptions(app: Flask) -> None:
@@ -80,8 +82,9 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
     if status >= 400 and scope.failure is None:
         scope.failure = f"the response has the status {status}"
 
-    # Werkzeug makes a stream of abort(redirect("/")).
-    if scope.awaits_success and status < 300:
+    # A task that runs may put something off while the stream goes. Werkzeug makes a
+    # stream of abort(redirect("/")).
+    if scope.is_used and _WATCHED in app.extensions and status < 300:
         is_stream = response.is_streamed and not is_file
 
     # A task may come later, in the body or in a teardown function. But without one a

@@ -476,6 +476,50 @@ def test_streams(
         assert reason == error.get(how, "it was left before its end")
 
 
+@both_ends
+@pytest.mark.parametrize("fails", [False, True])
+def test_tasks_of_tasks_of_a_stream(
+    make_app: AppFactory, end: str, fails: bool
+) -> None:
+    """What a task puts off while a stream goes waits for the end of that, too."""
+    app, calls = make_app(APITASK_WAIT=end), Calls()
+    begun, put_off = threading.Event(), threading.Event()
+
+    def work() -> None:
+        assert begun.wait(PATIENCE)
+        calls.put_off()
+        put_off.set()
+
+    def stream() -> cabc.Iterator[str]:
+        yield "first"
+        begun.set()
+        assert put_off.wait(PATIENCE)
+        assert calls.done == []
+
+        if fails:
+            raise Broken
+
+    @app.get("/")
+    def page() -> Response:
+        run(work)
+        return Response(stream())
+
+    @app.teardown_request
+    def begin(error: BaseException | None) -> None:
+        if end == "teardown":
+            begun.set()
+
+    with app.app_context():
+        # An app is watched from the first call on.
+        run_on_success(int)
+
+    with pytest.raises(Broken) if fails else contextlib.nullcontext():
+        get(app)
+
+    assert calls.done == ([] if fails else ["task"])
+    assert calls.futures[0].cancelled() == fails
+
+
 def test_file(make_app: AppFactory) -> None:
     """A file is left to the server, which may have its own way to send it."""
     app, calls = make_app(), Calls()
