@@ -15,6 +15,7 @@ from .executor.runner import Runner
 from .executor.task import make_callable
 from .executor.task import task_name
 from .log import log
+from .runner import call_observed
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
@@ -22,6 +23,7 @@ if t.TYPE_CHECKING:
 
     import sqlalchemy.orm as orm
 
+    from .executor.runner import How
     from .executor.scope import TaskScope
     from .executor.task import Task
 
@@ -248,14 +250,24 @@ def _make_runner() -> Runner:
 
 
 class _LoggingRunner(Runner):
-    """Call a task, and log what it raises, without an app."""
+    """Call a task, and log what it raises, without an :class:`.ApiTask`."""
 
-    def run(self, task: t.Any, *args: t.Any) -> t.Any:
-        if (context := find_app_context()) is not None:
-            warn_without_apitask(context.app, "A task was started")
+    def run(
+        self,
+        task: t.Any,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        submitted: float,
+        how: How,
+    ) -> t.Any:
+        context = find_app_context()
+        app = None if context is None else context.app
+
+        if app is not None:
+            warn_without_apitask(app, "A task was started")
 
         try:
-            return Runner.run(self, task, *args)
+            return call_observed(app, how, submitted, task, args, kwargs)
         except BaseException as error:
             name = task_name(task)
             log(_logger, logging.ERROR, "Task %r failed.", name, error=error)

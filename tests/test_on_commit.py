@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import logging
@@ -25,6 +26,7 @@ from flask_apitask import run
 from flask_apitask import run_on_commit
 from flask_apitask import run_on_success
 from flask_apitask import wait
+from flask_apitask.testing import record_tasks
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -443,6 +445,25 @@ def test_nested_request_in_a_task(make_app: AppFactory) -> None:
     assert app.test_client().get("/").status_code == 404
 
 
+@pytest.mark.parametrize("name", ["no app", "with ApiTask", "without"])
+def test_async_tasks(make_app: AppFactory, name: str) -> None:
+    """A coroutine is run to its end, with an app and without."""
+    apps = {"with ApiTask": make_app(), "without": Flask(__name__)}
+    app = apps.get(name)
+
+    async def half(number: int) -> float:
+        await asyncio.sleep(0)
+        return number / 2
+
+    with contextlib.nullcontext() if app is None else app.app_context():
+        with record_tasks() as tasks, orm.Session() as session, session.begin():
+            future = run_on_commit(session, half, 3)
+
+    assert future.result() == 1.5
+    # What tells of a task is a signal of its app.
+    assert [task.result for task in tasks] == ([] if app is None else [1.5])
+
+
 def test_without_apitask(sites: list[Site], caplog: pytest.LogCaptureFixture) -> None:
     """In a request of an app without ApiTask, one WARNING says what is missing."""
     [site] = sites
@@ -469,8 +490,7 @@ def test_no_session(session: t.Any) -> None:
 
 def test_async_session() -> None:
     """An async session is refused, and the one that works is named."""
-    asyncio = pytest.importorskip("sqlalchemy.ext.asyncio")
-    session = asyncio.AsyncSession()
+    session = pytest.importorskip("sqlalchemy.ext.asyncio").AsyncSession()
 
     with pytest.raises(TypeError, match="Pass its 'sync_session'"):
         run_on_commit(session, print)
