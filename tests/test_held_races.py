@@ -19,7 +19,9 @@ SEEDS = range(300)
 
 @pytest.mark.parametrize("failure", [None, "it failed"])
 @pytest.mark.parametrize("size", [0, 1, 2])
-def test_every_task_starts_once_or_is_dropped(size: int, failure: str | None) -> None:
+def test_every_task_starts_once_or_is_dropped(
+    caplog: pytest.LogCaptureFixture, size: int, failure: str | None
+) -> None:
     """Others hold, commit and roll back while a scope is settled and ends.
 
     What is started was awaited by the end of the scope, and nothing stays held.
@@ -56,14 +58,26 @@ def test_every_task_starts_once_or_is_dropped(size: int, failure: str | None) ->
             scope.end()
             ended.append(True)
 
+        def spawn(fn: cabc.Callable[[], object]) -> None:
+            # The end takes many steps, and each of them is to meet the others.
+            def wait_and_call() -> None:
+                for _ in range(schedule.choose(range(20))):
+                    schedule.pause()
+
+                fn()
+
+            schedule.spawn(wait_and_call)
+
         schedule.spawn(end)
-        schedule.spawn(lambda: hold("success", for_success=True))
-        schedule.spawn(lambda: hold("commit", for_success=False))
-        schedule.spawn(lambda: scope.start(futures["committed"]))
-        schedule.spawn(lambda: scope.drop("a test", futures["rolled back"]))
+        spawn(lambda: hold("success", for_success=True))
+        spawn(lambda: hold("commit", for_success=False))
+        spawn(lambda: scope.start(futures["committed"]))
+        spawn(lambda: scope.drop("a test", futures["rolled back"]))
 
         def check() -> None:
             assert not scope._held
+            # Nor is it queued once it is dropped, which is logged.
+            assert caplog.messages == []
             assert late == []
             assert sorted(ran) == sorted(set(ran))
             assert all(future.done() for future in futures.values())

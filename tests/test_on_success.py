@@ -390,29 +390,37 @@ def test_calls_in_teardown(failed: bool, earlier: bool) -> None:
 
 
 @both_ends
-@pytest.mark.parametrize("fails", [False, True])
-def test_calls_in_a_stream(make_app: AppFactory, end: str, fails: bool) -> None:
+@pytest.mark.parametrize("how", ["whole", "error", "left"])
+def test_calls_in_a_stream(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, end: str, how: str
+) -> None:
     """What a stream puts off waits for its end, as long as it has a context."""
     app, calls = make_app(APITASK_WAIT=end), Calls()
+    caplog.set_level(logging.INFO)
 
     def stream() -> cabc.Iterator[str]:
         yield "first"
         calls.put_off()
 
-        if fails:
+        if how == "error":
             raise Broken
 
         yield "last"
         assert calls.done == []
 
     app.add_url_rule("/", "page", lambda: Response(stream_with_context(stream())))
-    expected = pytest.raises(Broken) if fails else contextlib.nullcontext()
+    body, *_ = run_wsgi_app(app, EnvironBuilder("/").get_environ())
 
-    with expected:
-        get(app)
+    with pytest.raises(Broken) if how == "error" else contextlib.nullcontext():
+        for item in body:
+            if how == "left" and item == b"last":
+                break
 
-    assert calls.futures[0].cancelled() == fails
-    assert calls.done == ([] if fails else ["task"])
+    body.close()  # type: ignore[attr-defined]
+    assert calls.futures[0].cancelled() == (how != "whole")
+    assert calls.done == (["task"] if how == "whole" else [])
+    texts = {"error": "Broken was raised", "left": "it was left before its end"}
+    assert reasons(caplog) == ([texts[how]] if how in texts else [])
 
 
 @both_ends
