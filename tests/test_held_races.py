@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import typing as t
 
 import pytest
@@ -91,6 +92,63 @@ def test_every_task_starts_once_or_is_dropped(
 
             if failure is not None:
                 assert "success" not in ran
+
+        return check
+
+    explore(set_up, SEEDS)
+
+
+@pytest.mark.parametrize("others", ["success commit", "success", "start drop", "start"])
+@pytest.mark.parametrize("size", [0, 1])
+def test_few_meet_the_end(
+    caplog: pytest.LogCaptureFixture, size: int, others: str
+) -> None:
+    """Fewer threads are deeper in each other: what is held first, and what starts.
+
+    The end looks without the lock whether there is anything, and misses nothing.
+    """
+
+    def set_up(schedule: Schedule) -> cabc.Callable[[], None]:
+        scope = TaskScope(ThreadPool(size), 1)
+        ended: list[bool] = []
+        late: list[bool] = []
+        futures: list[t.Any] = []
+
+        def hold(*, for_success: bool) -> None:
+            task = functools.partial(late.extend, ended)
+            futures.append(scope.hold(task, (), {}, for_success=for_success))
+
+        if "start" in others:
+            hold(for_success=False)
+
+        calls: dict[str, cabc.Callable[[], object]] = {
+            "success": lambda: hold(for_success=True),
+            "commit": lambda: hold(for_success=False),
+            "start": lambda: scope.start(futures[0]),
+            "drop": lambda: scope.drop("a test", futures[0]),
+        }
+
+        def end() -> None:
+            scope.settle(None)
+            scope.end()
+            ended.append(True)
+
+        def call(name: str) -> None:
+            for _ in range(schedule.choose(range(8))):
+                schedule.pause()
+
+            calls[name]()
+
+        schedule.spawn(end)
+
+        for name in others.split():
+            schedule.spawn(functools.partial(call, name))
+
+        def check() -> None:
+            assert not scope._held
+            assert caplog.messages == []
+            assert late == []
+            assert all(future is None or future.done() for future in futures)
 
         return check
 
