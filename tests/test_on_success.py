@@ -323,6 +323,8 @@ def test_replaced_handler(make_app: AppFactory) -> None:
     seen = []
 
     def handle(*args: t.Any) -> str:
+        # It is bound to the app already.
+        assert app not in args
         seen.append(args[-1])
         return "all is well"
 
