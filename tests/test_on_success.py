@@ -771,6 +771,17 @@ def test_forked_child() -> None:
     scope.end()
 
 
+@pytest.mark.parametrize("failure", [None, "the block failed"])
+def test_first_outcome_counts(failure: str | None) -> None:
+    """What a block has come to does not change with what comes after it."""
+    scope = TaskScope(ThreadPool(0), 1)
+    scope.settle(failure)
+    scope.settle("the stream failed" if failure is None else None)
+    future = scope.hold(print, (), {}, for_success=True)
+    assert (future is not None and future.cancelled()) == (failure is not None)
+    scope.end()
+
+
 def test_start_and_drop_are_for_what_is_held(make_app: AppFactory) -> None:
     """A task that was not put off is neither started nor dropped."""
     done: list[int] = []
