@@ -169,14 +169,23 @@ class RequestScope:
 
         if closing is None:
             now = deferred + now
+        elif closing.answers_first:
+            closing.add(*deferred, *now)
+            now = ()
         else:
-            closing.add(*deferred, *(now if is_later else ()))
-
-            if closing.answers_first:
-                now = ()
+            closing.add(*deferred)
 
         raised = end_all(now)
         self.raised = self.raised or raised
+
+        # The last of the tasks may have put something off. If not, what the wait has
+        # given up is not waited for again.
+        if closing is not None and closing.is_stream:
+            for scope in now:
+                if scope.awaits_success:
+                    closing.add(scope)
+                else:
+                    scope.settle(None)
 
     def take_raised(self) -> BaseException | None:
         """Return what the end of the request is to raise, if anything, and drop it."""

@@ -755,6 +755,31 @@ def test_deadline(make_app: AppFactory) -> None:
     calls.futures[0].result(PATIENCE)
 
 
+def test_deadline_before_a_stream(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the end of the request gave up is not waited for after the stream again."""
+    app, released = make_app(APITASK_TIMEOUT=0.05), threading.Event()
+    futures: list[concurrent.futures.Future[None]] = []
+
+    def hold_up() -> None:
+        assert released.wait(PATIENCE)
+
+    @app.get("/")
+    def page() -> Response:
+        futures.append(run(hold_up))
+        return Response(iter(["a", "b"]))
+
+    with app.app_context():
+        # An app is watched from the first call on.
+        run_on_success(int)
+
+    assert get(app) == 200
+    assert len(caplog.records) == 1
+    released.set()
+    futures[0].result(PATIENCE)
+
+
 def test_forked_child() -> None:
     """What was put off before a fork is for the parent alone."""
     pool = ThreadPool(0)
