@@ -758,12 +758,17 @@ def test_deadline(make_app: AppFactory) -> None:
 def test_deadline_before_a_stream(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What the end of the request gave up is not waited for after the stream again."""
-    app, released = make_app(APITASK_TIMEOUT=0.05), threading.Event()
+    """What the end of the request gave up is not waited for after the stream again.
+
+    Nor does what it puts off then wait for anything.
+    """
+    app, calls = make_app(APITASK_TIMEOUT=0.05), Calls()
+    released = threading.Event()
     futures: list[concurrent.futures.Future[None]] = []
 
     def hold_up() -> None:
         assert released.wait(PATIENCE)
+        calls.put_off()
 
     @app.get("/")
     def page() -> Response:
@@ -778,6 +783,7 @@ def test_deadline_before_a_stream(
     assert len(caplog.records) == 1
     released.set()
     futures[0].result(PATIENCE)
+    assert calls.done == ["task"]
 
 
 def test_forked_child() -> None:
