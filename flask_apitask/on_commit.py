@@ -7,6 +7,7 @@ import typing as t
 from . import routes
 from .api import current_scope
 from .api import warn_without_apitask
+from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
 from .executor.future import TaskFuture
@@ -14,6 +15,7 @@ from .executor.runner import Runner
 from .executor.task import make_callable
 from .executor.task import task_name
 from .log import log
+from .runner import call_observed
 from .runner import TaskRunner
 
 if t.TYPE_CHECKING:
@@ -21,6 +23,7 @@ if t.TYPE_CHECKING:
 
     import sqlalchemy.orm as orm
 
+    from .executor.runner import How
     from .executor.scope import TaskScope
     from .executor.task import Task
 
@@ -100,7 +103,7 @@ def run_on_commit(
         future = TaskFuture(_make_runner(), None, work)
         future.held = True
 
-    _watch(session).add(_Held(future, scope, session.get_nested_transaction()))
+    _watch(session).add(_Held(future, scope), session.get_nested_transaction())
     return future
 
 
@@ -108,12 +111,10 @@ class _Held(t.NamedTuple):
     """A task that is deferred until a commit.
 
     :param scope: The scope that runs it, if there is one.
-    :param savepoint: The savepoint that has to be released first, if any.
     """
 
     future: TaskFuture[t.Any]
     scope: TaskScope | None
-    savepoint: orm.SessionTransaction | None
 
     def start(self) -> None:
         if self.scope is not None:
@@ -137,13 +138,19 @@ class _Commits:
     """
 
     def __init__(self) -> None:
-        self._held: list[_Held] = []
+        # By the savepoint that has to be released first; None if there is none.
+        self._held: dict[orm.SessionTransaction | None, list[_Held]] = {}
         # The transaction that has been committed and is about to end.
         self.committed: orm.SessionTransaction | None = None
 
-    def add(self, held: _Held) -> None:
+    def add(self, held: _Held, savepoint: orm.SessionTransaction | None) -> None:
+        others = self._held.setdefault(savepoint, [])
+
         # Forget what ended with its request: the session may outlive many requests.
-        self._held = [*(other for other in self._held if other.future.held), held]
+        if others and not others[-1].future.held:
+            others[:] = [other for other in others if other.future.held]
+
+        others.append(held)
 
     def end(
         self,
@@ -154,20 +161,20 @@ class _Commits:
 
         :param outer: The savepoint around it, if there is one.
         """
-        committed = self.committed is transaction
+        committed, self.committed = self.committed is transaction, None
         savepoint = transaction if transaction.nested else None
-        ended = [held for held in self._held if held.savepoint is savepoint]
-        self._held = [held for held in self._held if held.savepoint is not savepoint]
-        self.committed = None
+        ended = self._held.pop(savepoint, [])
+
+        if committed and savepoint:
+            self._held.setdefault(outer, []).extend(ended)
+            return
 
         for held in ended:
-            if not committed:
+            if committed:
+                held.start()
+            else:
                 what = "the savepoint" if savepoint else "the session"
                 held.drop(f"{what} was rolled back")
-            elif savepoint:
-                self._held.append(held._replace(savepoint=outer))
-            else:
-                held.start()
 
 
 def _find_session(session: t.Any) -> orm.Session:
@@ -224,25 +231,43 @@ def _end_transaction(session: orm.Session, transaction: orm.SessionTransaction) 
 
 
 def _make_runner() -> Runner:
-    """Return the runner for a task that has no scope."""
+    """Return the runner for a task without a scope; in a task, the one of that task."""
     context, request_context = find_app_context(), find_request_context()
 
     if context is None or "apitask" not in context.app.extensions:
         return _LoggingRunner()
 
     app, request = context.app, request_context and request_context.request
+    frame = current_frame.get()
+    is_here = frame and (frame.app, frame.request) == (app, request)
+    find_scope = frame.task_of if frame and is_here else None
+    scope = find_scope and find_scope()
+
+    if scope:
+        return scope.runner
+
     return TaskRunner(app, request, app.extensions["apitask"].config.copy_g)
 
 
 class _LoggingRunner(Runner):
     """Calls a task and logs what it raises, without an app."""
 
-    def run(self, task: t.Any, *args: t.Any) -> t.Any:
-        if (context := find_app_context()) is not None:
-            warn_without_apitask(context.app, "A task was started")
+    def run(
+        self,
+        task: t.Any,
+        args: tuple[t.Any, ...],
+        kwargs: dict[str, t.Any],
+        submitted: float,
+        how: How,
+    ) -> t.Any:
+        context = find_app_context()
+        app = None if context is None else context.app
+
+        if app is not None:
+            warn_without_apitask(app, "A task was started")
 
         try:
-            return Runner.run(self, task, *args)
+            return call_observed(app, how, submitted, task, args, kwargs)
         except BaseException as error:
             name = task_name(task)
             log(_logger, logging.ERROR, "Task %r failed.", name, error=error)

@@ -77,11 +77,6 @@ class RequestScope:
         self.raised: BaseException | None = None
 
     @property
-    def awaits_success(self) -> bool:
-        """Whether a task waits for the success of the request."""
-        return self._scope is not None and self._scope.awaits_success
-
-    @property
     def defers(self) -> bool:
         """Whether there are scopes that end when the response closes."""
         return bool(self._deferred)
@@ -174,14 +169,23 @@ class RequestScope:
 
         if closing is None:
             now = deferred + now
+        elif closing.answers_first:
+            closing.add(*deferred, *now)
+            now = ()
         else:
-            closing.add(*deferred, *(now if is_later else ()))
-
-            if closing.answers_first:
-                now = ()
+            closing.add(*deferred)
 
         raised = end_all(now)
         self.raised = self.raised or raised
+
+        # A task may have deferred another one just now. If none has, a task that the
+        # wait has given up is not waited for again.
+        if closing is not None and closing.is_stream:
+            for scope in now:
+                if scope.awaits_success:
+                    closing.add(scope)
+                else:
+                    scope.settle(None)
 
     def take_raised(self) -> BaseException | None:
         """Return the exception that the end of the request is to raise; forget it."""

@@ -20,6 +20,8 @@ if t.TYPE_CHECKING:
 
 # Where Flask catches the exceptions that leave a view.
 _DISPATCH: t.Final = Flask.full_dispatch_request.__code__
+# A key in the extensions of an app in which tasks have been deferred.
+_WATCHED: t.Final = "apitask_watched"
 
 
 def watch(app: Flask) -> None:
@@ -27,7 +29,7 @@ def watch(app: Flask) -> None:
     if "apitask_watched" not in app.extensions:
         watch_responses(app)
         watch_exceptions(app)
-        app.extensions["apitask_watched"] = True
+        app.extensions[_WATCHED] = True
 
 
 def watch_exceptions(app: Flask) -> None:
@@ -82,8 +84,9 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
     if status >= 400 and scope.failure is None:
         scope.failure = f"the response has the status {status}"
 
-    # abort(redirect("/")) comes as a streamed response, hence the status.
-    if scope.awaits_success and status < 300:
+    # A running task may defer another one during the stream. abort(redirect("/")) comes
+    # as a streamed response, hence the status.
+    if scope.is_used and _WATCHED in app.extensions and status < 300:
         is_stream = response.is_streamed and not is_file
 
     # A task may still be started in the body or in a teardown function. But if there is

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import typing as t
 
 import pytest
@@ -19,7 +20,9 @@ SEEDS = range(300)
 
 @pytest.mark.parametrize("failure", [None, "it failed"])
 @pytest.mark.parametrize("size", [0, 1, 2])
-def test_every_task_starts_once_or_is_dropped(size: int, failure: str | None) -> None:
+def test_every_task_starts_once_or_is_dropped(
+    caplog: pytest.LogCaptureFixture, size: int, failure: str | None
+) -> None:
     """Others hold, commit and roll back while a scope is settled and ends.
 
     What is started was awaited by the end of the scope, and nothing stays held.
@@ -56,14 +59,26 @@ def test_every_task_starts_once_or_is_dropped(size: int, failure: str | None) ->
             scope.end()
             ended.append(True)
 
+        def spawn(fn: cabc.Callable[[], object]) -> None:
+            # The end takes many steps, and each of them is to meet the others.
+            def wait_and_call() -> None:
+                for _ in range(schedule.choose(range(20))):
+                    schedule.pause()
+
+                fn()
+
+            schedule.spawn(wait_and_call)
+
         schedule.spawn(end)
-        schedule.spawn(lambda: hold("success", for_success=True))
-        schedule.spawn(lambda: hold("commit", for_success=False))
-        schedule.spawn(lambda: scope.start(futures["committed"]))
-        schedule.spawn(lambda: scope.drop("a test", futures["rolled back"]))
+        spawn(lambda: hold("success", for_success=True))
+        spawn(lambda: hold("commit", for_success=False))
+        spawn(lambda: scope.start(futures["committed"]))
+        spawn(lambda: scope.drop("a test", futures["rolled back"]))
 
         def check() -> None:
             assert not scope._held
+            # Nor is it queued once it is dropped, which is logged.
+            assert caplog.messages == []
             assert late == []
             assert sorted(ran) == sorted(set(ran))
             assert all(future.done() for future in futures.values())
@@ -77,6 +92,63 @@ def test_every_task_starts_once_or_is_dropped(size: int, failure: str | None) ->
 
             if failure is not None:
                 assert "success" not in ran
+
+        return check
+
+    explore(set_up, SEEDS)
+
+
+@pytest.mark.parametrize("others", ["success commit", "success", "start drop", "start"])
+@pytest.mark.parametrize("size", [0, 1])
+def test_few_meet_the_end(
+    caplog: pytest.LogCaptureFixture, size: int, others: str
+) -> None:
+    """Fewer threads are deeper in each other: what is held first, and what starts.
+
+    The end looks without the lock whether there is anything, and misses nothing.
+    """
+
+    def set_up(schedule: Schedule) -> cabc.Callable[[], None]:
+        scope = TaskScope(ThreadPool(size), 1)
+        ended: list[bool] = []
+        late: list[bool] = []
+        futures: list[t.Any] = []
+
+        def hold(*, for_success: bool) -> None:
+            task = functools.partial(late.extend, ended)
+            futures.append(scope.hold(task, (), {}, for_success=for_success))
+
+        if "start" in others:
+            hold(for_success=False)
+
+        calls: dict[str, cabc.Callable[[], object]] = {
+            "success": lambda: hold(for_success=True),
+            "commit": lambda: hold(for_success=False),
+            "start": lambda: scope.start(futures[0]),
+            "drop": lambda: scope.drop("a test", futures[0]),
+        }
+
+        def end() -> None:
+            scope.settle(None)
+            scope.end()
+            ended.append(True)
+
+        def call(name: str) -> None:
+            for _ in range(schedule.choose(range(8))):
+                schedule.pause()
+
+            calls[name]()
+
+        schedule.spawn(end)
+
+        for name in others.split():
+            schedule.spawn(functools.partial(call, name))
+
+        def check() -> None:
+            assert not scope._held
+            assert caplog.messages == []
+            assert late == []
+            assert all(future is None or future.done() for future in futures)
 
         return check
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import typing as t
 
 import flask_mail
@@ -17,6 +18,7 @@ from flask_apitask import open_scope
 from flask_apitask import run
 from flask_apitask import run_on_success
 from flask_apitask.mail import sending
+from flask_apitask.testing import record_tasks
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -123,8 +125,36 @@ def test_large_blocks_are_held(inbox: Mailbox, monkeypatch: pytest.MonkeyPatch) 
 
         assert inbox.subjects == []
 
-    site.get(view)
+    with record_tasks() as tasks:
+        site.get(view)
+
     assert inbox.subjects == ["1", "2"]
+    # All of it goes over one connection.
+    assert len(tasks) == 1
+
+
+def test_order_of_mail_that_is_not_sent() -> None:
+    """A message is told of after those before it, however long that takes."""
+    site, other = Site(None), threading.Event()
+    told: list[str] = []
+
+    def receive(app: Flask, message: Message, **extra: object) -> None:
+        if message.subject == "0":
+            # It does not come while this is under way.
+            assert not other.wait(0.1)
+        else:
+            other.set()
+
+        told.append(message.subject)
+
+    def view() -> None:
+        for number in range(3):
+            site.mail.send(site.message(number))
+
+    with flask_mail.email_dispatched.connected_to(receive, site.app):
+        site.get(view)
+
+    assert told == ["0", "1", "2"]
 
 
 def test_mail_that_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
 import logging
+import sqlite3
 import threading
 import typing as t
 import weakref
 
 import pytest
 import sqlalchemy
+from conftest import AppFactory
 from conftest import PATIENCE
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
@@ -14,15 +19,20 @@ from sqlalchemy import exc
 from sqlalchemy import orm
 
 from flask_apitask import ApiTask
+from flask_apitask import current_scope
+from flask_apitask import on_commit
 from flask_apitask import open_scope
 from flask_apitask import run
 from flask_apitask import run_on_commit
+from flask_apitask import run_on_success
 from flask_apitask import wait
+from flask_apitask.testing import record_tasks
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     from flask_apitask.executor.future import TaskFuture
+    from flask_apitask.executor.scope import TaskScope
 
 
 class Base(orm.DeclarativeBase):
@@ -33,6 +43,28 @@ class Account(Base):
     __tablename__ = "accounts"
 
     name: orm.Mapped[str] = orm.mapped_column(primary_key=True)
+
+
+def fail_to_find() -> t.NoReturn:
+    """Fail, as a task."""
+    raise LookupError
+
+
+class Card(Base):
+    """A row whose account is looked for at the commit, and not before."""
+
+    __tablename__ = "cards"
+
+    account: orm.Mapped[str] = orm.mapped_column(
+        sqlalchemy.ForeignKey("accounts.name", deferrable=True, initially="DEFERRED"),
+        primary_key=True,
+    )
+
+
+def check_foreign_keys(connection: t.Any, record: object) -> None:
+    """Have SQLite do what PostgreSQL does anyway."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA foreign_keys = ON")
 
 
 class Site:
@@ -51,6 +83,7 @@ class Site:
         with self.app.app_context():
             self.engine = self.db.engine
 
+        sqlalchemy.event.listen(self.engine, "connect", check_foreign_keys)
         Base.metadata.create_all(self.engine)
         # The rows that were committed, as a task saw them.
         self.seen: list[tuple[str, list[str]]] = []
@@ -178,8 +211,11 @@ def test_no_commit(
     assert site.seen == []
 
 
-def test_commit_that_fails(sites: list[Site], caplog: pytest.LogCaptureFixture) -> None:
-    """A commit that the database refuses does not count."""
+@pytest.mark.parametrize("refused", ["flush", "commit"])
+def test_commit_that_fails(
+    sites: list[Site], caplog: pytest.LogCaptureFixture, refused: str
+) -> None:
+    """A commit that the database refuses does not count, however late it is refused."""
     [site] = sites
     caplog.set_level(logging.INFO)
 
@@ -188,7 +224,8 @@ def test_commit_that_fails(sites: list[Site], caplog: pytest.LogCaptureFixture) 
         site.session.commit()
         site.session.expunge_all()
         run_on_commit(site.session, site.note, "twice")
-        site.session.add(Account(name="ada"))
+        is_early = refused == "flush"
+        site.session.add(Account(name="ada") if is_early else Card(account="bob"))
 
         with pytest.raises(exc.IntegrityError):
             site.session.commit()
@@ -198,6 +235,49 @@ def test_commit_that_fails(sites: list[Site], caplog: pytest.LogCaptureFixture) 
     assert site.get(view) == 200
     assert site.seen == [("ada", ["ada"])]
     assert reasons(caplog) == ["the session was rolled back"]
+
+
+def test_two_sessions(sites: list[Site]) -> None:
+    """A task goes by its own session, and not by another one of the view."""
+    [site] = sites
+
+    def view() -> None:
+        with orm.Session(site.engine) as other:
+            other.begin()
+            dropped = run_on_commit(other, site.note, "other")
+            site.add("ada")
+            site.session.commit()
+            site.futures[0].result(PATIENCE)
+            assert not dropped.done()
+
+        assert dropped.cancelled()
+
+    assert site.get(view) == 200
+    assert site.seen == [("ada", ["ada"])]
+
+
+def test_blocks(sites: list[Site]) -> None:
+    """The end of a block that has begun a transaction is a commit, or a rollback."""
+    [site] = sites
+
+    def view() -> None:
+        with orm.Session(site.engine) as session:
+            early = run_on_commit(session, site.note, "early")
+
+            with session.begin():
+                session.add(Account(name="ada"))
+                late = run_on_commit(session, site.note, "late")
+                assert not early.done()
+
+            with contextlib.suppress(LookupError), session.begin():
+                dropped = run_on_commit(session, site.note, "dropped")
+                fail_to_find()
+
+        assert dropped.cancelled()
+        concurrent.futures.wait([early, late], PATIENCE)
+
+    assert site.get(view) == 200
+    assert sorted(site.seen) == [("early", ["ada"]), ("late", ["ada"])]
 
 
 @pytest.mark.parametrize("outcome", ["commit", "rollback"])
@@ -310,6 +390,80 @@ def test_without_scope(
     assert errors[0].startswith("Task 'builtins.int' failed")
 
 
+def commit_in_task(app: Flask, task: cabc.Callable[[], object], status: int) -> None:
+    """Make a request, in a task of which a commit calls another one."""
+
+    def work() -> None:
+        with orm.Session() as session, session.begin():
+            run_on_commit(session, task)
+
+    def view() -> tuple[str, int]:
+        run(work).result(PATIENCE)
+        return "", status
+
+    app.add_url_rule("/", "page", view)
+    assert app.test_client().get("/").status_code == status
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_success_after_a_commit_in_a_task(make_app: AppFactory, status: int) -> None:
+    """A task that a commit calls within a task defers others as that one does."""
+    done: list[str] = []
+
+    def put_off() -> None:
+        run_on_success(done.append, "succeeded")
+
+    commit_in_task(make_app(), put_off, status)
+    assert done == (["succeeded"] if status == 200 else [])
+
+
+def test_failure_after_a_commit_in_a_task(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a commit calls in a task fails the test of a request as that task does."""
+    with pytest.raises(LookupError):
+        commit_in_task(make_app(APITASK_PROPAGATE=True), fail_to_find, 200)
+
+    assert len(caplog.records) == 1
+
+
+def test_nested_request_in_a_task(make_app: AppFactory) -> None:
+    """A request that a task makes is not part of the one that the task is in."""
+    app = make_app()
+    done: list[str] = []
+
+    def work() -> None:
+        with app.test_request_context(), orm.Session() as session:
+            t.cast("TaskScope", current_scope()).shutdown()
+
+            with session.begin():
+                run_on_commit(session, run_on_success, done.append, "inner")
+
+            assert done == ["inner"]
+
+    app.add_url_rule("/", "page", lambda: [run(work).result(PATIENCE)] and ("", 404))
+    assert app.test_client().get("/").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["no app", "with ApiTask", "without"])
+def test_async_tasks(make_app: AppFactory, name: str) -> None:
+    """A coroutine is run to its end, with an app and without."""
+    apps = {"with ApiTask": make_app(), "without": Flask(__name__)}
+    app = apps.get(name)
+
+    async def half(number: int) -> float:
+        await asyncio.sleep(0)
+        return number / 2
+
+    with contextlib.nullcontext() if app is None else app.app_context():
+        with record_tasks() as tasks, orm.Session() as session, session.begin():
+            future = run_on_commit(session, half, 3)
+
+    assert future.result() == 1.5
+    # What tells of a task is a signal of its app.
+    assert [task.result for task in tasks] == ([] if app is None else [1.5])
+
+
 def test_without_apitask(sites: list[Site], caplog: pytest.LogCaptureFixture) -> None:
     """In a request of an app without ApiTask, one WARNING says what is missing."""
     [site] = sites
@@ -337,8 +491,7 @@ def test_no_session(session: t.Any) -> None:
 
 def test_async_session() -> None:
     """An async session is refused, and the one that works is named."""
-    asyncio = pytest.importorskip("sqlalchemy.ext.asyncio")
-    session = asyncio.AsyncSession()
+    session = pytest.importorskip("sqlalchemy.ext.asyncio").AsyncSession()
 
     with pytest.raises(TypeError, match="Pass its 'sync_session'"):
         run_on_commit(session, print)
@@ -366,22 +519,48 @@ def test_nothing_is_kept() -> None:
 
     class Argument: ...
 
-    arguments = []
+    arguments, futures = [], []
 
     for _ in range(3):
         with app.app_context(), open_scope():
             argument = Argument()
             arguments.append(weakref.ref(argument))
-            run_on_commit(session, id, argument)
+            futures.append(run_on_commit(session, id, argument))
             del argument
 
     listeners = session.dispatch.after_transaction_end
     assert len(list(listeners)) == 1
-    assert len(session.info["flask_apitask"]._held) == 1
+    [[held]] = session.info["flask_apitask"]._held.values()
+    assert held.future is futures[-1]
     assert [argument() for argument in arguments] == [None] * 3
     session_ref = weakref.ref(session)
-    del session, listeners
+    del session, listeners, held
     assert session_ref() is None
+
+
+@pytest.mark.parametrize("savepoints", [False, True])
+def test_many_tasks(monkeypatch: pytest.MonkeyPatch, savepoints: bool) -> None:
+    """Deferring a task costs the same however many others wait."""
+    number, looks = 100, 0
+
+    class Counting(on_commit._Held):
+        def __getattribute__(self, name: str) -> t.Any:
+            nonlocal looks
+            looks += 1
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(on_commit, "_Held", Counting)
+    done: list[int] = []
+
+    with orm.Session() as session, session.begin():
+        for count in range(number):
+            nested = session.begin_nested() if savepoints else contextlib.nullcontext()
+
+            with nested:
+                run_on_commit(session, done.append, count)
+
+    assert done == list(range(number))
+    assert looks < 10 * number
 
 
 def test_other_sessions_are_left_alone() -> None:

@@ -323,6 +323,8 @@ def test_replaced_handler(make_app: AppFactory) -> None:
     seen = []
 
     def handle(*args: t.Any) -> str:
+        # It is bound to the app already.
+        assert app not in args
         seen.append(args[-1])
         return "all is well"
 
@@ -390,29 +392,37 @@ def test_calls_in_teardown(failed: bool, earlier: bool) -> None:
 
 
 @both_ends
-@pytest.mark.parametrize("fails", [False, True])
-def test_calls_in_a_stream(make_app: AppFactory, end: str, fails: bool) -> None:
+@pytest.mark.parametrize("how", ["whole", "error", "left"])
+def test_calls_in_a_stream(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, end: str, how: str
+) -> None:
     """A task deferred in a stream with context waits for the stream's end."""
     app, calls = make_app(APITASK_WAIT=end), Calls()
+    caplog.set_level(logging.INFO)
 
     def stream() -> cabc.Iterator[str]:
         yield "first"
         calls.put_off()
 
-        if fails:
+        if how == "error":
             raise Broken
 
         yield "last"
         assert calls.done == []
 
     app.add_url_rule("/", "page", lambda: Response(stream_with_context(stream())))
-    expected = pytest.raises(Broken) if fails else contextlib.nullcontext()
+    body, *_ = run_wsgi_app(app, EnvironBuilder("/").get_environ())
 
-    with expected:
-        get(app)
+    with pytest.raises(Broken) if how == "error" else contextlib.nullcontext():
+        for item in body:
+            if how == "left" and item == b"last":
+                break
 
-    assert calls.futures[0].cancelled() == fails
-    assert calls.done == ([] if fails else ["task"])
+    body.close()  # type: ignore[attr-defined]
+    assert calls.futures[0].cancelled() == (how != "whole")
+    assert calls.done == (["task"] if how == "whole" else [])
+    texts = {"error": "Broken was raised", "left": "it was left before its end"}
+    assert reasons(caplog) == ([texts[how]] if how in texts else [])
 
 
 @both_ends
@@ -475,6 +485,50 @@ def test_streams(
         error = {"error": "Broken was raised", "close": "KeyError was raised"}
         closed = "the stream or block was closed before its end"
         assert reason == error.get(how, closed)
+
+
+@both_ends
+@pytest.mark.parametrize("fails", [False, True])
+def test_tasks_of_tasks_of_a_stream(
+    make_app: AppFactory, end: str, fails: bool
+) -> None:
+    """What a task defers during a stream waits for the stream's end, too."""
+    app, calls = make_app(APITASK_WAIT=end), Calls()
+    begun, put_off = threading.Event(), threading.Event()
+
+    def work() -> None:
+        assert begun.wait(PATIENCE)
+        calls.put_off()
+        put_off.set()
+
+    def stream() -> cabc.Iterator[str]:
+        yield "first"
+        begun.set()
+        assert put_off.wait(PATIENCE)
+        assert calls.done == []
+
+        if fails:
+            raise Broken
+
+    @app.get("/")
+    def page() -> Response:
+        run(work)
+        return Response(stream())
+
+    @app.teardown_request
+    def begin(error: BaseException | None) -> None:
+        if end == "teardown":
+            begun.set()
+
+    with app.app_context():
+        # An app is watched from the first call on.
+        run_on_success(int)
+
+    with pytest.raises(Broken) if fails else contextlib.nullcontext():
+        get(app)
+
+    assert calls.done == ([] if fails else ["task"])
+    assert calls.futures[0].cancelled() == fails
 
 
 def test_file(make_app: AppFactory) -> None:
@@ -702,6 +756,37 @@ def test_deadline(make_app: AppFactory) -> None:
     calls.futures[0].result(PATIENCE)
 
 
+def test_deadline_before_a_stream(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the end of the request gave up is not waited for after the stream again.
+
+    Nor does what it defers then wait for anything.
+    """
+    app, calls = make_app(APITASK_TIMEOUT=0.05), Calls()
+    released = threading.Event()
+    futures: list[concurrent.futures.Future[None]] = []
+
+    def hold_up() -> None:
+        assert released.wait(PATIENCE)
+        calls.put_off()
+
+    @app.get("/")
+    def page() -> Response:
+        futures.append(run(hold_up))
+        return Response(iter(["a", "b"]))
+
+    with app.app_context():
+        # An app is watched from the first call on.
+        run_on_success(int)
+
+    assert get(app) == 200
+    assert len(caplog.records) == 1
+    released.set()
+    futures[0].result(PATIENCE)
+    assert calls.done == ["task"]
+
+
 def test_forked_child() -> None:
     """Tasks deferred before a fork are left to the parent."""
     pool = ThreadPool(0)
@@ -715,6 +800,17 @@ def test_forked_child() -> None:
     assert scope.hold(print, (), {}, for_success=True) is None
     assert future is not None
     assert not future.done()
+    scope.end()
+
+
+@pytest.mark.parametrize("failure", [None, "the block failed"])
+def test_first_outcome_counts(failure: str | None) -> None:
+    """The outcome of a block does not change afterwards."""
+    scope = TaskScope(ThreadPool(0), 1)
+    scope.settle(failure)
+    scope.settle("the stream failed" if failure is None else None)
+    future = scope.hold(print, (), {}, for_success=True)
+    assert (future is not None and future.cancelled()) == (failure is not None)
     scope.end()
 
 

@@ -50,7 +50,7 @@ class HoldingQueue(TaskQueue):
             return None
 
         work = task, args, kwargs, time.monotonic()
-        future: TaskFuture[t.Any] = TaskFuture(self._runner, self, work)
+        future: TaskFuture[t.Any] = TaskFuture(self.runner, self, work)
 
         with self._lock:
             settled, failure = for_success and self._settled, self._failure

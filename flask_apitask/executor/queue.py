@@ -78,7 +78,8 @@ class TaskQueue:
         self._pool = pool
         self._max_workers = max_workers
         self._timeout = timeout
-        self._runner = runner or Runner()
+        # Calls the tasks.
+        self.runner: Runner = runner or Runner()
         self._generation = pool.generation
         # Guards everything below. Held only for bookkeeping, never while a task, a done
         # callback or the pool's code runs.

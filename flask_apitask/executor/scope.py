@@ -73,7 +73,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
             raise _refusal(task)
 
         work = task, args, kwargs, time.monotonic()
-        future: TaskFuture[T] = TaskFuture(self._runner, self, work)
+        future: TaskFuture[T] = TaskFuture(self.runner, self, work)
 
         with self._lock:
             if self._closed:
@@ -168,7 +168,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
             self._drop_requests()
 
-        raised, self._runner.raised = self._runner.raised, None
+        raised, self.runner.raised = self.runner.raised, None
         return raised
 
     def _give_up(self, timeout: float) -> None:
@@ -189,7 +189,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
             if cancelled or overdue:
                 stacks = [(task.name, task.stack) for task in overdue]
                 report = TimeoutReport(timeout, cancelled, stacks, abandoned)
-                self._runner.report(report)
+                self.runner.report(report)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
