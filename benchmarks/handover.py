@@ -27,6 +27,8 @@ COUNTS: t.Final = (1, 4, 16)
 # What the view does while its tasks are on their way.
 WORK: t.Final = {"nothing": timing.no_op, "5 ms of I/O": timing.wait_for_io}
 MILLISECONDS: t.Final = 1e3
+# Requests of one way, before it is the turn of another.
+TURN: t.Final = 20
 
 
 @task("handover.routed")
@@ -88,16 +90,28 @@ def make_app(
     return app
 
 
-def measure(apps: dict[str, Flask], rounds: int) -> dict[str, list[float]]:
+class Measured(t.NamedTuple):
+    """What the requests of one way took, in seconds."""
+
+    # Each request.
+    durations: list[float]
+    # The mean of each turn: of the CPU, in this process alone.
+    cpu: list[float]
+
+
+def measure(apps: dict[str, Flask], rounds: int) -> dict[str, Measured]:
     """Return how long each request took: the same number of each, in turns."""
     calls = {name: timing.request(app) for name, app in apps.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    measured = {name: Measured([], []) for name in calls}
 
     for name in timing.take_turns(calls, rounds):
         calls[name]()
-        seconds[name] += [timing.seconds(calls[name]) for _ in range(20)]
+        began = time.process_time()
+        durations = [timing.seconds(calls[name]) for _ in range(TURN)]
+        measured[name].cpu.append((time.process_time() - began) / TURN)
+        measured[name].durations.extend(durations)
 
-    return seconds
+    return measured
 
 
 def main() -> None:
@@ -106,14 +120,15 @@ def main() -> None:
     parser.add_argument("broker", nargs="+", help="its URL")
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    print("| broker | the view does | tasks | | p50 ms | p99 ms | p50 to `delay()` |")
-    print("|---|---|--:|---|--:|--:|--:|")
+    head = ["broker", "the view does", "tasks", "", "p50 ms", "p99 ms", "CPU ms"]
+    print(f"| {' | '.join([*head, 'p50 to `delay()`'])} |")
+    print("|---|---|--:|---|--:|--:|--:|--:|")
 
     for url in options.broker:
         for doing, work in WORK.items():
             for count in COUNTS:
-                seconds = measure(make_apps(url, count, work), options.rounds)
-                print_case(url, doing, count, seconds)
+                measured = measure(make_apps(url, count, work), options.rounds)
+                print_case(url, doing, count, measured)
 
         with make_celery(url, False) as celery_app:
             # Without a pause, RabbitMQ may not have counted the last ones.
@@ -121,13 +136,11 @@ def main() -> None:
             celery_app.control.purge()
 
 
-def print_case(
-    url: str, doing: str, count: int, seconds: dict[str, list[float]]
-) -> None:
+def print_case(url: str, doing: str, count: int, measured: dict[str, Measured]) -> None:
     """Print a row for each way."""
-    plain = statistics.median(seconds["delay()"])
+    plain = statistics.median(measured["delay()"].durations)
 
-    for name, durations in seconds.items():
+    for name, (durations, cpu) in measured.items():
         median = statistics.median(durations)
         slow = statistics.quantiles(durations, n=100)[98]
         cells = [
@@ -137,6 +150,7 @@ def print_case(
             name,
             f"{median * MILLISECONDS:.2f}",
             f"{slow * MILLISECONDS:.2f}",
+            f"{statistics.median(cpu) * MILLISECONDS:.2f}",
             f"{median / plain:.2f}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)

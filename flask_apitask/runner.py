@@ -81,23 +81,31 @@ class PlainRunner(Runner):
         notify(task_dropped, self._app, fields)
 
 
+class Call(t.NamedTuple):
+    """How a task is called; see :func:`call_observed`."""
+
+    app: Flask
+    how: How
+    submitted: float
+    args: tuple[t.Any, ...]
+    kwargs: dict[str, t.Any]
+
+    def of(self, task: Fn) -> t.Any:
+        """Call a task this way, here."""
+        app, how, submitted, args, kwargs = self
+        return call_observed(app, how, submitted, task, args, kwargs)
+
+
 class HandsOver:
     """A task that hands another one over to run elsewhere, and sends no signals."""
 
     @abc.abstractmethod
-    def hand_over(
-        self,
-        app: Flask,
-        how: How,
-        submitted: float,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-    ) -> t.Any:
-        """Hand the task over; the parameters are those of :func:`call_observed`."""
+    def hand_over(self, call: Call) -> t.Any:
+        """Hand the task over, or run it here: ``call.of(task)``."""
 
     def __call__(self, *args: t.Any, **kwargs: t.Any) -> t.Any:
         app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-        return self.hand_over(app, "thread", time.monotonic(), args, kwargs)
+        return self.hand_over(Call(app, "thread", time.monotonic(), args, kwargs))
 
 
 class TaskRunner(PlainRunner):
@@ -229,7 +237,7 @@ def call_observed(
     """
     if app is not None and isinstance(task, HandsOver):
         # The task that is handed over is observed where it runs.
-        return task.hand_over(app, how, submitted, args, kwargs)
+        return task.hand_over(Call(app, how, submitted, args, kwargs))
 
     fields: dict[str, t.Any] = {}
 

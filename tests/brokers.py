@@ -133,13 +133,14 @@ class Broker(Program):
             assert time.monotonic() < until, "it is killed, and accepts"
             time.sleep(0.02)
 
-    def is_ready(self) -> bool:
+    def answers(self, question: bytes, answer: bytes) -> bool:
+        """Tell whether what it answers begins in a way."""
         try:
-            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+            with socket.create_connection(("127.0.0.1", self.port), 1.0) as connection:
+                connection.sendall(question)
+                return connection.recv(len(answer)) == answer
         except OSError:
             return False
-
-        return True
 
 
 class Redis(Broker):
@@ -156,6 +157,10 @@ class Redis(Broker):
         where = ["--bind", "127.0.0.1", "--port", str(self.port)]
         stored = ["--appendonly", "yes", "--appendfsync", "always", "--save", ""]
         return ["redis-server", *where, "--dir", str(self.folder), *stored]
+
+    def is_ready(self) -> bool:
+        """Tell whether it works: while it loads what it has stored, it answers no."""
+        return self.answers(b"PING\r\n", b"+PONG")
 
 
 class RabbitMQ(Broker):
@@ -199,12 +204,7 @@ class RabbitMQ(Broker):
 
     def is_ready(self) -> bool:
         """Tell whether it answers, which it does a moment after it accepts."""
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), 1.0) as connection:
-                connection.sendall(b"AMQP\0\0\x09\1")
-                return connection.recv(1) == b"\1"
-        except OSError:
-            return False
+        return self.answers(b"AMQP\0\0\x09\1", b"\1")
 
     def __enter__(self) -> te.Self:
         where = ["-address", "127.0.0.1", "-port", str(self._epmd_port)]

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import time
 import typing as t
 
@@ -18,16 +19,23 @@ from ledger_mail import reserve_port
 from ledger_report import Report
 from wsgi_servers import serve
 
+from flask_apitask import run
+
 pytest.importorskip("celery")
 pytest.importorskip("redis")
 
 from brokers import Worker
+from celery_app import double
+from redis import Redis
 
 if t.TYPE_CHECKING:
     import pathlib
 
     from brokers import Broker
     from brokers import Program
+    from celery.result import AsyncResult
+    from celery_app import Celeries
+    from flask import Flask
 
 pytestmark = pytest.mark.servers
 
@@ -41,6 +49,8 @@ DELAY: t.Final = 0.01
 PATIENCE: t.Final = 6.0
 # Seconds without the killed ones.
 OUTAGE: t.Final = 0.2
+# Seconds after which a broker has given a message to a worker that has asked for it.
+GIVEN_WITHIN: t.Final = 0.5
 # An hour by default. The other two look for such messages each second.
 REDIS: t.Final = {
     "visibility_timeout": 3,
@@ -167,3 +177,51 @@ def test_celery_ledger(broker: Broker, tmp_path: pathlib.Path) -> None:
     assert output.count("Celery's broker did not confirm") >= 1
     assert sums.acknowledged == sums.requests
     assert sums.acknowledged >= REQUESTS // (len(Kill) + 1) * (len(Kill) + 1)
+
+
+def test_message_on_its_way_to_a_worker(
+    broker: Broker, celeries: Celeries, tmp_path: pathlib.Path
+) -> None:
+    """What a killed worker was given, and has not read yet: Redis has it no more."""
+    celery = {
+        "broker_url": broker.url,
+        "result_backend": f"file://{tmp_path}",
+        "task_default_queue": secrets.token_hex(),
+    }
+    app = celeries.make(CELERY=celery)
+    environ = {"FLASK_CELERY": json.dumps(celery)}
+
+    with Worker(tmp_path, "celery_worker:celery_app", "threads", environ) as worker:
+        result = stop_with_message(app, worker)
+        worker.kill()
+
+        if broker.package == "redis-server":
+            # It is not in the queue, nor among those that were given to a worker.
+            with Redis(port=broker.port) as client:
+                assert client.llen(celery["task_default_queue"]) == 0
+                assert client.hlen("unacked") == 0
+        else:
+            worker.start()
+            assert result.get(timeout=PATIENCE) == 8
+
+
+def stop_with_message(app: Flask, worker: Worker) -> AsyncResult:
+    """Stop a worker, and publish what the broker gives to it at once."""
+    celery_app = app.extensions["celery"]
+
+    with celery_app.connection_for_read() as connection, app.app_context():
+        queue = celery_app.amqp.default_queue(connection.default_channel)
+
+        while True:
+            worker.signal(signal.SIGSTOP)
+            result: t.Any = run(double, 4).result()
+            until = time.monotonic() + GIVEN_WITHIN
+
+            while time.monotonic() < until:
+                if not queue.queue_declare().message_count:
+                    return result
+
+                time.sleep(0.01)
+
+            # It had not asked Redis for one, which it does again and again.
+            worker.signal(signal.SIGCONT)

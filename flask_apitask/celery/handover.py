@@ -10,7 +10,6 @@ from ..executor.task import find_named
 from ..executor.task import make_callable
 from ..executor.task import task_name
 from ..log import log_once
-from ..runner import call_observed
 from ..runner import HandsOver
 from .arguments import copy_arguments
 from .state import find_celery
@@ -21,9 +20,8 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
     import celery.result
-    from flask import Flask
 
-    from ..executor.runner import How
+    from ..runner import Call
     from .state import CeleryState
 
 
@@ -38,20 +36,14 @@ class Handover(HandsOver):
         self.task_name: str = task_name(fn)
         self.__wrapped__ = fn
 
-    def hand_over(
-        self,
-        app: Flask,
-        how: How,
-        submitted: float,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-    ) -> celery.result.AsyncResult:
+    def hand_over(self, call: Call) -> celery.result.AsyncResult:
+        app, _, submitted, args, kwargs = call
         published = self._state.publish(app, self.task_name, args, kwargs, submitted)
 
         if published is not None:
             return published
 
-        result = call_observed(app, how, submitted, self.__wrapped__, args, kwargs)
+        result = call.of(self.__wrapped__)
         return EagerResult(uuid(), result, states.SUCCESS, name=self.task_name)
 
 

@@ -30,8 +30,8 @@ if t.TYPE_CHECKING:
     import celery
     from flask import Flask
 
-    from ..executor.runner import How
     from ..mail.sending import Batch
+    from ..runner import Call
     from .state import CeleryState
 
 MAIL: t.Final = "flask_mail.send"
@@ -61,22 +61,15 @@ class MailHandover(HandsOver):
 
         return None if found is None else self
 
-    def hand_over(
-        self,
-        app: Flask,
-        how: How,
-        submitted: float,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-    ) -> None:
-        pool, batch, before = args
+    def hand_over(self, call: Call) -> None:
+        pool, batch, before = call.args
         told = []
         left: Batch = collections.deque()
 
         while batch:
             envelope, then = batch.popleft()
 
-            if not self._publish(app, envelope, submitted):
+            if not self._publish(call.app, envelope, call.submitted):
                 left.append((envelope, then))
             elif then is not None:
                 told.append(then)
@@ -88,7 +81,7 @@ class MailHandover(HandsOver):
             # Not at the top: this import changes how email encodes any text.
             from ..mail.flask_mail import deliver
 
-            call_observed(app, how, submitted, deliver, (pool, left, before), {})
+            call._replace(args=(pool, left, before)).of(deliver)
 
     def _publish(self, app: Flask, envelope: Envelope, submitted: float) -> bool:
         if len(envelope.content) > self._state.config.celery_mail_size:
