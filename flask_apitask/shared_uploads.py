@@ -89,9 +89,12 @@ class SharedFile(io.BufferedIOBase):
 def share_files(files: t.Any) -> None:
     """Let several tasks read the same uploads."""
     for _, upload in iter_multi_items(files):
-        # An app may have Werkzeug write uploads to other files. Those are left alone.
-        if isinstance(upload.stream, tempfile.SpooledTemporaryFile):
-            upload.stream = SharedFile(upload.stream)
+        stream = upload.stream
+
+        # An app may have Werkzeug write uploads to other files. Those are left alone,
+        # and so is one that is closed.
+        if isinstance(stream, tempfile.SpooledTemporaryFile) and not stream.closed:
+            upload.stream = SharedFile(stream)
 
 
 def close_files(files: t.Any) -> None:

@@ -898,6 +898,24 @@ def test_upload_that_somebody_closes(make_app: AppFactory, size: int) -> None:
     assert files[0].closed
 
 
+def test_upload_that_was_closed_before_the_first_task(make_app: AppFactory) -> None:
+    """It stays closed, and nothing else goes wrong."""
+    app = make_app()
+
+    @app.post("/")
+    def index() -> str:
+        with io.TextIOWrapper(request.files["file"].stream) as text:
+            assert text.readline() == "first\n"
+
+        assert run(read_form).result(PATIENCE) == {"colour": "blue"}
+        error = run(request.files["file"].read).exception(PATIENCE)
+        assert isinstance(error, ValueError)
+        return "ok"
+
+    body = make_multipart(LINES)
+    assert post(app, Wire(body), MULTIPART, len(body)).data == b"ok"
+
+
 def test_uploads_of_requests_within_a_task(make_app: AppFactory) -> None:
     """A task that posts uploads to its own app sends each of them from the start."""
     app = make_app()
