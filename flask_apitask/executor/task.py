@@ -124,11 +124,10 @@ def task_name(task: t.Any) -> str:
     """Return the name a callable was given, or its module and qualified name."""
     task = _unwrap(task, "task_name")
 
-    # A mock has every attribute.
-    if isinstance(name := getattr(task, "task_name", None), str):
+    if isinstance(name := look_up(task, "task_name"), str):
         return name
 
-    named = task if hasattr(task, "__qualname__") else type(task)
+    named = task if isinstance(look_up(task, "__qualname__"), str) else type(task)
     # A method of a type that is written in C may have no module.
     module = getattr(named, "__module__", None)
     return f"{module}.{named.__qualname__}" if module else named.__qualname__
@@ -139,13 +138,23 @@ def exit_grace(task: t.Any, timeout: float) -> float:
 
     :param timeout: For a task that has no attribute ``exit_grace``.
     """
-    grace = getattr(_unwrap(task, "exit_grace"), "exit_grace", timeout)
+    grace = look_up(_unwrap(task, "exit_grace"), "exit_grace", timeout)
 
     if grace is None:
         return math.inf
 
-    # A mock has every attribute.
     return grace if isinstance(grace, (int, float)) else timeout
+
+
+def look_up(task: t.Any, attribute: str, default: object = None) -> t.Any:
+    """Return an attribute of a task, of any type: a mock or a proxy has them all.
+
+    Where a proxy raises something else than an :exc:`AttributeError`, it has none.
+    """
+    try:
+        return getattr(task, attribute, default)
+    except Exception:
+        return default
 
 
 def _unwrap(task: t.Any, attribute: str) -> t.Any:
