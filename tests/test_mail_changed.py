@@ -631,6 +631,38 @@ send()
     assert inbox.subjects == ["hello"]
 
 
+@pytest.mark.parametrize("autospec", [None, True])
+@pytest.mark.parametrize("target", ["smtplib.socket", "socket.create_connection"])
+def test_a_mock_of_what_connects(
+    inbox: Mailbox, caplog: pytest.LogCaptureFixture, target: str, autospec: bool | None
+) -> None:
+    """It is what connects, also where it answers nonsense, and no mail gets past it."""
+    app, mail = Flask(__name__), Mail()
+    app.config.update(
+        MAIL_PORT=inbox.port,
+        MAIL_DEFAULT_SENDER="shop@example.org",
+        APITASK_MAIL_BACKGROUND=True,
+    )
+    mail.init_app(app)
+    ApiTask(app)
+    client = app.test_client()
+
+    @app.get("/")
+    def view() -> str:
+        mail.send(Message("hello", ["ada@example.org"], body="text"))
+        return "ok"
+
+    with mock.patch(target, autospec=autospec) as patched:
+        assert client.get("/").text == "ok"
+
+    mocked: t.Any = patched
+    assert (mocked if "create" in target else mocked.create_connection).called
+    assert not inbox.subjects
+    assert caplog.records[-1].levelname == "ERROR"
+    assert client.get("/").text == "ok"
+    assert inbox.subjects == ["hello"]
+
+
 def test_the_exit_does_not_wait_for_ever() -> None:
     """Flask-Mail has no timeout, so what sends by it has a bounded time at the exit."""
     script = """

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import smtplib
+import socket
 import types
 import typing as t
 
@@ -32,6 +33,11 @@ def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
     yield from find_in_class(module, name)
     yield from find_in_class(smtplib, "SMTP")
     yield from find_in_class(smtplib, "SMTP_SSL")
+    library, connect = vars(smtplib)["socket"], socket.create_connection
+    yield Part(("smtplib", "socket"), library, library is not socket)
+    # Where it is another function, as that of gevent, the way is as good as before.
+    is_function = isinstance(connect, types.FunctionType)
+    yield Part(("socket", "create_connection"), connect, not is_function)
 
 
 def find_in_class(module: t.Any, name: str, ignored: str = "") -> cabc.Iterator[Part]:
