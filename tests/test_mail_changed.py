@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import smtplib
@@ -15,6 +16,7 @@ from child_process import ChildProcess
 from conftest import PATIENCE
 from flask import current_app
 from flask import Flask
+from flask import g
 from flask_mail import Mail
 from flask_mail import Message
 from mailbox_server import Mailbox
@@ -498,6 +500,31 @@ def test_what_is_not_used_in_a_block_is_theirs(
     with app.test_request_context():
         mail.connect().send(Message("one", ["ada@example.org"], body="text"))
         assert sent == ["one"]
+
+
+def test_a_change_that_looks_at_g(inbox: Mailbox) -> None:
+    """What it finds there is what APITASK_COPY_G names, as in any task."""
+    app = Flask(__name__)
+    app.config.update(MAIL_DEFAULT_SENDER="shop@example.org", APITASK_COPY_G="port")
+    app.config.update(APITASK_MAIL_BACKGROUND=True)
+
+    class PerTenant(Mail):
+        def connect(self) -> flask_mail.Connection:
+            state = copy.copy(current_app.extensions["mail"])
+            state.port = g.port
+            return flask_mail.Connection(state)
+
+    mail = PerTenant(app)
+    ApiTask(app)
+
+    @app.get("/")
+    def view() -> str:
+        g.port = inbox.port
+        mail.send(Message("hello", ["ada@example.org"], body="text"))
+        return ""
+
+    app.test_client().get("/")
+    assert inbox.subjects == ["hello"]
 
 
 def test_another_subclass_goes_on_to_us(inbox: Mailbox) -> None:
