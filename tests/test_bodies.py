@@ -954,8 +954,8 @@ def test_upload_that_was_closed_before_the_first_task(make_app: AppFactory) -> N
 
     @app.post("/")
     def index() -> str:
-        with io.TextIOWrapper(request.files["file"].stream) as text:
-            assert text.readline() == "first\n"
+        with request.files["file"].stream as file:
+            assert file.readline() == b"first\n"
 
         assert run(read_form).result(PATIENCE) == {"colour": "blue"}
         error = run(request.files["file"].read).exception(PATIENCE)
