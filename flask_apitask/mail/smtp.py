@@ -347,8 +347,9 @@ def end_all(
 
 @functools.cache
 def _local_hostname() -> str:
-    # smtplib asks DNS for it with each connection.
-    return str(smtplib.LMTP().local_hostname)
+    # smtplib asks DNS for it with each connection, and can't say all that it may get.
+    name = str(smtplib.LMTP().local_hostname)
+    return name if name.isascii() else "[127.0.0.1]"
 
 
 def _is_refused(replies: list[Reply], recipients: int) -> bool:
