@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import smtplib
+import socket
 import sys
 import threading
 import types
@@ -688,6 +689,27 @@ def test_a_mock_of_what_connects(
     assert caplog.records[-1].levelname == "ERROR"
     assert client.get("/").text == "ok"
     assert inbox.subjects == ["hello"]
+
+
+def test_another_way_to_connect_is_no_mock(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An app may bind its connections to an address, and mail goes on as before."""
+    connect = functools.partial(
+        socket.create_connection, source_address=("127.0.0.1", 0)
+    )
+    monkeypatch.setattr(socket, "create_connection", connect)
+    app = Flask(__name__)
+    app.config.update(MAIL_PORT=inbox.port, MAIL_DEFAULT_SENDER="shop@example.org")
+    app.config.update(APITASK_MAIL_BACKGROUND=True)
+    mail = Mail(app)
+    ApiTask(app)
+
+    with app.test_request_context():
+        mail.send(Message("hello", ["ada@example.org"], body="text"))
+
+    assert inbox.subjects == ["hello"]
+    assert not caplog.records
 
 
 def test_the_exit_does_not_wait_for_ever() -> None:

@@ -35,9 +35,9 @@ def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
     yield from find_in_class(smtplib, "SMTP_SSL")
     library, connect = vars(smtplib)["socket"], socket.create_connection
     yield Part(("smtplib", "socket"), library, library is not socket)
-    # Where it is another function, as that of gevent, the way is as good as before.
-    is_function = isinstance(connect, types.FunctionType)
-    yield Part(("socket", "create_connection"), connect, not is_function)
+    # What else may be there, as that of gevent, makes connections.
+    is_mock = type(connect).__module__ in {"unittest.mock", "mock.mock"}
+    yield Part(("socket", "create_connection"), connect, is_mock)
 
 
 def find_in_class(module: t.Any, name: str, ignored: str = "") -> cabc.Iterator[Part]:
