@@ -11,6 +11,7 @@ from werkzeug.utils import cached_property
 
 from .context import mix_in
 from .context import task_locals
+from .executor.task import look_up
 from .shared_uploads import close_files
 from .shared_uploads import share_files
 from .shared_uploads import SharedFile
@@ -173,7 +174,7 @@ def share_body(request: Request) -> bool:
 
 def share_method(request: Request, task: t.Any) -> t.Any:
     """Replace a ``get_data`` that was looked up before the body was shared."""
-    if getattr(task, "__self__", None) is not request:
+    if look_up(task, "__self__") is not request:
         return task
 
     return request.get_data if task.__name__ == "get_data" else task

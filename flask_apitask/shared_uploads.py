@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import tempfile
@@ -11,16 +10,18 @@ from werkzeug.datastructures import iter_multi_items
 
 from .context import task_locals
 
-if t.TYPE_CHECKING:
-    import collections.abc as cabc
+# What is asked of an upload, by whoever has the file that Werkzeug has made.
+_METHODS: t.Final = (
+    *("close", "read", "read1", "readinto", "readline", "readlines"),
+    *("seek", "tell", "truncate", "write"),
+)
 
 
 def _at_own_position(name: str) -> t.Any:
     """Make a method that calls the file's own at the position of the caller's task."""
 
     def method(self: SharedFile, *args: t.Any) -> t.Any:
-        with self._at_position() as file:
-            return getattr(file, name)(*args)
+        return self._call(name, *args)
 
     return method
 
@@ -33,25 +34,26 @@ class SharedFile(io.BufferedIOBase):
 
     def __init__(self, file: t.Any) -> None:
         self._file = file
-        # Guards the file's own position, which belongs to the holder of the lock.
+        # Guards the file's own position, which is the view's.
         self._lock = threading.Lock()
-        # The position of the view.
-        self._position: int = file.tell()
 
-    @contextlib.contextmanager
-    def _at_position(self) -> cabc.Iterator[t.Any]:
-        task = task_locals.get()
+    def _call(self, name: str, *args: t.Any) -> t.Any:
+        file, task = self._file, task_locals.get()
+        # The class's methods: share_files() replaces those of the object.
+        kind = type(file)
 
         with self._lock:
-            self._file.seek(self._position if task is None else task.get(self, 0))
+            if task is None:
+                return getattr(kind, name)(file, *args)
+
+            position = kind.tell(file)
+            kind.seek(file, task.get(self, 0))
 
             try:
-                yield self._file
+                return getattr(kind, name)(file, *args)
             finally:
-                if task is None:
-                    self._position = self._file.tell()
-                else:
-                    task[self] = self._file.tell()
+                task[self] = kind.tell(file)
+                kind.seek(file, position)
 
     read: t.Any = _at_own_position("read")
     read1: t.Any = _at_own_position("read")
@@ -61,10 +63,9 @@ class SharedFile(io.BufferedIOBase):
     write: t.Any = _at_own_position("write")
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        with self._at_position() as file:
-            # The file's seek() returns nothing before Python 3.11.
-            file.seek(offset, whence)
-            return t.cast("int", file.tell())
+        # The file's seek() returns nothing before Python 3.11.
+        self._call("seek", offset, whence)
+        return t.cast("int", self.tell())
 
     def fileno(self) -> int:
         return t.cast("int", self._file.fileno())
@@ -73,6 +74,10 @@ class SharedFile(io.BufferedIOBase):
         """Do nothing: a text wrapper around the upload would close it for everybody."""
 
     def close_for_all(self) -> None:
+        # No cycle through the file.
+        for name in _METHODS:
+            vars(self._file).pop(name, None)
+
         self._file.close()
         super().close()
 
@@ -89,9 +94,14 @@ class SharedFile(io.BufferedIOBase):
 def share_files(files: t.Any) -> None:
     """Let several tasks read the same uploads."""
     for _, upload in iter_multi_items(files):
-        # An app may have Werkzeug write uploads to files of its own. Leave those alone.
-        if isinstance(upload.stream, tempfile.SpooledTemporaryFile):
-            upload.stream = SharedFile(upload.stream)
+        stream = upload.stream
+
+        # An app may have Werkzeug write uploads to files of its own. Leave those alone,
+        # and closed ones.
+        if isinstance(stream, tempfile.SpooledTemporaryFile) and not stream.closed:
+            upload.stream = shared = SharedFile(stream)
+            # The view may already hold the file, or a text wrapper around it.
+            vars(stream).update((name, getattr(shared, name)) for name in _METHODS)
 
 
 def close_files(files: t.Any) -> None:

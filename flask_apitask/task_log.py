@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -131,16 +132,17 @@ def _find_place(app: Flask, fn: Fn | None) -> CodeType | None:
     endpoint = request.endpoint if has_request_context() else None
     view = None if endpoint is None else app.view_functions.get(endpoint)
 
+    found: t.Any
+
     for found in (fn, view):
         while isinstance(found, functools.partial):
             found = found.func
 
-        # A mock's __code__ is a mock.
-        code = (
-            None if found is None else getattr(inspect.unwrap(found), "__code__", None)
-        )
+        # A mock has any attribute, and a proxy may wrap itself without an end.
+        with contextlib.suppress(Exception):
+            code = getattr(inspect.unwrap(found), "__code__", None)
 
-        if isinstance(code, CodeType) and not code.co_filename.startswith(PACKAGE):
-            return code
+            if isinstance(code, CodeType) and not code.co_filename.startswith(PACKAGE):
+                return code
 
     return None

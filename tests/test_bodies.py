@@ -9,6 +9,7 @@ import io
 import json
 import random
 import socket
+import tempfile
 import threading
 import typing as t
 import weakref
@@ -890,12 +891,79 @@ def test_upload_that_somebody_closes(make_app: AppFactory, size: int) -> None:
         assert read_text() == "first\n"
         assert run(read_text).result(PATIENCE) == "first\n"
         files.append(request.files["file"].stream)
+        request.close()
         return "ok"
 
     body = make_multipart(LINES + bytes(size))
     answer = post(app, Wire(body), MULTIPART, len(body))
     assert answer.get_data(as_text=True) == "ok"
     assert files[0].closed
+
+
+@pytest.mark.parametrize("size", [100, 600_000])
+def test_upload_that_the_view_has_opened_before(
+    make_app: AppFactory, size: int
+) -> None:
+    """A view that has the bare file, or a text of it, goes on where it was."""
+    app = make_app()
+    content = b"".join(b"%d\n" % number for number in range(size // 5))
+    reading, read = threading.Event(), threading.Event()
+
+    class Slow(tempfile.SpooledTemporaryFile[bytes]):
+        def read(self, *args: t.Any) -> bytes:
+            if args == (-2,):
+                # The task is at its own position now.
+                reading.set()
+                read.wait(MOMENT)
+                args = ()
+
+            return super().read(*args)
+
+    class SlowUploads(flask.Request):
+        def _get_file_stream(self, *args: t.Any, **kwargs: t.Any) -> t.IO[bytes]:
+            return Slow(500_000)
+
+    app.request_class = SlowUploads
+
+    def read_all() -> bytes:
+        return bytes(request.files["file"].read(-2))
+
+    @app.post("/")
+    def index() -> str:
+        file: t.Any = request.files["file"].stream
+        lines = [file.readline()]
+        task = run(read_all)
+        assert reading.wait(PATIENCE)
+        lines.append(file.readline())
+        read.set()
+        assert task.result(PATIENCE) == content
+        lines.append(next(iter(file)))
+        lines += file
+        assert b"".join(lines) == content
+        file.close()
+        assert run(request.files["file"].read).result(PATIENCE) == content
+        return "ok"
+
+    body = make_multipart(content)
+    assert post(app, Wire(body), MULTIPART, len(body)).data == b"ok"
+
+
+def test_upload_that_was_closed_before_the_first_task(make_app: AppFactory) -> None:
+    """It stays closed, and nothing else goes wrong."""
+    app = make_app()
+
+    @app.post("/")
+    def index() -> str:
+        with request.files["file"].stream as file:
+            assert file.readline() == b"first\n"
+
+        assert run(read_form).result(PATIENCE) == {"colour": "blue"}
+        error = run(request.files["file"].read).exception(PATIENCE)
+        assert isinstance(error, ValueError)
+        return "ok"
+
+    body = make_multipart(LINES)
+    assert post(app, Wire(body), MULTIPART, len(body)).data == b"ok"
 
 
 def test_uploads_of_requests_within_a_task(make_app: AppFactory) -> None:

@@ -749,6 +749,67 @@ def test_place_in_a_package_called_alike(
     assert (record.pathname, record.funcName) == (path, "work")
 
 
+class Everything:
+    """Has every attribute, as a method of :class:`xmlrpc.client.ServerProxy` does."""
+
+    def __getattr__(self, name: str) -> Everything:
+        return Everything()
+
+    def __call__(self) -> None:
+        raise KeyError
+
+
+class Nothing(Everything):
+    """Raises for an attribute that it lacks, as an unbound proxy does."""
+
+    def __getattr__(self, name: str) -> Everything:
+        raise RuntimeError(name)
+
+
+class Wraps(Failing):
+    """Says that it wraps itself."""
+
+    @property
+    def __wrapped__(self) -> Wraps:
+        return self
+
+
+@pytest.mark.parametrize("kind", [Everything, Nothing, Wraps])
+def test_task_with_odd_attributes(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[t.Any],
+) -> None:
+    """A proxy that is asked for its name or its code keeps nothing from the log."""
+    name = f"{__name__}.{kind.__name__}"
+    expected = ValueError if kind is Wraps else KeyError
+    hang = threading.Event()
+
+    class Hangs(kind):  # type: ignore[misc]
+        def __call__(self) -> None:
+            assert hang.wait(PATIENCE)
+
+    app = make_app(APITASK_TIMEOUT=0.1, APITASK_MAX_WORKERS=1)
+
+    @app.post("/")
+    def index() -> str:
+        assert isinstance(run(kind()).exception(PATIENCE), expected)
+        run(Hangs())
+        run(kind())
+        return "ok"
+
+    try:
+        # A body is shared by the name of the method that is the task.
+        assert app.test_client().post("/", data=b"x").text == "ok"
+    finally:
+        hang.set()
+
+    failed, cancelled, overdue = (record.getMessage() for record in caplog.records)
+    assert failed.startswith(f"Task '{name}' of POST / failed after")
+    assert cancelled.startswith(f"Task '{name}' of POST / was cancelled:")
+    assert "Hangs':\n" in overdue
+
+
 # What a deadline leaves behind.
 
 

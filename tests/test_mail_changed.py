@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import smtplib
+import socket
 import sys
 import threading
 import types
@@ -15,6 +17,7 @@ from child_process import ChildProcess
 from conftest import PATIENCE
 from flask import current_app
 from flask import Flask
+from flask import g
 from flask_mail import Mail
 from flask_mail import Message
 from mailbox_server import Mailbox
@@ -500,6 +503,31 @@ def test_what_is_not_used_in_a_block_is_theirs(
         assert sent == ["one"]
 
 
+def test_a_change_that_looks_at_g(inbox: Mailbox) -> None:
+    """What it finds there is what APITASK_COPY_G names, as in any task."""
+    app = Flask(__name__)
+    app.config.update(MAIL_DEFAULT_SENDER="shop@example.org", APITASK_COPY_G="port")
+    app.config.update(APITASK_MAIL_BACKGROUND=True)
+
+    class PerTenant(Mail):
+        def connect(self) -> flask_mail.Connection:
+            state = copy.copy(current_app.extensions["mail"])
+            state.port = g.port
+            return flask_mail.Connection(state)
+
+    mail = PerTenant(app)
+    ApiTask(app)
+
+    @app.get("/")
+    def view() -> str:
+        g.port = inbox.port
+        mail.send(Message("hello", ["ada@example.org"], body="text"))
+        return ""
+
+    app.test_client().get("/")
+    assert inbox.subjects == ["hello"]
+
+
 def test_another_subclass_goes_on_to_us(inbox: Mailbox) -> None:
     """A send() that changes the message and calls the original is done in the task."""
 
@@ -629,6 +657,59 @@ send()
         f"{inbox.port}",
     )
     assert inbox.subjects == ["hello"]
+
+
+@pytest.mark.parametrize("autospec", [None, True])
+@pytest.mark.parametrize("target", ["smtplib.socket", "socket.create_connection"])
+def test_a_mock_of_what_connects(
+    inbox: Mailbox, caplog: pytest.LogCaptureFixture, target: str, autospec: bool | None
+) -> None:
+    """It is what connects, also where it answers nonsense, and no mail gets past it."""
+    app, mail = Flask(__name__), Mail()
+    app.config.update(
+        MAIL_PORT=inbox.port,
+        MAIL_DEFAULT_SENDER="shop@example.org",
+        APITASK_MAIL_BACKGROUND=True,
+    )
+    mail.init_app(app)
+    ApiTask(app)
+    client = app.test_client()
+
+    @app.get("/")
+    def view() -> str:
+        mail.send(Message("hello", ["ada@example.org"], body="text"))
+        return "ok"
+
+    with mock.patch(target, autospec=autospec) as patched:
+        assert client.get("/").text == "ok"
+
+    mocked: t.Any = patched
+    assert (mocked if "create" in target else mocked.create_connection).called
+    assert not inbox.subjects
+    assert caplog.records[-1].levelname == "ERROR"
+    assert client.get("/").text == "ok"
+    assert inbox.subjects == ["hello"]
+
+
+def test_another_way_to_connect_is_no_mock(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An app may bind its connections to an address, and mail goes on as before."""
+    connect = functools.partial(
+        socket.create_connection, source_address=("127.0.0.1", 0)
+    )
+    monkeypatch.setattr(socket, "create_connection", connect)
+    app = Flask(__name__)
+    app.config.update(MAIL_PORT=inbox.port, MAIL_DEFAULT_SENDER="shop@example.org")
+    app.config.update(APITASK_MAIL_BACKGROUND=True)
+    mail = Mail(app)
+    ApiTask(app)
+
+    with app.test_request_context():
+        mail.send(Message("hello", ["ada@example.org"], body="text"))
+
+    assert inbox.subjects == ["hello"]
+    assert not caplog.records
 
 
 def test_the_exit_does_not_wait_for_ever() -> None:

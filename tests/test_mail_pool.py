@@ -589,6 +589,18 @@ def test_the_local_name_is_looked_up_once(
     assert server.commands.count("ehlo client.example") == 2
 
 
+def test_a_host_name_outside_of_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A computer may have a name that can't be said to a mail server."""
+    monkeypatch.setattr(socket, "getfqdn", lambda: "jörgs-rechner.example")
+    smtp._local_hostname.cache_clear()
+
+    with ScriptedServer() as server:
+        send(ConnectionPool(server.settings(), keepalive=0))
+
+    smtp._local_hostname.cache_clear()
+    assert server.commands[0] == "ehlo [127.0.0.1]"
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_the_interpreter_exits(server: ScriptedServer) -> None:
     """At exit idle connections get their QUIT, and nobody waits for keepalive."""

@@ -96,6 +96,12 @@ REPLIES: list[tuple[str, str, str, set[str]]] = [
     ),
     (
         "RCPT",
+        "550 Please turn on SMTP Authentication in your mail client",
+        "log-in is required",
+        LOG_IN,
+    ),
+    (
+        "RCPT",
         "553 5.7.1 <ada@example.com>: Sender address rejected: not logged in",
         "log-in is required",
         LOG_IN,
@@ -174,6 +180,12 @@ REPLIES: list[tuple[str, str, str, set[str]]] = [
     # The sender
     ("MAIL", "550 5.1.0 no sender of ours", "sender was", SENDER),
     ("MAIL", "553 no", "sender was", SENDER),
+    (
+        *(END, "501 Mail from address must be same as authorization user."),
+        *("sender was", SENDER),
+    ),
+    (END, "553 Mail from must equal authorized user", "sender was", SENDER),
+    (END, "553 Relaying disallowed as root@example.com", "sender was", SENDER),
     ("MAIL", "550 Sender rejected", "sender was", SENDER),
     ("MAIL", "550 Unauthenticated sender rejected", "message was", set()),
     ("MAIL", "550 blocked using a list of networks", "message was", set()),

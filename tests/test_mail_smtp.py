@@ -160,6 +160,17 @@ def test_neither_ehlo_nor_helo() -> None:
     )
 
 
+@pytest.mark.parametrize("end", [Fault.DROP, Fault.BUSY])
+def test_a_refused_ehlo_stands_when_the_server_hangs_up(end: Fault) -> None:
+    """What the server says of its reasons is not lost with the HELO that follows."""
+    with ScriptedServer() as server:
+        server.fail(Stage.EHLO, b"554 5.7.1 blocked\r\n", end)
+        error = fail_to_send(server.settings())
+
+    assert not isinstance(error, ConnectionLost)
+    assert f"{error}" == f"EHLO was refused by {server.settings()}: 554 5.7.1 blocked."
+
+
 def test_smtputf8_is_declared_for_addresses_outside_of_ascii() -> None:
     """An address outside of ASCII goes out in UTF-8, where the server offers it."""
     with (
@@ -757,6 +768,19 @@ def test_the_password_is_refused() -> None:
         f"The user name or the password was refused by {server.settings()}:"
         " 535 5.7.8 <address>: no. Check MAIL_USERNAME and MAIL_PASSWORD."
     )
+
+
+@pytest.mark.parametrize("end", [Fault.DROP, Fault.BUSY])
+def test_a_refused_log_in_stands_when_the_server_hangs_up(end: Fault) -> None:
+    """The password is wrong, whatever becomes of the next way to log in."""
+    with ScriptedServer(user=USER) as server:
+        server.fail(Stage.EHLO, b"250-x\r\n250 AUTH PLAIN LOGIN\r\n")
+        server.fail(Stage.AUTH, b"535 5.7.8 no\r\n", end)
+        error = fail_to_send(server.settings())
+
+    assert not isinstance(error, ConnectionLost)
+    assert (error.stage, error.smtp_code) == ("AUTH", 535)
+    assert "Check MAIL_USERNAME and MAIL_PASSWORD." in f"{error}"
 
 
 @pytest.mark.parametrize("offer", [b"250 nothing\r\n", b"250-x\r\n250 AUTH GSSAPI\r\n"])

@@ -187,6 +187,17 @@ def test_the_same_as_plain_flask_mail(mail: Mail, given: dict[str, t.Any]) -> No
         assert is_sound(message, ours.content)
 
 
+@pytest.mark.parametrize("name", ["cc", "bcc", "attachments", "rcpt_options"])
+def test_lists_that_are_none(mail: Mail, name: str) -> None:
+    """What somebody sets to None after the message was made is an empty list."""
+    with context(mail):
+        message = Message("hello", ["ada@example.org"], body="text")
+        message.date = 0.0
+        setattr(message, name, None)
+        assert isinstance(plain := send_plain(mail, message), Sent)
+        assert send_ours(message) == plain
+
+
 def all_texts(message: Message) -> cabc.Iterator[str]:
     """Yield what must not have a line break, though Flask-Mail lets it through."""
     for address in (message.sender, message.reply_to, *message.cc, *message.recipients):

@@ -126,11 +126,10 @@ def task_name(task: t.Any) -> str:
     """Return the name of a callable: its own, or its module and qualified name."""
     task = _unwrap(task, "task_name")
 
-    # A mock has every attribute.
-    if isinstance(name := getattr(task, "task_name", None), str):
+    if isinstance(name := look_up(task, "task_name"), str):
         return name
 
-    named = task if hasattr(task, "__qualname__") else type(task)
+    named = task if isinstance(look_up(task, "__qualname__"), str) else type(task)
     # A method of a type written in C may have no module.
     module = getattr(named, "__module__", None)
     return f"{module}.{named.__qualname__}" if module else named.__qualname__
@@ -141,13 +140,23 @@ def exit_grace(task: t.Any, timeout: float) -> float:
 
     :param timeout: The default for a task without an ``exit_grace`` attribute.
     """
-    grace = getattr(_unwrap(task, "exit_grace"), "exit_grace", timeout)
+    grace = look_up(_unwrap(task, "exit_grace"), "exit_grace", timeout)
 
     if grace is None:
         return math.inf
 
-    # A mock has every attribute.
     return grace if isinstance(grace, (int, float)) else timeout
+
+
+def look_up(task: t.Any, attribute: str, default: object = None) -> t.Any:
+    """Return an attribute of a task, or the default if looking it up raises anything.
+
+    It may be of any type: a mock or a proxy has every attribute.
+    """
+    try:
+        return getattr(task, attribute, default)
+    except Exception:
+        return default
 
 
 def _unwrap(task: t.Any, attribute: str) -> t.Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import smtplib
+import socket
 import types
 import typing as t
 
@@ -32,6 +33,11 @@ def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
     yield from find_in_class(module, name)
     yield from find_in_class(smtplib, "SMTP")
     yield from find_in_class(smtplib, "SMTP_SSL")
+    library, connect = vars(smtplib)["socket"], socket.create_connection
+    yield Part(("smtplib", "socket"), library, library is not socket)
+    # What else may be there, as that of gevent, makes connections.
+    is_mock = type(connect).__module__ in {"unittest.mock", "mock.mock"}
+    yield Part(("socket", "create_connection"), connect, is_mock)
 
 
 def find_in_class(module: t.Any, name: str, ignored: str = "") -> cabc.Iterator[Part]:

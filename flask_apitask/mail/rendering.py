@@ -85,8 +85,8 @@ def render(
         tuple(flask_mail.sanitize_addresses(message.send_to)),
         content,
         message.msgId,
-        tuple(message.mail_options),
-        tuple(message.rcpt_options),
+        tuple(message.mail_options or ()),
+        tuple(message.rcpt_options or ()),
     )
 
 
@@ -96,10 +96,10 @@ def _header_texts(
     """Yield the texts that go into headers, without the folds of the subject."""
     yield str(message.subject or "").replace("\r\n", "")
     fields: list[t.Any] = [envelope_from or "", message.sender, message.reply_to or ""]
-    fields += [*message.recipients, *message.cc, *message.bcc]
+    fields += [*message.recipients, *(message.cc or ()), *(message.bcc or ())]
     fields += (message.extra_headers or {}).items()
 
-    for attachment in message.attachments:
+    for attachment in message.attachments or ():
         fields += [attachment.filename or "", attachment.content_type]
         fields += [attachment.disposition, *attachment.headers.items()]
 

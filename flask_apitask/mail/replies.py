@@ -64,7 +64,8 @@ _CAUSES: list[tuple[str, str, str, str]] = [
     (
         "MAIL RCPT DATA end",
         r"^530|^5\d\d 5\.7\.57\b|^5\d\d (5\.7\.\d+ )?(SMTP )?AUTH\w* (is )?required"
-        r"|^5.*(: not logged in|unauthenticated senders not allowed)",
+        r"|^5.*(: not logged in|unauthenticated senders not allowed"
+        r"|turn on SMTP authentication)",
         "A log-in is required by {}",
         _LOG_IN,
     ),
@@ -99,7 +100,8 @@ _CAUSES: list[tuple[str, str, str, str]] = [
         "MAIL RCPT DATA end",
         r"^5\d\d 5\.(1\.[78]|7\.60|2\.252)\b|not authorized to send from"
         r"|^5.*((?<!unauthenticated )sender (address )?(rejected|verify failed)"
-        r"|verified sender identity|SendAsDenied)",
+        r"|verified sender identity|SendAsDenied|relaying disallowed as"
+        r"|mail from (address )?must (be same as|equal))",
         "The sender was refused by {}",
         "Check MAIL_DEFAULT_SENDER.",
     ),

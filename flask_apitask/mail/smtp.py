@@ -51,6 +51,8 @@ class SMTPSession(SMTPStream):
         self.taken_at = 0.0
         # No reply is due and no transaction is open: any command may follow.
         self._in_order = False
+        # The refusals of ways to greet or to log in, before the next way is tried.
+        self._refusals: list[Reply] = []
 
     def open(self) -> None:
         """Connect, switch to TLS and log in, according to the settings.
@@ -60,6 +62,7 @@ class SMTPSession(SMTPStream):
         settings = self.settings
         self.close()
         self._messages = 0
+        self._refusals.clear()
         self.local_hostname = _local_hostname()
         self.set_debuglevel(settings.debug)
         self.opening = True
@@ -78,8 +81,13 @@ class SMTPSession(SMTPStream):
 
             self.let_in = self._in_order = True
         except smtplib.SMTPResponseException as error:
-            reply = Reply(error.smtp_code, t.cast("bytes", error.smtp_error))
-            raise self._refused(self._stage, reply) from None
+            raise self._refused(self._stage, Reply(*error.args)) from None
+        except ConnectionLost:
+            # Some servers hang up on the other way.
+            if not self._refusals:
+                raise
+
+            raise self._refused(self._stage, self._refusals[-1]) from None
         finally:
             self.opening = False
 
@@ -147,9 +155,15 @@ class SMTPSession(SMTPStream):
         # After STARTTLS, forget all that was learned in plain text.
         self.ehlo_resp = self.helo_resp = None
         self.does_esmtp = False
-        reply = self.ehlo()
+        reply = Reply(*self.ehlo())
+
         # Only a 5xx means that the server does not know EHLO; a 4xx means "not now".
-        self._expect(*(self.helo() if reply[0] // 100 == 5 else reply))
+        if reply.code // 100 == 5:
+            self._refusals.append(reply)
+            reply = Reply(*self.helo())
+
+        self._expect(*reply)
+        self._refusals.clear()
 
     def _upgrade(self) -> None:
         self._stage = "STARTTLS"
@@ -197,6 +211,14 @@ class SMTPSession(SMTPStream):
         finally:
             self._deadline = None
             self.set_debuglevel(self.settings.debug)
+
+    def auth(self, *args: t.Any, **kwargs: t.Any) -> tuple[int, bytes]:
+        """Log in one way; smtplib goes on to the next one if it is refused."""
+        try:
+            return super().auth(*args, **kwargs)
+        except smtplib.SMTPAuthenticationError as error:
+            self._refusals.append(Reply(*error.args))
+            raise
 
     def _commands(self, envelope: Envelope, size: int) -> list[bytes]:
         """Return the command lines before the message; the last one is ``DATA``."""
@@ -328,8 +350,10 @@ def end_all(
 
 @functools.cache
 def _local_hostname() -> str:
-    # Cached, because smtplib asks DNS for the name with each connection.
-    return str(smtplib.LMTP().local_hostname)
+    # Cached, because smtplib asks DNS for the name with each connection. It can't send
+    # a name outside ASCII.
+    name = str(smtplib.LMTP().local_hostname)
+    return name if name.isascii() else "[127.0.0.1]"
 
 
 def _is_refused(replies: list[Reply], recipients: int) -> bool:

@@ -181,7 +181,7 @@ class SMTPStream(SMTP):
             if not received:
                 raise self._lost(EOFError("the server closed it"))
 
-            self._received += received
+            self._keep(received)
 
         line, _, self._received = self._received.partition(b"\n")
 
@@ -199,13 +199,17 @@ class SMTPStream(SMTP):
             self.sock.settimeout(0)
 
             try:
-                self._received += self.sock.recv(4096)
+                self._keep(self.sock.recv(4096))
             except (BlockingIOError, ssl.SSLWantReadError):
                 return False
             except OSError:
                 pass
 
         return True
+
+    def _keep(self, received: bytes) -> None:
+        # Not by +=, which makes a mock of it if a mock was received.
+        self._received = b"".join([self._received, received])
 
     def _error(self, text: str) -> DeliveryError:
         return DeliveryError(text, stage=self._stage)
