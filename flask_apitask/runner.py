@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import abc
 import contextvars
+import inspect
 import logging
 import threading
 import time
 import typing as t
 import weakref
+from types import AsyncGeneratorType
 from types import CoroutineType
+from types import GeneratorType
 
 from flask import current_app
 
@@ -31,6 +34,7 @@ from .task_log import log_callback
 from .task_log import log_drop
 from .task_log import log_failure
 from .task_log import log_timeout
+from .task_log import warn_of_generator
 from .task_log import warn_of_session
 
 if t.TYPE_CHECKING:
@@ -47,6 +51,10 @@ if t.TYPE_CHECKING:
     from .executor.runner import TimeoutReport
 
     Fn = cabc.Callable[..., t.Any]
+
+
+# What a call returns when the body of the function has not run yet.
+_LAZY: t.Final = (CoroutineType, GeneratorType, AsyncGeneratorType)
 
 
 class PlainRunner(Runner):
@@ -215,8 +223,8 @@ class TaskRunner(PlainRunner):
 
             try:
                 result = fn(*args, **kwargs)
-                is_async = isinstance(result, CoroutineType)
-                return _run_coroutine(self._app, result) if is_async else result
+                is_lazy = isinstance(result, _LAZY)
+                return _run_body(self._app, fn, result) if is_lazy else result
             finally:
                 if own and (changes := find_changes(own)):
                     warn_of_session(self._app, task, changes)
@@ -250,8 +258,8 @@ def call_observed(
     try:
         result = task(*args, **kwargs)
 
-        if isinstance(result, CoroutineType):
-            result = _run_coroutine(app, result)
+        if isinstance(result, _LAZY):
+            result = _run_body(app, task, result)
 
         fields["result"] = result
         return result
@@ -279,6 +287,20 @@ def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) ->
             signal.name,
             error=error,
         )
+
+
+def _run_body(app: Flask | None, task: Fn, result: t.Any) -> t.Any:
+    """Run a coroutine to its end, or warn that a generator's body has not run."""
+    if isinstance(result, CoroutineType):
+        return _run_coroutine(app, result)
+
+    # Another function may return a generator on purpose.
+    is_generator = inspect.isgeneratorfunction(task) or inspect.isasyncgenfunction(task)
+
+    if app is not None and is_generator:
+        warn_of_generator(app, task)
+
+    return result
 
 
 def _run_coroutine(

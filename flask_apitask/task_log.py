@@ -91,6 +91,20 @@ def warn_of_session(app: Flask, task: Fn, changes: list[str]) -> None:
     )
 
 
+def warn_of_generator(app: Flask, task: Fn) -> None:
+    """Log a WARNING, once per app and task, about a generator function."""
+    name = task_name(task)
+    log_once(
+        app,
+        f"generator {name}",
+        "Task %r%s is a generator function, so its body has not run. Start a function"
+        " that iterates over it.",
+        name,
+        _of_request(),
+        place=_find_place(app, task),
+    )
+
+
 def _log_task(
     app: Flask,
     name: str,

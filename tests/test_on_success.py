@@ -421,7 +421,10 @@ def test_calls_in_a_stream(
     body.close()  # type: ignore[attr-defined]
     assert calls.futures[0].cancelled() == (how != "whole")
     assert calls.done == (["task"] if how == "whole" else [])
-    texts = {"error": "Broken was raised", "left": "it was left before its end"}
+    texts = {
+        "error": "Broken was raised",
+        "left": "the stream or block was closed before its end",
+    }
     assert reasons(caplog) == ([texts[how]] if how in texts else [])
 
 

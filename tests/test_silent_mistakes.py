@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import queue
 import threading
@@ -30,6 +31,7 @@ from flask_apitask import open_scope
 from flask_apitask import run
 from flask_apitask import scoped
 from flask_apitask import task
+from flask_apitask import task_finished
 from flask_apitask import wait
 from flask_apitask.api import warn_without_apitask
 from flask_apitask.context import MERGED
@@ -255,6 +257,69 @@ def test_session_that_a_task_changes(
 
     assert cookies == [None] * 200
     assert find_warnings(caplog) == [DROPPED]
+
+
+def rows() -> cabc.Iterator[int]:
+    """Be called for nothing."""
+    yield 1
+
+
+async def async_rows() -> cabc.AsyncIterator[int]:
+    """Be called for nothing."""
+    yield 1
+
+
+@pytest.mark.parametrize("how", ["task", "observed", "inline"])
+@pytest.mark.parametrize("task", [rows, async_rows, functools.partial(rows)])
+def test_generator_function(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    task: t.Any,
+    how: str,
+) -> None:
+    """A WARNING says, once, that its body has not run; its result is the generator."""
+    app = make_app()
+    kinds: list[str] = []
+    name = getattr(task, "func", task).__name__
+
+    def observe(sender: object, **fields: object) -> None:
+        pass
+
+    if how == "observed":
+        task_finished.connect(observe, app)
+
+    @app.post("/export")
+    def export() -> str:
+        if how == "inline":
+            run(lambda: run(task).result(PATIENCE)).result(PATIENCE)
+        else:
+            kinds.append(type(run(task).result(PATIENCE)).__name__)
+
+        return ""
+
+    for _ in range(2):
+        assert app.test_client().post("/export").status_code == 200
+
+    kind = "async_generator" if task is async_rows else "generator"
+    assert kinds == ([] if how == "inline" else [kind] * 2)
+    assert find_warnings(caplog) == [
+        f"Task 'test_silent_mistakes.{name}' of POST /export is a generator function,"
+        " so its body has not run. Start a function that iterates over it."
+    ]
+
+
+def test_function_that_returns_a_generator(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has run, and its caller may iterate over what it returns."""
+    app = make_app()
+
+    @app.get("/")
+    def page() -> str:
+        return str(list(run(lambda: (number for number in range(2))).result(PATIENCE)))
+
+    assert app.test_client().get("/").text == "[0, 1]"
+    assert find_warnings(caplog) == []
 
 
 def test_session_that_a_task_reads(
