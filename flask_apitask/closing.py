@@ -31,15 +31,21 @@ class Closing:
         # Guards the attributes below: a scope may be added while another thread closes.
         self._lock = threading.Lock()
         self._scopes: tuple[TaskScope, ...] = ()
+        self._waited_for: tuple[TaskScope, ...] = ()
         self._closed = False
 
-    def add(self, *scopes: TaskScope) -> None:
-        """End scopes at the close, or now if the response is already closed."""
+    def add(self, *scopes: TaskScope, waited_for: bool = False) -> None:
+        """End scopes at the close, or now if the response is already closed.
+
+        :param waited_for: Their end was waited for already. At the close they start or
+            drop what is still deferred, and only that is waited for.
+        """
         for scope in scopes:
             scope.shutdown(wait=False)
 
         with self._lock:
             self._scopes += scopes
+            self._waited_for += scopes if waited_for else ()
             closed = self._closed
 
         if closed:
@@ -54,12 +60,17 @@ class Closing:
             self._closed = True
             self._failure = failure = self._failure or failure
             scopes, self._scopes = self._scopes, ()
+            waited_for, self._waited_for = self._waited_for, ()
+
+        ending = [
+            scope for scope in scopes if scope not in waited_for or scope.awaits_success
+        ]
 
         for scope in scopes:
             scope.settle(failure)
 
         # In a copy, because another thread may be running in this context.
-        self._context.copy().run(end_scopes, *scopes)
+        self._context.copy().run(end_scopes, *ending)
 
 
 def close_with(response: Response, closing: Closing) -> None:

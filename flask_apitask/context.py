@@ -22,11 +22,17 @@ if t.TYPE_CHECKING:
 # Flask 3.2 merges the request context into the app context.
 MERGED: t.Final = hasattr(AppContext, "has_request")
 
-# The context variables behind the proxies. Werkzeug documents this attribute.
-_app_var: contextvars.ContextVar[t.Any]
-_app_var = flask.globals.app_ctx.__wrapped__  # type: ignore[attr-defined]
-_request_var: contextvars.ContextVar[t.Any]
-_request_var = _app_var if MERGED else flask.globals.request_ctx.__wrapped__  # type: ignore[attr-defined]
+
+def _find_variable(proxy: t.Any) -> contextvars.ContextVar[t.Any]:
+    """Return the context variable behind a proxy, by the attribute for that."""
+    # In an empty context: a proxy that is bound answers for its object.
+    variable: contextvars.ContextVar[t.Any]
+    variable = contextvars.Context().run(getattr, proxy, "__wrapped__")
+    return variable
+
+
+_app_var = _find_variable(flask.globals.app_ctx)
+_request_var = _app_var if MERGED else _find_variable(flask.globals.request_ctx)
 
 
 def find_app_context() -> t.Any | None:

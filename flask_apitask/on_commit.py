@@ -92,7 +92,8 @@ def run_on_commit(
     if routes.router is not None:
         task, args, kwargs = routes.router(task, args, kwargs)
 
-    scope, future = current_scope(), None
+    own, task_scope = current_scope(), _find_task_scope()
+    scope, future = own or task_scope, None
 
     if scope is not None:
         future = scope.hold(task, args, kwargs, for_success=False)
@@ -100,29 +101,37 @@ def run_on_commit(
     if future is None:
         scope = None
         work = make_callable(task), args, kwargs, time.monotonic()
-        future = TaskFuture(_make_runner(), None, work)
+        future = TaskFuture(_make_runner(task_scope), None, work)
         future.held = True
 
-    _watch(session).add(_Held(future, scope), session.get_nested_transaction())
+    held = _Held(future, scope, own is None)
+    _watch(session).add(held, session.get_nested_transaction())
     return future
 
 
 class _Held(t.NamedTuple):
     """A task that is deferred until a commit.
 
-    :param scope: The scope that runs it, if there is one.
+    :param scope: The scope that holds it, if there is one.
+    :param inline: Whether ``commit()`` calls it.
     """
 
     future: TaskFuture[t.Any]
     scope: TaskScope | None
+    inline: bool
 
     def start(self) -> None:
-        if self.scope is not None:
+        if self.scope is not None and not self.inline:
             self.scope.start(self.future)
-            return
+        elif self.scope is None or self.scope.let_go(self.future):
+            # Otherwise the scope has ended and dropped it.
+            self.future.held = False
 
-        self.future.held = False
-        self.future.run("inline")
+            try:
+                self.future.run("inline")
+            finally:
+                # What failed refers to this frame, as its caller: no cycle through it.
+                del self
 
     def drop(self, reason: str) -> None:
         if self.scope is not None:
@@ -169,12 +178,17 @@ class _Commits:
             self._held.setdefault(outer, []).extend(ended)
             return
 
-        for held in ended:
+        while ended:
+            held = ended.pop(0)
+
             if committed:
                 held.start()
             else:
                 what = "the savepoint" if savepoint else "the session"
                 held.drop(f"{what} was rolled back")
+
+            # No cycle through this frame: see _Held.start().
+            del held
 
 
 def _find_session(session: t.Any) -> orm.Session:
@@ -230,22 +244,33 @@ def _end_transaction(session: orm.Session, transaction: orm.SessionTransaction) 
         session.info[_KEY].end(transaction, session.get_nested_transaction())
 
 
-def _make_runner() -> Runner:
-    """Return the runner for a task without a scope; in a task, the one of that task."""
+def _find_task_scope() -> TaskScope | None:
+    """Return the scope of the task that this is called in, if there is one."""
+    context, frame = find_app_context(), current_frame.get()
+
+    if context is None or frame is None or frame.task_of is None:
+        return None
+
+    request_context = find_request_context()
+    request = request_context and request_context.request
+    is_here = frame.app is context.app and frame.request is request
+    return frame.task_of() if is_here else None
+
+
+def _make_runner(scope: TaskScope | None) -> Runner:
+    """Return the runner for a task that no scope holds.
+
+    :param scope: The scope of the task that this is called in, if there is one.
+    """
     context, request_context = find_app_context(), find_request_context()
 
     if context is None or "apitask" not in context.app.extensions:
         return _LoggingRunner()
 
-    app, request = context.app, request_context and request_context.request
-    frame = current_frame.get()
-    is_here = frame and (frame.app, frame.request) == (app, request)
-    find_scope = frame.task_of if frame and is_here else None
-    scope = find_scope and find_scope()
-
-    if scope:
+    if scope is not None:
         return scope.runner
 
+    app, request = context.app, request_context and request_context.request
     return TaskRunner(app, request, app.extensions["apitask"].config.copy_g)
 
 

@@ -175,17 +175,13 @@ class RequestScope:
         else:
             closing.add(*deferred)
 
-        raised = end_all(now)
-        self.raised = self.raised or raised
-
-        # A task may have deferred another one just now. If none has, a task that the
-        # wait has given up is not waited for again.
-        if closing is not None and closing.is_stream:
-            for scope in now:
-                if scope.awaits_success:
-                    closing.add(scope)
-                else:
-                    scope.settle(None)
+        try:
+            raised = end_all(now)
+            self.raised = self.raised or raised
+        finally:
+            # A task may have deferred another one, or may do so until the stream ends.
+            if closing is not None and closing.is_stream:
+                closing.add(*now, waited_for=True)
 
     def take_raised(self) -> BaseException | None:
         """Return the exception that the end of the request is to raise; forget it."""

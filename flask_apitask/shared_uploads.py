@@ -8,7 +8,11 @@ import typing as t
 
 from werkzeug.datastructures import iter_multi_items
 
+from .context import mix_in
 from .context import task_locals
+
+if t.TYPE_CHECKING:
+    import typing_extensions as te
 
 # What is asked of an upload, by whoever has the file that Werkzeug has made.
 _METHODS: t.Final = (
@@ -91,6 +95,23 @@ class SharedFile(io.BufferedIOBase):
         return getattr(self._file, name)
 
 
+class ByLines:
+    """A file that is iterated over by its readline(), which may be the object's own."""
+
+    readline: t.Any
+
+    def __iter__(self) -> te.Self:
+        return self
+
+    def __next__(self) -> t.Any:
+        line = self.readline()
+
+        if not line:
+            raise StopIteration
+
+        return line
+
+
 def share_files(files: t.Any) -> None:
     """Let several tasks read the same uploads."""
     for _, upload in iter_multi_items(files):
@@ -101,6 +122,7 @@ def share_files(files: t.Any) -> None:
         if isinstance(stream, tempfile.SpooledTemporaryFile) and not stream.closed:
             upload.stream = shared = SharedFile(stream)
             # The view may already hold the file, or a text wrapper around it.
+            mix_in(stream, ByLines)
             vars(stream).update((name, getattr(shared, name)) for name in _METHODS)
 
 

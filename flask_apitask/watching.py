@@ -26,7 +26,7 @@ _WATCHED: t.Final = "apitask_watched"
 
 def watch(app: Flask) -> None:
     """Watch how the requests of an app end. Idempotent."""
-    if "apitask_watched" not in app.extensions:
+    if _WATCHED not in app.extensions:
         watch_responses(app)
         watch_exceptions(app)
         app.extensions[_WATCHED] = True

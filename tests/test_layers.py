@@ -9,6 +9,8 @@ import subprocess
 import sys
 import typing as t
 
+import pytest
+
 import flask_apitask
 
 if t.TYPE_CHECKING:
@@ -201,6 +203,25 @@ def test_import_leaves_optional_packages_alone(tmp_path: pathlib.Path) -> None:
         timeout=30,
     ).stdout
     assert printed == "set()\n"
+
+
+@pytest.mark.parametrize("context", ["app_context", "test_request_context"])
+def test_import_within_a_context(context: str, tmp_path: pathlib.Path) -> None:
+    """App factories import in the middle of things."""
+    code = (
+        f"import flask; app = flask.Flask('shop')\nwith app.{context}():"
+        " import flask_apitask.context; print(flask_apitask.context.find_app_context())"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        text=True,
+        timeout=30,
+    ).stdout
+    assert "AppContext" in printed
 
 
 def test_import_is_light(tmp_path: pathlib.Path) -> None:

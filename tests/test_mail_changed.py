@@ -687,6 +687,8 @@ def test_a_mock_of_what_connects(
     assert (mocked if "create" in target else mocked.create_connection).called
     assert not inbox.subjects
     assert caplog.records[-1].levelname == "ERROR"
+    # It was recognized.
+    assert "Flask-Mail was changed" in caplog.text
     assert client.get("/").text == "ok"
     assert inbox.subjects == ["hello"]
 

@@ -783,6 +783,22 @@ def test_a_refused_log_in_stands_when_the_server_hangs_up(end: Fault) -> None:
     assert "Check MAIL_USERNAME and MAIL_PASSWORD." in f"{error}"
 
 
+@pytest.mark.parametrize("end", [Fault.DROP, Fault.BUSY])
+@pytest.mark.parametrize("stage", [Stage.AUTH, Stage.EHLO])
+def test_a_command_that_is_refused_does_not_stand(stage: Stage, end: Fault) -> None:
+    """A server that knows no such command may be asked again, if it is busy then."""
+    unknown = {Stage.AUTH: b"504 5.5.4 no\r\n", Stage.EHLO: b"502 5.5.1 no\r\n"}
+
+    with ScriptedServer(user=USER) as server:
+        if stage is Stage.AUTH:
+            server.fail(Stage.EHLO, b"250-x\r\n250 AUTH PLAIN LOGIN\r\n")
+
+        server.fail(stage, unknown[stage], end)
+        error = fail_to_send(server.settings())
+
+    assert isinstance(error, ConnectionLost)
+
+
 @pytest.mark.parametrize("offer", [b"250 nothing\r\n", b"250-x\r\n250 AUTH GSSAPI\r\n"])
 def test_no_way_to_log_in(offer: bytes) -> None:
     """A server that offers no AUTH, or only kinds that smtplib lacks, is named."""

@@ -417,6 +417,60 @@ def test_success_after_a_commit_in_a_task(make_app: AppFactory, status: int) -> 
     assert done == (["succeeded"] if status == 200 else [])
 
 
+def test_no_commit_in_a_task(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that a commit would call is dropped at the end of its request."""
+    caplog.set_level(logging.INFO)
+    app, done = make_app(), list[int]()
+
+    with orm.Session() as session:
+
+        @app.get("/")
+        def page() -> str:
+            run(run_on_commit, session, done.append, 1).result(PATIENCE)
+            return ""
+
+        assert app.test_client().get("/").status_code == 200
+        assert "was dropped: its scope ended before the commit." in caplog.text
+
+        with session.begin():
+            pass
+
+    assert done == []
+
+
+@pytest.mark.usefixtures("without_gc")
+def test_no_cycle_through_what_a_commit_calls(make_app: AppFactory) -> None:
+    """Not even if it raises, in a task or without any scope."""
+    app, arguments = make_app(), []
+
+    class Argument: ...
+
+    def fail(argument: Argument) -> t.NoReturn:
+        raise LookupError
+
+    def work() -> None:
+        argument = Argument()
+        arguments.append(weakref.ref(argument))
+
+        with orm.Session() as session, session.begin():
+            run_on_commit(session, fail, argument)
+
+    # A record that a handler keeps has the traceback.
+    logging.disable()
+
+    try:
+        with app.app_context(), open_scope():
+            run(work)
+
+        work()
+    finally:
+        logging.disable(logging.NOTSET)
+
+    assert [argument() for argument in arguments] == [None, None]
+
+
 def test_failure_after_a_commit_in_a_task(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:

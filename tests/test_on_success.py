@@ -790,6 +790,40 @@ def test_deadline_before_a_stream(
     assert calls.done == ["task"]
 
 
+def test_stream_that_fails_after_a_deadline(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that was given up before a stream still waits for the stream's success."""
+    app, calls = make_app(APITASK_TIMEOUT=0.05), Calls()
+    released, deferred = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        assert released.wait(PATIENCE)
+        calls.put_off()
+        deferred.set()
+
+    def stream() -> cabc.Iterator[str]:
+        yield "a"
+        released.set()
+        assert deferred.wait(PATIENCE)
+        raise Broken
+
+    @app.get("/")
+    def page() -> Response:
+        run(hold_up)
+        return Response(stream())
+
+    with app.app_context():
+        # An app is watched from the first call on.
+        run_on_success(int)
+
+    with pytest.raises(Broken):
+        get(app)
+
+    assert calls.done == []
+    assert calls.futures[0].cancelled()
+
+
 def test_forked_child() -> None:
     """Tasks deferred before a fork are left to the parent."""
     pool = ThreadPool(0)

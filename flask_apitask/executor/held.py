@@ -104,6 +104,11 @@ class HoldingQueue(TaskQueue):
 
         self._request_threads(lacking)
 
+    def let_go(self, future: TaskFuture[t.Any]) -> bool:
+        """Hold a task no more, and return whether it was held until now."""
+        with self._lock:
+            return self._take_held(future)
+
     def drop(self, reason: str, *futures: TaskFuture[t.Any]) -> None:
         """Cancel the tasks that are still held."""
         if self._forked:

@@ -35,8 +35,10 @@ def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
     yield from find_in_class(smtplib, "SMTP_SSL")
     library, connect = vars(smtplib)["socket"], socket.create_connection
     yield Part(("smtplib", "socket"), library, library is not socket)
-    # What else may be there, as that of gevent, makes connections.
-    is_mock = type(connect).__module__ in {"unittest.mock", "mock.mock"}
+    # Anything else, such as gevent's, makes real connections. With autospec, it is a
+    # function that has the mock as an attribute.
+    mocks = {"unittest.mock", "mock.mock"}
+    is_mock = hasattr(connect, "mock") or type(connect).__module__ in mocks
     yield Part(("socket", "create_connection"), connect, is_mock)
 
 

@@ -72,7 +72,9 @@ def render(
     except (email.errors.MessageError, ValueError) as error:
         # Newer versions of Python detect it themselves. Any other ValueError is about
         # text that can't be encoded.
-        if not has_separator and not isinstance(error, email.errors.MessageError):
+        is_ours = has_separator and not isinstance(error, UnicodeError)
+
+        if not is_ours and not isinstance(error, email.errors.MessageError):
             raise
 
         raise flask_mail.BadHeaderError(_BAD_HEADER) from error

@@ -159,7 +159,10 @@ class SMTPSession(SMTPStream):
 
         # Only a 5xx means that the server does not know EHLO; a 4xx means "not now".
         if reply.code // 100 == 5:
-            self._refusals.append(reply)
+            # A 500 or 502 is only about the command.
+            if reply.code not in {500, 502}:
+                self._refusals.append(reply)
+
             reply = Reply(*self.helo())
 
         self._expect(*reply)
@@ -217,7 +220,10 @@ class SMTPSession(SMTPStream):
         try:
             return super().auth(*args, **kwargs)
         except smtplib.SMTPAuthenticationError as error:
-            self._refusals.append(Reply(*error.args))
+            # A 504 is only about this way to log in.
+            if error.smtp_code != 504:
+                self._refusals.append(Reply(*error.args))
+
             raise
 
     def _commands(self, envelope: Envelope, size: int) -> list[bytes]:
