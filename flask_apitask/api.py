@@ -131,7 +131,7 @@ def wait(timeout: float | None = None) -> None:
     the log, and is not raised here. Does nothing where there is no scope. Don't call it
     at the end of a view: the request waits anyway.
 
-    :param timeout: The most seconds to wait, ``None`` for as long as it takes.
+    :param timeout: Maximum seconds to wait; ``None`` waits indefinitely.
     :raises TimeoutError: Some tasks are not done yet; they keep running.
     :raises TypeError: ``timeout`` is not a number.
     """
@@ -162,10 +162,10 @@ def open_scope(
     At its end, the block waits for the tasks started in it, whether it raises or not.
     Scopes nest: a task belongs to the innermost one, and each waits for its own tasks.
 
-    :param max_workers: The most tasks that run at once, ``None`` for
+    :param max_workers: Maximum number of tasks that run at once; ``None`` means
         :data:`APITASK_MAX_WORKERS`.
-    :param timeout: The most seconds that the end of the block waits, ``None`` for
-        :data:`APITASK_TIMEOUT`, :data:`math.inf` for as long as it takes.
+    :param timeout: Maximum seconds that the block waits for its tasks; ``None`` means
+        :data:`APITASK_TIMEOUT`, and :data:`math.inf` waits indefinitely.
     :raises ValueError: A limit is not a positive number.
     :raises RuntimeError: There is no app context, or no :class:`ApiTask` on its app.
     """

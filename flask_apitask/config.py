@@ -78,7 +78,7 @@ def read_timeout(key: str, value: object) -> float | None:
     number = math.inf if is_none else _number(value)
 
     if not number > 0:
-        allowed = "a number of seconds above 0, or None to wait for as long as it takes"
+        allowed = "a number of seconds above 0, or None to wait indefinitely"
         raise refuse(key, value, allowed)
 
     return number if number <= threading.TIMEOUT_MAX else None
@@ -116,7 +116,7 @@ def read_keepalive(key: str, value: object) -> float:
 
 
 def read_names(key: str, value: object) -> tuple[str, ...]:
-    """Read names, given as a list or tuple, or as comma-separated or JSON text."""
+    """Read names, given as a list or tuple, or as a comma-separated or JSON string."""
     names = value
 
     if isinstance(value, str):
@@ -135,7 +135,7 @@ def read_names(key: str, value: object) -> tuple[str, ...]:
 
 
 def read_routes(key: str, value: object) -> Routes:
-    """Read a dict, or JSON text, from patterns of task names to where tasks run."""
+    """Read a dict, or a JSON string, from patterns of task names to where tasks run."""
     routes = value
 
     if isinstance(value, str):
@@ -223,7 +223,7 @@ class Config:
     def from_mapping(cls, mapping: cabc.Mapping[str, t.Any]) -> Config:
         """Read the keys from an app's config.
 
-        Values may be text, as environment variables are.
+        Values may be strings, as environment variables are.
 
         :param mapping: :attr:`flask.Flask.config`, or any mapping.
         :raises ValueError: A value is not allowed. The message names the key, the value

@@ -50,11 +50,12 @@ class ApiTask:
         These keys of :attr:`flask.Flask.config` are read once:
 
         -   ``APITASK_ENABLED`` (``True``): a scope for every request.
-        -   ``APITASK_MAX_WORKERS`` (``8``): the most tasks of one request to run at
-            once.
-        -   ``APITASK_POOL_SIZE`` (``32``): the most threads of the app in one process.
-        -   ``APITASK_TIMEOUT`` (``None``): the most seconds that the end of a request
-            waits.
+        -   ``APITASK_MAX_WORKERS`` (``8``): maximum number of tasks of one request that
+            run at once.
+        -   ``APITASK_POOL_SIZE`` (``32``): maximum number of threads of the app in one
+            process.
+        -   ``APITASK_TIMEOUT`` (``None``): maximum seconds a request waits for its
+            tasks; ``None`` waits indefinitely.
         -   ``APITASK_WAIT`` (``"teardown"``): when the request waits; ``"close"`` means
             after the response was sent.
         -   ``APITASK_COPY_G`` (``()``): names to copy from ``g`` to the ``g`` of each
@@ -66,21 +67,24 @@ class ApiTask:
         -   ``APITASK_MAIL_START`` (``"send"``): when to send it; ``"success"`` means
             once the request has succeeded.
         -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds for each SMTP socket operation.
-        -   ``APITASK_MAIL_CONNECTIONS`` (``4``): the most SMTP connections of the app
-            in one process.
-        -   ``APITASK_MAIL_KEEPALIVE`` (``30.0``): seconds to keep an idle connection;
-            ``0`` opens one per batch.
+        -   ``APITASK_MAIL_CONNECTIONS`` (``4``): maximum number of SMTP connections of
+            the app in one process.
+        -   ``APITASK_MAIL_KEEPALIVE`` (``30.0``): seconds to keep an idle connection,
+            but at most half of ``APITASK_MAIL_TIMEOUT``, so 5 s by default; ``0`` opens
+            one per batch.
         -   ``APITASK_MAIL_TLS_VERIFY`` (``True``): verify certificate and host name
             against the system's trust store, or against the CA file at this path.
         -   ``APITASK_ROUTES`` (``{}``): a dict of patterns of task names to
             ``"celery"`` or ``"thread"``; the first match counts.
         -   ``APITASK_CELERY_TIMEOUT`` (``2.0``): seconds after which a broker that has
             not confirmed a task counts as down.
-        -   ``APITASK_CELERY_MAIL_RETRIES`` (``20``): the most retries of a mail.
-        -   ``APITASK_CELERY_MAIL_BACKOFF`` (``5.0``): seconds before the first retry,
-            doubled for each further one.
-        -   ``APITASK_CELERY_MAIL_SIZE`` (``1048576``): the most bytes of a mail that
-            goes to Celery.
+        -   ``APITASK_CELERY_MAIL_RETRIES`` (``20``): maximum number of retries per
+            message.
+        -   ``APITASK_CELERY_MAIL_BACKOFF`` (``5.0``): maximum delay before the first
+            retry, in seconds; doubles each time. The delay is random, between half of
+            this and all of it.
+        -   ``APITASK_CELERY_MAIL_SIZE`` (``1048576``): maximum size of a message that
+            goes to Celery, in bytes.
 
         :param app: The app, with its configuration loaded.
         :raises RuntimeError: The app has an :class:`ApiTask` already, or

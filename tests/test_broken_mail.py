@@ -37,7 +37,7 @@ ENOUGH: t.Final = 40
 # 16 KiB: from a server that falls silent on a connection that was kept, and from one
 # that is just in time with everything; with the wait for a connection each.
 SILENT: t.Final = 2 * TIMEOUT + TIMEOUT
-HOSTILE: t.Final = (21 + 2 + 2) * TIMEOUT + 1 + TIMEOUT
+HOSTILE: t.Final = (22 + 2 + 2) * TIMEOUT + 1 + TIMEOUT
 
 TROUBLES: t.Final = [mood for mood in Mood if mood is not Mood.HEALTHY]
 # Requests that one worker of each serves at once.

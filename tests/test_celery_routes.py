@@ -411,7 +411,7 @@ CYCLE.append(CYCLE)
         (Text("1"), "number exactly, because it is of type 'Text'"),
         (math.nan, "number exactly, because it is not finite"),
         ([math.inf], "number[0] exactly, because it is not finite"),
-        ({1: 2}, "number exactly, because it has a key that is not text"),
+        ({1: 2}, "number exactly, because it has a key that is not a string"),
         ({"a": [1, {"b": {}, "c": (1,)}]}, "number['a'][1]['c'] exactly"),
         ({"__type__": "uuid", "__value__": 1}, "with which Kombu marks other types"),
         (CYCLE, "number exactly, because it is nested too deeply, or contains itself"),

@@ -17,9 +17,7 @@ from flask_apitask.config import Config
 
 FLAG = "must be True or False."
 COUNT = "must be a whole number of at least 1."
-TIMEOUT = (
-    "must be a number of seconds above 0, or None to wait for as long as it takes."
-)
+TIMEOUT = "must be a number of seconds above 0, or None to wait indefinitely."
 SECONDS = "must be a number of seconds above 0."
 KEEPALIVE = "must be a number of seconds, or 0 for one connection per batch."
 WAIT = "must be 'teardown' or 'close'."

@@ -49,8 +49,8 @@ def copy_arguments(
         raise TypeError(
             f"Task {name!r} goes to Celery (APITASK_ROUTES), but JSON can't carry its"
             f" argument {_name_argument(fn, place)}{path} exactly, because it {cause}."
-            " Pass an object's id, or plain JSON: text, finite numbers, True, False,"
-            " None, and lists and dicts of those, with text as keys."
+            " Pass an object's id, or plain JSON: strings, finite numbers, True, False,"
+            " None, and lists and dicts of those, with strings as keys."
         )
 
     positional = tuple(copied[place] for place in range(len(args)))
@@ -65,7 +65,7 @@ def _copy(value: t.Any) -> t.Any:
 
     if kind is dict:
         if any(type(key) is not str for key in value):
-            raise _Unfit("has a key that is not text")
+            raise _Unfit("has a key that is not a string")
 
         if value.keys() == _MARKER:
             raise _Unfit("has the keys with which Kombu marks other types")

@@ -35,7 +35,7 @@ if t.TYPE_CHECKING:
     from .state import CeleryState
 
 MAIL: t.Final = "flask_mail.send"
-# The most seconds between two attempts. Brokers limit how long a worker may hold a task
+# Maximum seconds between two attempts. Brokers limit how long a worker may hold a task
 # back: 30 minutes for RabbitMQ and an hour for Redis, by default.
 _LONGEST: t.Final = 600.0
 

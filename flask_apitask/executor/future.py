@@ -58,7 +58,7 @@ class TaskFuture(concurrent.futures.Future[T]):
     def result(self, timeout: float | None = None) -> T:
         """Return what the task returns, or raise what it raises.
 
-        :param timeout: The most seconds to wait, ``None`` for as long as it takes.
+        :param timeout: Maximum seconds to wait; ``None`` waits indefinitely.
         :raises TimeoutError: The task is not done by then. It keeps running.
         :raises concurrent.futures.CancelledError: The task will never run.
         :raises RuntimeError: The task is deferred, by :func:`.run_on_success` for

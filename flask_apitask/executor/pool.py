@@ -50,7 +50,7 @@ class ThreadPool:
         knows whether the thread will run. So the worker is given up: if the thread
         does run, it notices and ends. It does nothing until its start has succeeded.
 
-    :param size: The most threads, with the exceptions above.
+    :param size: Maximum number of threads, with the exceptions above.
     """
 
     def __init__(self, size: int) -> None:

@@ -45,8 +45,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
     A task must not wait for a later one of its scope. A signal handler or finalizer
     must not submit, because it may interrupt a thread that holds the lock.
 
-    :param timeout: The most seconds that :meth:`end` waits, ``None`` for as long as it
-        takes.
+    :param timeout: Maximum seconds that :meth:`end` waits; ``None`` waits indefinitely.
     """
 
     @property
@@ -112,7 +111,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
     def wait(self, timeout: float | None = None) -> None:
         """Block until the tasks submitted so far have ended, in whatever way.
 
-        :param timeout: The most seconds to wait, ``None`` for as long as it takes.
+        :param timeout: Maximum seconds to wait; ``None`` waits indefinitely.
         :raises TimeoutError: Some tasks are not done yet. They keep running, and the
             scope stays open.
         """

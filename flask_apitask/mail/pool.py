@@ -60,7 +60,7 @@ class ConnectionPool:
     The thread that has waited longest is served first. Otherwise, a thread that sends
     mail after mail would take its connection back before a waiting thread wakes.
 
-    :param size: The most connections open at once.
+    :param size: Maximum number of connections open at once.
     :param keepalive: Seconds to keep an idle connection, at most half of the timeout.
         0 closes it at the end of the ``with`` block, unless a thread waits for it.
     :param owner: When this object is gone, the idle connections are closed. By default
@@ -150,9 +150,9 @@ class ConnectionPool:
         raise DeliveryError(
             f"No connection to {self.settings} was free, and it was silent for"
             f" {self.settings.timeout:g} s ({self.settings.timeout_key}): all"
-            f" {len(self._in_use)} are in use, and {len(self._waiting) - 1} more are"
-            " waited for. Allow more (APITASK_MAIL_CONNECTIONS), or send less mail at"
-            " once."
+            f" {len(self._in_use)} are in use, and {len(self._waiting) - 1} more tasks"
+            " are waiting. Allow more connections (APITASK_MAIL_CONNECTIONS), or send"
+            " less mail at once."
         )
 
     def _wake_next(self) -> None:

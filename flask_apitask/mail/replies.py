@@ -9,7 +9,7 @@ import typing as t
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-# The most characters of a server's words to show: some servers write a page.
+# Maximum characters of a server's words to show: some servers write a page.
 _SHOWN = 300
 
 _ADDRESS = re.compile(r'<?(?:"[^"]*"|[^\s<>()\[\],;:"\']+)@[^\s<>()\[\],;:"\']+>?')

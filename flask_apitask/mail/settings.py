@@ -14,7 +14,7 @@ if t.TYPE_CHECKING:
 
 
 def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSettings:
-    """Read the keys of a mail library, which may be text from environment variables.
+    """Read the keys of a mail library, which may be strings from environment variables.
 
     :raises ValueError: A value is not allowed. The message names the key, the value and
         what is allowed.

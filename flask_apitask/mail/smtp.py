@@ -22,7 +22,7 @@ if t.TYPE_CHECKING:
 
 # The stages before a server is ready for a message.
 OPENING = {"connect", "greeting", "TLS", "EHLO", "STARTTLS", "AUTH"}
-# The most bytes of pipelined commands to write before reading their replies. They fit
+# Maximum bytes of pipelined commands to write before reading their replies. They fit
 # into any kernel's send buffer. So client and server never deadlock, each waiting for
 # the other to read (RFC 2920, section 3.1).
 _GROUP = 8_192

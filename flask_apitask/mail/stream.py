@@ -24,11 +24,11 @@ else:
     # smtplib.SMTP may be a mock while this module is imported. Don't keep the mock.
     SMTP = smtplib.LMTP.__base__
 
-# The most bytes to write under one timeout. A TLS record holds no more, and SSLSocket's
+# Maximum bytes to write under one timeout. A TLS record holds no more, and SSLSocket's
 # sendall() restarts the timeout for every record. So the bound holds with and without
 # TLS.
 _CHUNK = 16_384
-# The most bytes of a reply, all its lines together: a hundred times the longest useful
+# Maximum bytes of a reply, all its lines together: a hundred times the longest useful
 # reply.
 _REPLY = 65_536
 # Errors by which the other side ends a connection that it had accepted. A refused
