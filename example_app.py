@@ -7,7 +7,7 @@ goes to a slow server of its own, unless the environment names another::
 
 Other keys can be set in the same way: ``FLASK_ADMIN``, ``FLASK_RUN_PORT``, and so on.
 
-With a broker, the mail and the audit go to a Celery worker. This starts both::
+With a broker, the mail and the audit go to a Celery worker. Start both with::
 
     FLASK_BROKER=redis://localhost python example_app.py
     FLASK_BROKER=redis://localhost celery -A example_app worker
@@ -110,7 +110,7 @@ def create_app(settings: Config, way: str) -> Flask:
         app.config["APITASK_MAIL_START"] = "success"
 
     if "BROKER" in settings and way != "plain":
-        # This one key is all the difference.
+        # This one key makes all the difference.
         app.config["APITASK_ROUTES"] = {"signup.*": "celery", "flask_mail.*": "celery"}
         make_celery(app)
 
@@ -173,7 +173,7 @@ traces: dict[str, Trace] = {}
 
 
 class TracedFlask(Flask):
-    """Notes when the server gets the response, and when it has closed it."""
+    """Notes when the server gets a response, and when that response is closed."""
 
     def wsgi_app(self, environ: dict[str, t.Any], start_response: t.Any) -> t.Any:
         trace = environ["example.trace"] = Trace(time.monotonic())
@@ -188,7 +188,7 @@ class TracedFlask(Flask):
 
 
 def find_trace() -> Trace | None:
-    # A task has the request of its view, but not in a worker of Celery.
+    # A task has the request of its view, but not in a Celery worker.
     return request.environ.get("example.trace") if has_request_context() else None
 
 
@@ -227,7 +227,7 @@ class LogLines(logging.Handler):
 
 
 class MailServer:
-    """An SMTP server that keeps the mails, and serves until the process ends."""
+    """An SMTP server that keeps the messages, and serves until the process ends."""
 
     def __init__(self, port: int) -> None:
         self.inbox: list[email.message.EmailMessage] = []
@@ -270,7 +270,7 @@ def load_settings() -> Config:
     settings.from_prefixed_env()
 
     if "BROKER" in settings:
-        # Where the worker finds them, too.
+        # Fixed, so that the worker finds the mail server and the database too.
         settings.setdefault("MAIL_PORT", 8025)
         folder = tempfile.gettempdir()
         settings.setdefault("DATABASE", f"{folder}/flask-apitask-example.sqlite")
@@ -279,7 +279,7 @@ def load_settings() -> Config:
 
 
 def interrupt(*_: object) -> t.NoReturn:
-    # Another Ctrl-C, as tox sends it, would interrupt the cleaning up.
+    # A second Ctrl-C, which tox sends, would interrupt the clean-up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -37,8 +37,9 @@ class Closing:
     def add(self, *scopes: TaskScope, waited_for: bool = False) -> None:
         """End scopes at the close, or now if the response is already closed.
 
-        :param waited_for: Their end was waited for already. At the close they start or
-            drop what is still deferred, and only that is waited for.
+        :param waited_for: These scopes have been waited for already. At the close, the
+            tasks that still wait for success are started or dropped, and a scope is
+            waited for again only if it has such tasks.
         """
         for scope in scopes:
             scope.shutdown(wait=False)

@@ -24,8 +24,8 @@ MERGED: t.Final = hasattr(AppContext, "has_request")
 
 
 def _find_variable(proxy: t.Any) -> contextvars.ContextVar[t.Any]:
-    """Return the context variable behind a proxy, by the attribute for that."""
-    # In an empty context: a proxy that is bound answers for its object.
+    """Return the context variable behind a proxy, from its ``__wrapped__``."""
+    # In an empty context, because a bound proxy asks its object for the attribute.
     variable: contextvars.ContextVar[t.Any]
     variable = contextvars.Context().run(getattr, proxy, "__wrapped__")
     return variable
@@ -98,7 +98,7 @@ def walk_frames() -> cabc.Iterator[Frame]:
 
 
 def is_in_task(request: Request | None) -> bool:
-    """Return whether the caller is in a task of this request, or of no request."""
+    """Return whether the caller is in a task of this request; ``None``: of none."""
     frames = walk_frames()
     return any(frame.scope is None and frame.request is request for frame in frames)
 

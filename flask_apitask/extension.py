@@ -66,7 +66,7 @@ class ApiTask:
             Flask-Mailman in tasks.
         -   ``APITASK_MAIL_START`` (``"send"``): when to send it; ``"success"`` means
             once the request has succeeded.
-        -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds for each SMTP socket operation.
+        -   ``APITASK_MAIL_TIMEOUT`` (``10.0``): seconds for each step of sending mail.
         -   ``APITASK_MAIL_CONNECTIONS`` (``4``): maximum number of SMTP connections of
             the app in one process.
         -   ``APITASK_MAIL_KEEPALIVE`` (``30.0``): seconds to keep an idle connection,
@@ -92,7 +92,7 @@ class ApiTask:
             ``APITASK_ROUTES`` names Celery, which is not installed.
         :raises TypeError: ``app`` is not a Flask app.
         :raises ValueError: A key has a value that is not allowed, or two functions
-            have a name that is routed to Celery.
+            share a name that is routed to Celery.
         """
         if isinstance(app, LocalProxy):
             app = app._get_current_object()

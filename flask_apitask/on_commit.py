@@ -113,7 +113,7 @@ class _Held(t.NamedTuple):
     """A task that is deferred until a commit.
 
     :param scope: The scope that holds it, if there is one.
-    :param inline: Whether ``commit()`` calls it.
+    :param inline: Whether ``commit()`` calls the task even though a scope holds it.
     """
 
     future: TaskFuture[t.Any]
@@ -130,7 +130,8 @@ class _Held(t.NamedTuple):
             try:
                 self.future.run("inline")
             finally:
-                # What failed refers to this frame, as its caller: no cycle through it.
+                # The traceback of a failed task leads back here, by f_back, so this
+                # frame must not lead on to the future: avoid a reference cycle.
                 del self
 
     def drop(self, reason: str) -> None:
@@ -245,7 +246,7 @@ def _end_transaction(session: orm.Session, transaction: orm.SessionTransaction) 
 
 
 def _find_task_scope() -> TaskScope | None:
-    """Return the scope of the task that this is called in, if there is one."""
+    """Return the scope of the calling task, while that scope still exists."""
     context, frame = find_app_context(), current_frame.get()
 
     if context is None or frame is None or frame.task_of is None:
@@ -260,7 +261,7 @@ def _find_task_scope() -> TaskScope | None:
 def _make_runner(scope: TaskScope | None) -> Runner:
     """Return the runner for a task that no scope holds.
 
-    :param scope: The scope of the task that this is called in, if there is one.
+    :param scope: The scope of the calling task, if there is one.
     """
     context, request_context = find_app_context(), find_request_context()
 
@@ -275,7 +276,7 @@ def _make_runner(scope: TaskScope | None) -> Runner:
 
 
 class _LoggingRunner(Runner):
-    """Calls a task and logs what it raises, without an app."""
+    """Calls a task and logs what it raises, where there is no :class:`ApiTask`."""
 
     def run(
         self,

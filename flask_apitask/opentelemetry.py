@@ -51,8 +51,8 @@ def trace_tasks(
     of the span that would have been its parent, unless that has ended.
 
     Don't use it for metrics, because traces may be sampled; the signal
-    :data:`.task_finished` is sent for every task. Don't use it in an app whose requests
-    are not traced either, because each task would be a trace of its own.
+    :data:`.task_finished` is sent for every task. And don't use it in an app whose
+    requests are not traced, because each task would be a trace of its own.
 
     :param tracer_provider: Where the tracer comes from, ``None`` for the global one.
     :raises TypeError: ``app`` is not a Flask app.
@@ -108,7 +108,8 @@ def _end_span(
 ) -> None:
     running = _running.get()
 
-    # Tracing may have been set up after the task began, or its span may have failed.
+    # Tracing may have been set up after the task began, or starting its span may have
+    # failed.
     if running is None or running.started != started:
         return
 

@@ -47,8 +47,8 @@ class RequestScope:
     """A handle for the scope of a request; the scope is made for the first task.
 
     Several threads may share the context of a request, so one of them may open the
-    scope while another ends the request. The first checks whether the request has ended
-    after it has opened the scope. The second sets ``ended`` before it looks for the
+    scope while another ends the request. After opening the scope, the first checks
+    whether the request has ended. The second sets ``ended`` before it looks for the
     scope. So at least one of them notices the other and ends the scope.
     """
 

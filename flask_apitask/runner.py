@@ -53,7 +53,7 @@ if t.TYPE_CHECKING:
     Fn = cabc.Callable[..., t.Any]
 
 
-# What a call returns when the body of the function has not run yet.
+# The types of what a call returns when the function's body has not run yet.
 _LAZY: t.Final = (CoroutineType, GeneratorType, AsyncGeneratorType)
 
 
@@ -99,7 +99,7 @@ class Call(t.NamedTuple):
     kwargs: dict[str, t.Any]
 
     def of(self, task: Fn) -> t.Any:
-        """Call a task this way, here."""
+        """Call a task in this way, on the current thread."""
         app, how, submitted, args, kwargs = self
         return call_observed(app, how, submitted, task, args, kwargs)
 
@@ -193,7 +193,7 @@ class TaskRunner(PlainRunner):
         scope = None if self._frame.task_of is None else self._frame.task_of()
 
         if scope is None or not scope.call_back(self._call_back, callback, future):
-            # The scope has ended. Only the exit of the process waits for this one.
+            # The scope has ended. Only the exit of the process waits for the callback.
             scope = TaskScope(self._app.extensions["apitask"].pool, 1)
             scope.submit(self._call_back, callback, future)
             scope.shutdown(wait=False)
@@ -294,7 +294,7 @@ def _run_body(app: Flask | None, task: Fn, result: t.Any) -> t.Any:
     if isinstance(result, CoroutineType):
         return _run_coroutine(app, result)
 
-    # Another function may return a generator on purpose.
+    # A function that is not a generator function may return a generator on purpose.
     is_generator = inspect.isgeneratorfunction(task) or inspect.isasyncgenfunction(task)
 
     if app is not None and is_generator:

@@ -83,8 +83,8 @@ class BodyLock:
     """
 
     def __init__(self, is_taken: bool) -> None:
-        # Guards the stream and all that the request caches of it. It is held while the
-        # client sends, so that only threads that want the same body wait for it.
+        # Guards the stream and all that the request caches of it. The lock is held
+        # while the client sends, so each body has its own.
         self._lock = threading.RLock()
         self._error: BaseException | None = None
         # What reads the stream directly: None for the view, or the locals of a task.

@@ -14,7 +14,7 @@ from .context import task_locals
 if t.TYPE_CHECKING:
     import typing_extensions as te
 
-# What is asked of an upload, by whoever has the file that Werkzeug has made.
+# The methods to replace on the file that Werkzeug made, which others may already hold.
 _METHODS: t.Final = (
     *("close", "read", "read1", "readinto", "readline", "readlines"),
     *("seek", "tell", "truncate", "write"),
@@ -33,7 +33,8 @@ def _at_own_position(name: str) -> t.Any:
 class SharedFile(io.BufferedIOBase):
     """An upload in which each task has its own position, which is 0 at first.
 
-    In all else it behaves like the file that Werkzeug made for the upload.
+    In all else it behaves like the file behind it: the one that Werkzeug made for the
+    upload, or that of a cached body. Only :meth:`close` does nothing.
     """
 
     def __init__(self, file: t.Any) -> None:
@@ -78,7 +79,7 @@ class SharedFile(io.BufferedIOBase):
         """Do nothing: a text wrapper around the upload would close it for everybody."""
 
     def close_for_all(self) -> None:
-        # No cycle through the file.
+        # The file's methods refer to this object: break that reference cycle.
         for name in _METHODS:
             vars(self._file).pop(name, None)
 
@@ -96,7 +97,7 @@ class SharedFile(io.BufferedIOBase):
 
 
 class ByLines:
-    """A file that is iterated over by its readline(), which may be the object's own."""
+    """A file that is iterated over with ``readline()``, even one set on the object."""
 
     readline: t.Any
 

@@ -12,9 +12,9 @@ Sent before a task runs, in its thread and context. The sender is the
 :class:`~flask.Flask` app. Keyword arguments:
 
 -   ``name``: the task's name, see :func:`.task`.
--   ``how``: ``"thread"`` on a thread of the pool; ``"inline"`` in a plain call, or if
-    no thread was available; ``"celery"`` in a Celery worker. Handing a task over to
-    Celery sends no signal.
+-   ``how``: ``"thread"`` on a thread of the pool; ``"inline"`` in a plain call, in
+    ``commit()`` (see :func:`.run_on_commit`), or if no thread was available;
+    ``"celery"`` in a Celery worker. Handing a task over to Celery sends no signal.
 -   ``args``, ``kwargs``: what the task is called with.
 -   ``submitted``, ``started``: seconds of :func:`time.monotonic`. In a Celery worker,
     both are the time at which the task starts.

@@ -152,7 +152,7 @@ def _find_place(app: Flask, fn: Fn | None) -> CodeType | None:
         while isinstance(found, functools.partial):
             found = found.func
 
-        # A mock has any attribute, and a proxy may wrap itself without an end.
+        # A mock has every attribute, and a proxy may unwrap to itself for ever.
         with contextlib.suppress(Exception):
             code = getattr(inspect.unwrap(found), "__code__", None)
 

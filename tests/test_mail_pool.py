@@ -270,8 +270,8 @@ def test_waiting_has_an_end(server: ScriptedServer, pools: Pools) -> None:
         send(pool)
 
     assert f"{caught.value}" == (
-        f"No connection to {pool.settings} was free, and it was silent for 0.3 s"
-        " (APITASK_MAIL_TIMEOUT): all 1 are in use, and 0 more tasks are waiting."
+        f"No connection to {pool.settings} was free, and the server was silent for"
+        " 0.3 s (APITASK_MAIL_TIMEOUT): all 1 are in use, and 0 more tasks are waiting."
         " Allow more connections (APITASK_MAIL_CONNECTIONS), or send less mail at once."
     )
     assert "waiting=0" in f"{pool!r}"

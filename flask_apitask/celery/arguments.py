@@ -26,10 +26,10 @@ def copy_arguments(
 ) -> tuple[tuple[t.Any, ...], dict[str, t.Any]]:
     """Copy the arguments of a task, and check that JSON can carry them exactly.
 
-    Both a worker, and the task if it runs here after all, get them as they are now.
+    A worker gets them as they are now, and so does the task if it runs here after all.
 
     :param name: The task's name.
-    :raises TypeError: It can't. The message names the task, the argument and its type,
+    :raises TypeError: JSON can't. The message names the task, argument and its type,
         but not its value, which may be a secret.
     """
     given: dict[int | str, t.Any] = dict(enumerate(args))

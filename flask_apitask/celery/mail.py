@@ -184,7 +184,8 @@ def _try_again(
 ) -> None:
     """Publish a message again for the recipients it may still reach; end this attempt.
 
-    Returns if there are no such recipients, or no attempts left.
+    Returns if there are no such recipients or no attempts left, or if the broker does
+    not confirm the message and only some of the recipients are left.
     """
     state: CeleryState = app.extensions["apitask_celery"]
     recipients = _find_recipients(error, envelope.recipients)

@@ -51,9 +51,9 @@ class CeleryState:
         task = celery_app.tasks[name]
 
         if celery_app.conf.task_always_eager:
-            # This is what apply_async() does. But that also sets a global flag for the
-            # time, with which no view can get a result, and two threads at once leave
-            # it set for ever.
+            # As apply_async() does. But that also sets a global flag for the duration:
+            # while it is set, no view can get a result, and two threads at once may
+            # leave it set for ever.
             headers = {_SUBMITTED: submitted}
             return task.apply(args, kwargs, headers=headers, **options)
 

@@ -32,7 +32,7 @@ class TaskFuture(concurrent.futures.Future[T]):
     The task runs with the context variables of the code that made the future.
 
     :param runner: Calls the task and the done callbacks.
-    :param scope: The scope that queues the task; ``None`` for a plain call.
+    :param scope: The scope that queues or holds the task, if one does.
     """
 
     # The position of the task among those of its scope, from 1.

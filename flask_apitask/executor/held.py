@@ -12,8 +12,9 @@ class HoldingQueue(TaskQueue):
     """A queue that also holds deferred tasks until something has happened.
 
     Tasks that wait for the success of the scope are started or dropped together, by
-    :meth:`settle`. The others wait for a commit: they are started or dropped one by
-    one, by :meth:`start` and :meth:`drop`, and dropped at the end of the scope.
+    :meth:`settle`. The others wait for a commit: they leave one by one, by
+    :meth:`start`, :meth:`let_go` or :meth:`drop`, and the end of the scope drops the
+    rest.
 
     What could break it, and what prevents it: a task is held while the scope is being
     settled, or started while the scope is ending. So holding a task is one step under
@@ -42,7 +43,8 @@ class HoldingQueue(TaskQueue):
     ) -> TaskFuture[t.Any] | None:
         """Defer a task, or drop it if the scope has already failed.
 
-        :return: ``None`` if there is nothing left to wait for.
+        :return: ``None`` if the scope can't hold the task: it has already succeeded or
+            ended, or this is a forked child.
         """
         task = make_callable(task)
 
@@ -90,7 +92,7 @@ class HoldingQueue(TaskQueue):
             self.drop(self._failure, *futures)
 
     def start(self, *futures: TaskFuture[t.Any]) -> None:
-        """Queue the tasks that are still held."""
+        """Queue those of the given tasks that are still held."""
         if self._forked:
             return
 
@@ -105,12 +107,15 @@ class HoldingQueue(TaskQueue):
         self._request_threads(lacking)
 
     def let_go(self, future: TaskFuture[t.Any]) -> bool:
-        """Hold a task no more, and return whether it was held until now."""
+        """Stop holding a task, for the caller to run it; return whether it was held."""
+        if self._forked:
+            return False
+
         with self._lock:
             return self._take_held(future)
 
     def drop(self, reason: str, *futures: TaskFuture[t.Any]) -> None:
-        """Cancel the tasks that are still held."""
+        """Cancel those of the given tasks that are still held."""
         if self._forked:
             return
 

@@ -286,7 +286,7 @@ class TaskQueue:
             self._drop_requests()
 
     def _drop_requests(self) -> None:
-        """Withdraw useless requests, which would keep the scope and all it holds."""
+        """Withdraw useless requests, which would keep the scope's objects alive."""
         if self._requested and not self._queue:
             self._pool.withdraw(self)
 

@@ -149,9 +149,9 @@ def exit_grace(task: t.Any, timeout: float) -> float:
 
 
 def look_up(task: t.Any, attribute: str, default: object = None) -> t.Any:
-    """Return an attribute of a task, or the default if looking it up raises anything.
+    """Return an attribute of a task, or the default if it is missing or can't be read.
 
-    It may be of any type: a mock or a proxy has every attribute.
+    The value may be of any type: a mock or a proxy has every attribute.
     """
     try:
         return getattr(task, attribute, default)

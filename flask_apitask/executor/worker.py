@@ -38,7 +38,7 @@ class Worker:
         thread = threading.Thread(
             target=self._run, args=(pool,), name=name, daemon=True
         )
-        # In an empty context, so that it does not keep the request that starts it.
+        # In an empty context, so that it doesn't keep alive the request that starts it.
         contextvars.Context().run(thread.start)
 
     def _run(self, reference: weakref.ref[ThreadPool]) -> None:

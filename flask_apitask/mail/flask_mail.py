@@ -178,6 +178,6 @@ deliver.exit_grace = None  # type: ignore[attr-defined]
 
 
 def _announce(message: flask_mail.Message) -> None:
-    """Announce a delivered message. A receiver that raises makes it no failure."""
+    """Announce a delivered message. If a receiver raises, the delivery still counts."""
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
     notify(flask_mail.email_dispatched, app, {"message": message})

@@ -71,7 +71,7 @@ def _reroute(
     seams: list[cabc.Callable[[], None]], late: bool, app: Flask, config: Config
 ) -> None:
     """Send the mail of an app in the background of its requests."""
-    # Raise for settings that can't be used now, not when the first mail is sent.
+    # Raise for settings that can't be used now, not when mail is first sent.
     read_settings(app.config, config)
 
     if config.mail_tls_verify is False:

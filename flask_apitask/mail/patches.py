@@ -24,7 +24,7 @@ class Part(t.NamedTuple):
 
 
 def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
-    """Yield a class that sends mail, and the parts of :mod:`smtplib` that it uses.
+    """Yield a class that sends mail, and the library code that it sends through.
 
     :param module: The module of the class, which imports :mod:`smtplib`.
     """
@@ -35,8 +35,8 @@ def find_parts(module: t.Any, name: str) -> cabc.Iterator[Part]:
     yield from find_in_class(smtplib, "SMTP_SSL")
     library, connect = vars(smtplib)["socket"], socket.create_connection
     yield Part(("smtplib", "socket"), library, library is not socket)
-    # Anything else, such as gevent's, makes real connections. With autospec, it is a
-    # function that has the mock as an attribute.
+    # Only a mock counts: another replacement, such as gevent's, makes real connections.
+    # With autospec, it is a plain function, and the mock is its attribute "mock".
     mocks = {"unittest.mock", "mock.mock"}
     is_mock = hasattr(connect, "mock") or type(connect).__module__ in mocks
     yield Part(("socket", "create_connection"), connect, is_mock)

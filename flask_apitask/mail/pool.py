@@ -148,7 +148,7 @@ class ConnectionPool:
             return left
 
         raise DeliveryError(
-            f"No connection to {self.settings} was free, and it was silent for"
+            f"No connection to {self.settings} was free, and the server was silent for"
             f" {self.settings.timeout:g} s ({self.settings.timeout_key}): all"
             f" {len(self._in_use)} are in use, and {len(self._waiting) - 1} more tasks"
             " are waiting. Allow more connections (APITASK_MAIL_CONNECTIONS), or send"
@@ -299,7 +299,7 @@ def _watch(pool: ConnectionPool, closes_at: float) -> None:
 
         # If no thread can be started, the next connection given back tries again.
         with contextlib.suppress(RuntimeError):
-            # In an empty context, so that it does not keep the request that starts it.
+            # In an empty context, so that it keeps nothing of the request alive.
             contextvars.Context().run(closer.start)
             _closer = closer
     elif closes_at < _closer_wakes_at:

@@ -51,7 +51,7 @@ class ReroutedMail:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        # These find the scope of a mail, and start its delivery.
+        # These find the scope of a message, and start its delivery.
         on_success = config.mail_start == "success"
         self.find_scope = find_holder if on_success else current_scope
         self.start = run_on_success if on_success else run

@@ -51,7 +51,7 @@ class SMTPSession(SMTPStream):
         self.taken_at = 0.0
         # No reply is due and no transaction is open: any command may follow.
         self._in_order = False
-        # The refusals of ways to greet or to log in, before the next way is tried.
+        # Refusals of one way to greet or to log in, kept while the next one is tried.
         self._refusals: list[Reply] = []
 
     def open(self) -> None:
@@ -83,7 +83,7 @@ class SMTPSession(SMTPStream):
         except smtplib.SMTPResponseException as error:
             raise self._refused(self._stage, Reply(*error.args)) from None
         except ConnectionLost:
-            # Some servers hang up on the other way.
+            # Some servers refuse one way, and hang up when the next one is tried.
             if not self._refusals:
                 raise
 
@@ -157,9 +157,9 @@ class SMTPSession(SMTPStream):
         self.does_esmtp = False
         reply = Reply(*self.ehlo())
 
-        # Only a 5xx means that the server does not know EHLO; a 4xx means "not now".
+        # Any 5xx is followed by HELO; a 4xx means "not now".
         if reply.code // 100 == 5:
-            # A 500 or 502 is only about the command.
+            # A 500 or 502 only means that EHLO is unknown. Others may tell the cause.
             if reply.code not in {500, 502}:
                 self._refusals.append(reply)
 
@@ -216,11 +216,11 @@ class SMTPSession(SMTPStream):
             self.set_debuglevel(self.settings.debug)
 
     def auth(self, *args: t.Any, **kwargs: t.Any) -> tuple[int, bytes]:
-        """Log in one way; smtplib goes on to the next one if it is refused."""
+        """Try one way to log in. If it is refused, smtplib tries the next one."""
         try:
             return super().auth(*args, **kwargs)
         except smtplib.SMTPAuthenticationError as error:
-            # A 504 is only about this way to log in.
+            # A 504 only means that the server does not support this way to log in.
             if error.smtp_code != 504:
                 self._refusals.append(Reply(*error.args))
 
