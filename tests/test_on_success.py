@@ -834,6 +834,7 @@ def test_forked_child() -> None:
     scope.settle(None)
     scope.start(t.cast("t.Any", future))
     scope.drop("of a test", t.cast("t.Any", future))
+    assert not scope.let_go(t.cast("t.Any", future))
     assert scope.hold(print, (), {}, for_success=True) is None
     assert future is not None
     assert not future.done()
