@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -24,6 +25,8 @@ PATIENCE = 60.0
 # Seconds that a worker has to end by itself.
 _GRACE = 10.0
 _HERE = pathlib.Path(__file__).parent
+# No system gives these to outgoing connections.
+_PORTS: t.Final = range(20_000, 30_000)
 # Debian's program on the path changes the user, and with it the environment.
 _SERVERS = sorted(
     pathlib.Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server")
@@ -278,6 +281,12 @@ def running(name: str) -> cabc.Iterator[Broker]:
 
 
 def find_port() -> int:
-    """Return a port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """Return a port that is free, and stays so while a server is started once more."""
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", port)),
+        ):
+            return port
