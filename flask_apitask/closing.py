@@ -30,8 +30,8 @@ class Closing:
         self._context = contextvars.copy_context()
         # Guards the attributes below: a scope may be added while another thread closes.
         self._lock = threading.Lock()
-        self._scopes: tuple[TaskScope, ...] = ()
-        self._waited_for: tuple[TaskScope, ...] = ()
+        # Each with whether it has been waited for before.
+        self._scopes: dict[TaskScope, bool] = {}
         self._closed = False
 
     def add(self, *scopes: TaskScope, waited_for: bool = False) -> None:
@@ -39,14 +39,13 @@ class Closing:
 
         :param waited_for: These scopes have been waited for already. At the close, the
             tasks that still wait for success are started or dropped, and a scope is
-            waited for again only if it has such tasks.
+            waited for again only if some are started.
         """
         for scope in scopes:
             scope.shutdown(wait=False)
 
         with self._lock:
-            self._scopes += scopes
-            self._waited_for += scopes if waited_for else ()
+            self._scopes |= dict.fromkeys(scopes, waited_for)
             closed = self._closed
 
         if closed:
@@ -60,15 +59,13 @@ class Closing:
         with self._lock:
             self._closed = True
             self._failure = failure = self._failure or failure
-            scopes, self._scopes = self._scopes, ()
-            waited_for, self._waited_for = self._waited_for, ()
+            scopes, self._scopes = self._scopes, {}
 
         ending = [
-            scope for scope in scopes if scope not in waited_for or scope.awaits_success
+            scope
+            for scope, waited_for in scopes.items()
+            if scope.settle(failure) or not waited_for
         ]
-
-        for scope in scopes:
-            scope.settle(failure)
 
         # In a copy, because another thread may be running in this context.
         self._context.copy().run(end_scopes, *ending)

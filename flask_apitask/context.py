@@ -7,14 +7,15 @@ import operator
 import typing as t
 
 import flask.globals
+from flask import Flask
 from flask.ctx import AppContext
+from werkzeug.local import LocalProxy
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
     import contextlib
     from types import TracebackType
 
-    from flask import Flask
     from flask import Request
 
     from .executor.scope import TaskScope
@@ -33,6 +34,21 @@ def _find_variable(proxy: t.Any) -> contextvars.ContextVar[t.Any]:
 
 _app_var = _find_variable(flask.globals.app_ctx)
 _request_var = _app_var if MERGED else _find_variable(flask.globals.request_ctx)
+
+
+def unwrap_app(app: object, taker: str) -> Flask:
+    """Return the app itself, where a proxy such as ``current_app`` may be given.
+
+    :param taker: Who takes the app, and what it takes, as the start of a sentence.
+    :raises TypeError: It is not a Flask app.
+    """
+    if isinstance(app, LocalProxy):
+        app = app._get_current_object()
+
+    if not isinstance(app, Flask):
+        raise TypeError(f"{taker}, not {app!r}.")
+
+    return app
 
 
 def find_app_context() -> t.Any | None:

@@ -4,15 +4,14 @@ import logging
 import typing as t
 import weakref
 
-from flask import Flask
 from flask import request_started
-from werkzeug.local import LocalProxy
 
 from . import request_scope
 from .config import Config
 from .config import find_late_keys
 from .config import find_mistakes
 from .context import MERGED
+from .context import unwrap_app
 from .executor.pool import ThreadPool
 from .log import log
 from .log import log_once
@@ -21,6 +20,8 @@ from .watching import watch_responses
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
+
+    from flask import Flask
 
 # The apps that have had no request yet.
 _unserved: weakref.WeakSet[Flask] = weakref.WeakSet()
@@ -94,11 +95,7 @@ class ApiTask:
         :raises ValueError: A key has a value that is not allowed, or two functions
             share a name that is routed to Celery.
         """
-        if isinstance(app, LocalProxy):
-            app = app._get_current_object()
-
-        if not isinstance(app, Flask):
-            raise TypeError(f"ApiTask takes the Flask app, not {app!r}.")
+        app = unwrap_app(app, "ApiTask takes the Flask app")
 
         if "apitask" in app.extensions:
             raise RuntimeError(
@@ -121,15 +118,9 @@ class ApiTask:
 
         use_celery = _find_use_celery() if config.uses_celery else None
 
-        # These come first: if Flask refuses them because the app has served a request,
-        # nothing else has been changed.
-        app.teardown_request(request_scope.end_request)
-
-        if config.enabled:
-            app.before_request(request_scope.begin_request)
-
-        if not MERGED:
-            app.teardown_appcontext(request_scope.end_leftovers)
+        # First: if Flask refuses them because the app has served a request, nothing
+        # else has been changed.
+        _add_hooks(app, config)
 
         if reroute is not None:
             reroute(app, config)
@@ -147,6 +138,17 @@ class ApiTask:
 
         if config.enabled and config.wait == "close":
             watch_responses(app)
+
+
+def _add_hooks(app: Flask, config: Config) -> None:
+    """Have Flask call what makes and ends the scopes of requests."""
+    app.teardown_request(request_scope.end_request)
+
+    if config.enabled:
+        app.before_request(request_scope.begin_request)
+
+    if not MERGED:
+        app.teardown_appcontext(request_scope.end_leftovers)
 
 
 def _warn_of_late_keys(app: Flask, **extra: object) -> None:

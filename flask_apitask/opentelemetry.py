@@ -9,8 +9,8 @@ from flask import request
 from flask import request_finished
 from opentelemetry import context
 from opentelemetry import trace
-from werkzeug.local import LocalProxy
 
+from .context import unwrap_app
 from .signals import task_dropped
 from .signals import task_finished
 from .signals import task_started
@@ -57,12 +57,7 @@ def trace_tasks(
     :param tracer_provider: Where the tracer comes from, ``None`` for the global one.
     :raises TypeError: ``app`` is not a Flask app.
     """
-    if isinstance(app, LocalProxy):
-        app = app._get_current_object()
-
-    if not isinstance(app, Flask):
-        raise TypeError(f"trace_tasks() takes the Flask app, not {app!r}.")
-
+    app = unwrap_app(app, "trace_tasks() takes the Flask app")
     tracer = trace.get_tracer("flask_apitask", tracer_provider=tracer_provider)
     app.extensions[_TRACER] = tracer
     request_finished.connect(_note_span, app)

@@ -10,14 +10,15 @@ import threading
 import typing as t
 
 from blinker import ANY
-from flask import Flask
-from werkzeug.local import LocalProxy
 
+from .context import unwrap_app
 from .signals import task_dropped
 from .signals import task_finished
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
+
+    from flask import Flask
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -59,13 +60,10 @@ def record_tasks(app: Flask | None = None) -> cabc.Iterator[list[RecordedTask]]:
     :param app: Record only the tasks of this app.
     :raises TypeError: ``app`` is not a Flask app.
     """
-    sender: t.Any = app
+    sender: t.Any = None
 
-    if isinstance(sender, LocalProxy):
-        sender = sender._get_current_object()
-
-    if not isinstance(sender, Flask | None):
-        raise TypeError(f"record_tasks() takes a Flask app, or nothing, not {app!r}.")
+    if app is not None:
+        sender = unwrap_app(app, "record_tasks() takes a Flask app, or nothing")
 
     tasks: list[RecordedTask] = []
     # Guards the list.

@@ -25,7 +25,7 @@ PATIENCE = 60.0
 # Seconds that a worker has to end by itself.
 _GRACE = 10.0
 _HERE = pathlib.Path(__file__).parent
-# No system gives these to outgoing connections.
+# Neither Linux nor macOS gives these to outgoing connections, by default.
 _PORTS: t.Final = range(20_000, 30_000)
 # Debian's program on the path changes the user, and with it the environment.
 _SERVERS = sorted(

@@ -188,21 +188,26 @@ def test_foreign_private_names_have_a_reason() -> None:
     assert private - find_own_names() == FOREIGN_PRIVATE_NAMES.keys()
 
 
+def run_python(folder: pathlib.Path, *arguments: str) -> str:
+    """Run Python with what can be imported here, and return what it has printed."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        check=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        text=True,
+        timeout=30,
+    ).stdout
+
+
 def test_import_leaves_optional_packages_alone(tmp_path: pathlib.Path) -> None:
     """What an app did not ask for is not imported, even where it is installed."""
     code = (
         "import flask, sys; before = set(sys.modules); import flask_apitask;"
         f" print({OPTIONAL} & (sys.modules.keys() - before))"
     )
-    printed = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        check=True,
-        cwd=tmp_path,
-        text=True,
-        timeout=30,
-    ).stdout
-    assert printed == "set()\n"
+    assert run_python(tmp_path, "-W", "error", "-c", code) == "set()\n"
 
 
 @pytest.mark.parametrize("context", ["app_context", "test_request_context"])
@@ -212,16 +217,7 @@ def test_import_within_a_context(context: str, tmp_path: pathlib.Path) -> None:
         f"import flask; app = flask.Flask('shop')\nwith app.{context}():"
         " import flask_apitask.context; print(flask_apitask.context.find_app_context())"
     )
-    printed = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        text=True,
-        timeout=30,
-    ).stdout
-    assert "AppContext" in printed
+    assert "AppContext" in run_python(tmp_path, "-c", code)
 
 
 def test_import_is_light(tmp_path: pathlib.Path) -> None:
@@ -232,13 +228,4 @@ def test_import_is_light(tmp_path: pathlib.Path) -> None:
         " new = sys.modules.keys() - before;"
         " print(*sorted(name for name in new if name.split('.')[0] != 'flask_apitask'))"
     )
-    printed = subprocess.run(
-        [sys.executable, "-S", "-W", "error", "-c", code],
-        capture_output=True,
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        text=True,
-        timeout=30,
-    ).stdout
-    assert printed.split() == []
+    assert run_python(tmp_path, "-S", "-W", "error", "-c", code).split() == []

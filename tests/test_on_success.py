@@ -667,7 +667,13 @@ def test_tasks_of_tasks(make_app: AppFactory, status: int) -> None:
         # It is settled by then.
         scope = t.cast("TaskScope", current_scope())
         settle = scope.settle
-        scope.settle = lambda failure: (settle(failure), settled.set())  # type: ignore[assignment, method-assign, func-returns-value]
+
+        def settle_and_tell(failure: str | None) -> bool:
+            started = settle(failure)
+            settled.set()
+            return started
+
+        scope.settle = settle_and_tell  # type: ignore[method-assign]
         return "", status
 
     get(app)

@@ -37,8 +37,9 @@ class Handover(HandsOver):
         self.__wrapped__ = fn
 
     def hand_over(self, call: Call) -> celery.result.AsyncResult:
-        app, _, submitted, args, kwargs = call
-        published = self._state.publish(app, self.task_name, args, kwargs, submitted)
+        published = self._state.publish(
+            call.app, self.task_name, call.args, call.kwargs, call.submitted
+        )
 
         if published is not None:
             return published

@@ -69,27 +69,30 @@ class HoldingQueue(TaskQueue):
 
         return None
 
-    def settle(self, failure: str | None) -> None:
+    def settle(self, failure: str | None) -> bool:
         """Start the tasks that wait for the scope's success, or drop them. Idempotent.
 
         :param failure: Why there is no success, as a clause, or ``None``.
+        :return: Whether any were started.
         """
         if self._forked:
-            return
+            return False
 
         with self._lock:
             if not self._settled:
                 self._settled, self._failure = True, failure
 
             if not self._held:
-                return
+                return False
 
             futures = [future for future, success in self._held.items() if success]
 
-        if self._failure is None:
-            self.start(*futures)
-        else:
+        if self._failure is not None:
             self.drop(self._failure, *futures)
+            return False
+
+        self.start(*futures)
+        return bool(futures)
 
     def start(self, *futures: TaskFuture[t.Any]) -> None:
         """Queue those of the given tasks that are still held."""

@@ -19,17 +19,7 @@ def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSetting
     :raises ValueError: A value is not allowed. The message names the key, the value and
         what is allowed.
     """
-    use_tls, use_ssl = keys.get("MAIL_USE_TLS"), keys.get("MAIL_USE_SSL")
-    is_tls = read_mail_flag("MAIL_USE_TLS", use_tls)
-    is_ssl = read_mail_flag("MAIL_USE_SSL", use_ssl)
-
-    if is_tls and is_ssl:
-        raise ValueError(
-            f"MAIL_USE_TLS is {use_tls!r} and MAIL_USE_SSL is {use_ssl!r}, but only one"
-            " can be on: STARTTLS, usually on port 587, or TLS from the start, usually"
-            " on port 465."
-        )
-
+    use_tls, use_ssl = _read_tls(keys.get("MAIL_USE_TLS"), keys.get("MAIL_USE_SSL"))
     read_mail_flag("MAIL_SUPPRESS_SEND", keys.get("MAIL_SUPPRESS_SEND"))
     port, most = keys.get("MAIL_PORT") or 0, keys.get("MAIL_MAX_EMAILS") or 0
     debug = keys.get("MAIL_DEBUG", 0)
@@ -41,8 +31,8 @@ def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSetting
     return SMTPSettings(
         host=keys.get("MAIL_SERVER", "127.0.0.1"),
         port=read_whole("MAIL_PORT", port, "a port from 1 to 65535", 0, 65_535),
-        use_tls=is_tls,
-        use_ssl=is_ssl,
+        use_tls=use_tls,
+        use_ssl=use_ssl,
         # Flask reads an environment variable that looks like a number as one.
         username=None if username is None else str(username),
         password=None if password is None else str(password),
@@ -61,6 +51,20 @@ def read_settings(keys: cabc.Mapping[str, t.Any], config: Config) -> SMTPSetting
         or None,
         debug=read_whole("MAIL_DEBUG", debug, text, 0),
     )
+
+
+def _read_tls(use_tls: object, use_ssl: object) -> tuple[bool, bool]:
+    is_tls = read_mail_flag("MAIL_USE_TLS", use_tls)
+    is_ssl = read_mail_flag("MAIL_USE_SSL", use_ssl)
+
+    if is_tls and is_ssl:
+        raise ValueError(
+            f"MAIL_USE_TLS is {use_tls!r} and MAIL_USE_SSL is {use_ssl!r}, but only one"
+            " can be on: STARTTLS, usually on port 587, or TLS from the start, usually"
+            " on port 465."
+        )
+
+    return is_tls, is_ssl
 
 
 def read_mail_flag(key: str, value: object) -> bool:
