@@ -115,26 +115,23 @@ def draw_mail(result: Result) -> Figure:
 
 
 def draw_sizing(result: Result) -> Figure:
-    """Draw how long responses take, and how many tasks are cancelled, by the load."""
+    """Draw how long responses take by the load, without a deadline and with one."""
     free = sizing.rows_of(result["cases"], None)
     bound = sizing.rows_of(result["cases"], sizing.DEADLINE_SECONDS)
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3)
-    limit = f"APITASK_TIMEOUT = {sizing.DEADLINE_SECONDS:g}"
-    _draw_loads(panels[0], free, "median_ms", "no deadline: median response, ms")
-    _draw_loads(panels[1], bound, "median_ms", f"{limit}: median response, ms")
-    _draw_loads(panels[2], bound, "cancelled", f"{limit}: share of tasks cancelled")
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    _draw_loads(panels[0], free, "no deadline")
+    _draw_loads(panels[1], bound, f"APITASK_TIMEOUT = {sizing.DEADLINE_SECONDS:g}")
+    panels[0].set_ylabel("median response, ms")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
-def _draw_loads(
-    axes: Axes, rows: cabc.Mapping[int, list[Result]], key: str, title: str
-) -> None:
+def _draw_loads(axes: Axes, rows: cabc.Mapping[int, list[Result]], title: str) -> None:
     for size, cases in rows.items():
         loads = [case["load"] for case in cases]
-        values = [case[key] for case in cases]
+        values = [case["median_ms"] for case in cases]
         colour = POOL_COLOURS.get(size, COLOURS[OURS])
         axes.plot(loads, values, "o-", c=colour, label=f"pool of {size}", ms=3)
 
