@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import logging
 import os
 import pathlib
 import shutil
@@ -22,6 +23,8 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 CONFIGURATIONS = pathlib.Path(__file__).parents[1] / "docs" / "deploying"
+
+_logger = logging.getLogger(__name__)
 
 # Seconds after which a server that does not start has failed.
 PATIENCE = 30.0
@@ -128,8 +131,8 @@ class Server:
 
         while not (self._accepts() and self.workers()):
             ended = self.process.poll()
-            assert ended is None, f"{self.kind} exited with {ended}:\n{self.output()}"
-            assert time.monotonic() < until, f"{self.kind} is silent:\n{self.output()}"
+            assert ended is None, f"{self.kind} exited with {ended}"
+            assert time.monotonic() < until, f"{self.kind} is silent"
             time.sleep(0.02)
 
     def end(self) -> None:
@@ -189,6 +192,10 @@ def serve(
         try:
             server.connect()
             yield server
+        except Exception:
+            # pytest shows it beside the failure, which may be the server's.
+            _logger.error("Workers: %s\n%s", server.workers(), server.output())
+            raise
         finally:
             server.end()
 
