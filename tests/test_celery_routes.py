@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import math
@@ -273,6 +274,36 @@ def test_view_gets_a_result_while_another_task_runs(
         assert result.get() == 8
         got.set()
         assert waiting.result().get() is True
+
+
+@pytest.mark.parametrize("by", ["APITASK_PROPAGATE", "task_eager_propagates"])
+def test_eager_failure(
+    celeries: Celeries, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure that is raised to the caller is raised and logged once."""
+    propagate = by == "APITASK_PROPAGATE"
+    celery = {**EAGER, "task_eager_propagates": not propagate}
+    app = celeries.make(CELERY=celery, APITASK_PROPAGATE=propagate)
+
+    @app.get("/")
+    def view() -> str:
+        future = run(fail, "in the view")
+        assert isinstance(future.exception(), LookupError)
+        return "ok"
+
+    with contextlib.ExitStack() as stack:
+        if propagate:
+            stack.enter_context(pytest.raises(LookupError, match="in the view"))
+
+        app.test_client().get("/")
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Task 'report.fail' of GET / failed after")
+
+    with app.app_context(), pytest.raises(LookupError, match="outside"):
+        run(fail, "outside")
+
+    assert len(caplog.records) == 1
 
 
 def test_other_callables_stay_on_threads(
