@@ -7,9 +7,11 @@ import weakref
 from flask import request_started
 
 from . import request_scope
+from .api import warn_without_apitask
 from .config import Config
 from .config import find_late_keys
 from .config import find_mistakes
+from .config import is_true
 from .context import MERGED
 from .context import unwrap_app
 from .executor.pool import ThreadPool
@@ -132,6 +134,7 @@ class ApiTask:
         app.extensions["apitask"] = state
         _unserved.add(app)
         request_started.connect(_warn_of_late_keys, app)
+        request_started.disconnect(_warn_of_missing)
 
         if reroute is not None and config.mail_start == "success":
             watch(app)
@@ -149,6 +152,13 @@ def _add_hooks(app: Flask, config: Config) -> None:
 
     if not MERGED:
         app.teardown_appcontext(request_scope.end_leftovers)
+
+
+@request_started.connect
+def _warn_of_missing(app: Flask, **extra: object) -> None:
+    """Warn of background mail in an app without ApiTask, as long as no app has one."""
+    if is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
+        warn_without_apitask(app, "APITASK_MAIL_BACKGROUND was on")
 
 
 def _warn_of_late_keys(app: Flask, **extra: object) -> None:

@@ -109,6 +109,30 @@ def test_apitask_that_comes_late(caplog: pytest.LogCaptureFixture) -> None:
     assert find_warnings(caplog) == [WITHOUT]
 
 
+def serve_with_flag(name: str, flag: object) -> None:
+    """Let an app without ApiTask serve two requests."""
+    app = Flask(name)
+    app.config["APITASK_MAIL_BACKGROUND"] = flag
+
+    for _ in range(2):
+        app.test_client().get("/")
+
+
+def test_apitask_that_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    """As long as no app has an ApiTask, one WARNING says that mail is not rerouted."""
+    # An earlier test may have created one.
+    request_started.connect(extension._warn_of_missing)
+    ApiTask()
+    serve_with_flag("shop", "true")
+    serve_with_flag("off", "no")
+    serve_with_flag("unset", None)
+    # Requests don't pay for this any longer.
+    ApiTask(Flask("last"))
+    serve_with_flag("late", "true")
+    what = "APITASK_MAIL_BACKGROUND was on"
+    assert find_warnings(caplog) == [WITHOUT.replace("run() was called", what)]
+
+
 def test_warning_of_other_work(caplog: pytest.LogCaptureFixture) -> None:
     """The warning can name other work too."""
     app = Flask("shop")
