@@ -492,6 +492,33 @@ def test_a_block_is_one_task_in_order(
     assert not inbox.messages
 
 
+def test_a_connection_is_entered_again(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each message is sent once, even in a block within another, or after it."""
+    app, mail = make_app(inbox, monkeypatch, "connect() to another")
+
+    def send(connection: flask_mail.Connection, subject: str) -> None:
+        connection.send(Message(subject, ["ada@example.org"], body="text"))
+
+    with app.test_request_context():
+        with mail.connect() as connection:
+            send(connection, "one")
+
+            with connection:
+                send(connection, "two")
+
+        wait()
+        assert sent == ["one", "two"]
+        send(connection, "three")
+        assert sent == ["one", "two", "three"]
+
+        with connection:
+            send(connection, "four")
+
+    assert sent == ["one", "two", "three", "four"]
+
+
 def test_what_is_not_used_in_a_block_is_theirs(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
