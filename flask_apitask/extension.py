@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import typing as t
 import weakref
 
@@ -15,7 +14,6 @@ from .config import is_true
 from .context import MERGED
 from .context import unwrap_app
 from .executor.pool import ThreadPool
-from .log import log
 from .log import log_once
 from .watching import watch
 from .watching import watch_responses
@@ -107,9 +105,7 @@ class ApiTask:
 
         config = Config.from_mapping(app.config)
 
-        for mistake in find_mistakes(app.config):
-            log(app.logger, logging.WARNING, "%s", mistake)
-
+        _warn_of_mistakes(app)
         reroute = None
 
         if config.mail_background:
@@ -177,6 +173,13 @@ def _warn_of_late_keys(app: Flask, **extra: object) -> None:
             " before ApiTask(app).",
             key,
         )
+
+    _warn_of_mistakes(app)
+
+
+def _warn_of_mistakes(app: Flask) -> None:
+    for mistake in find_mistakes(app.config):
+        log_once(app, mistake, "%s", mistake)
 
 
 def _find_use_celery() -> cabc.Callable[[Flask, Config], None]:

@@ -211,6 +211,20 @@ def test_key_that_comes_late(
     assert len(find_warnings(caplog)) == 3
 
 
+def test_unknown_key_that_comes_late(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unknown key is a WARNING then, too, and only once."""
+    app = make_app(APITASK_WORKERS=5)
+    app.config["APITASK_TIMOUT"] = 5
+    app.test_client().get("/")
+    text = "Unknown configuration key {}. Did you mean {}?"
+    assert find_warnings(caplog) == [
+        text.format("APITASK_WORKERS", "APITASK_MAX_WORKERS"),
+        text.format("APITASK_TIMOUT", "APITASK_TIMEOUT"),
+    ]
+
+
 def test_key_in_time_costs_nothing(
     make_app: AppFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
