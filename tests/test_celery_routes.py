@@ -27,6 +27,7 @@ from flask_apitask.routes import find_route
 pytest.importorskip("celery")
 
 from celery import Celery
+from celery import current_task
 from celery.exceptions import Ignore
 from celery_app import celery_init_app
 from celery_app import describe
@@ -304,6 +305,23 @@ def test_eager_failure(
         run(fail, "outside")
 
     assert len(caplog.records) == 1
+
+
+def test_eager_retries(celeries: Celeries, name: str) -> None:
+    """What is raised to try again is not raised at the end of the request."""
+    app = celeries.make(CELERY=EAGER, APITASK_PROPAGATE=True)
+    attempts = []
+
+    @task(name)
+    def try_twice() -> None:
+        attempts.append(1)
+
+        if len(attempts) < 2:
+            raise current_task.retry(countdown=0)
+
+    app.add_url_rule("/", view_func=lambda: str(run(try_twice).done()))
+    assert app.test_client().get("/").status_code == 200
+    assert len(attempts) == 2
 
 
 def test_other_callables_stay_on_threads(

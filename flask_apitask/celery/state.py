@@ -56,10 +56,16 @@ class CeleryState:
             # As apply_async() does. But that also sets a global flag for the duration:
             # while it is set, no view can get a result, and two threads at once may
             # leave it set for ever.
-            conf = celery_app.conf
-            raises = bool(conf.task_eager_propagates or self.config.propagate)
+            propagate = self.config.propagate
+            raises = bool(propagate or celery_app.conf.task_eager_propagates)
             headers = {_SUBMITTED: submitted, _RAISES: raises}
-            return task.apply(args, kwargs, headers=headers, throw=raises, **options)
+            result = task.apply(args, kwargs, headers=headers, **options)
+
+            # Not with apply(throw=True): that would raise an attempt's Retry, too.
+            if propagate and result.failed():
+                raise result.result
+
+            return result
 
         broker = self._find_broker(app, celery_app)
         return broker.publish(app.logger, task, args, kwargs, **options)
