@@ -519,6 +519,30 @@ def test_a_connection_is_entered_again(
     assert sent == ["one", "two", "three", "four"]
 
 
+def test_a_change_that_is_async(
+    inbox: Mailbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The view awaits it, as if we were not there."""
+
+    class AsyncMail(Mail):
+        async def send(self, message: Message) -> str:  # type: ignore[override]
+            sent.append(str(message.subject))
+            return "sent"
+
+    app = Flask(__name__)
+    app.config.update(MAIL_DEFAULT_SENDER="a@x.org", APITASK_MAIL_BACKGROUND=True)
+    mail = AsyncMail(app)
+    ApiTask(app)
+
+    @app.get("/")
+    async def index() -> str:
+        return await mail.send(Message("one", ["ada@example.org"], body="text"))
+
+    assert app.test_client().get("/").text == "sent"
+    assert sent == ["one"]
+    assert not caplog.records
+
+
 def test_what_is_not_used_in_a_block_is_theirs(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

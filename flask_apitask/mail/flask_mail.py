@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 import typing as t
 
@@ -84,6 +85,10 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
         connect = functools.partial(BackgroundConnection, rerouted, state)
         # Flask-Mail's own send() will look up connect() in turn.
         return connect if name == "connect" else value
+
+    if inspect.iscoroutinefunction(value):
+        # The view awaits what it returns.
+        return value
 
     scope = rerouted.find_scope()
     return use_change(app, change, name, value, rerouted.start if scope else None)
