@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-import logging
 import typing as t
 import weakref
 
 from flask import request_started
 
 from . import request_scope
+from .api import warn_without_apitask
 from .config import Config
 from .config import find_late_keys
 from .config import find_mistakes
+from .config import is_true
 from .context import MERGED
 from .context import unwrap_app
 from .executor.pool import ThreadPool
-from .log import log
 from .log import log_once
 from .watching import watch
 from .watching import watch_responses
@@ -105,9 +105,7 @@ class ApiTask:
 
         config = Config.from_mapping(app.config)
 
-        for mistake in find_mistakes(app.config):
-            log(app.logger, logging.WARNING, "%s", mistake)
-
+        _warn_of_mistakes(app)
         reroute = None
 
         if config.mail_background:
@@ -132,6 +130,7 @@ class ApiTask:
         app.extensions["apitask"] = state
         _unserved.add(app)
         request_started.connect(_warn_of_late_keys, app)
+        request_started.disconnect(_warn_of_missing)
 
         if reroute is not None and config.mail_start == "success":
             watch(app)
@@ -151,6 +150,13 @@ def _add_hooks(app: Flask, config: Config) -> None:
         app.teardown_appcontext(request_scope.end_leftovers)
 
 
+@request_started.connect
+def _warn_of_missing(app: Flask, **extra: object) -> None:
+    """Warn of background mail in an app without ApiTask, as long as no app has one."""
+    if is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
+        warn_without_apitask(app, "APITASK_MAIL_BACKGROUND was on")
+
+
 def _warn_of_late_keys(app: Flask, **extra: object) -> None:
     """Warn in the first request. Later ones pay nothing, once all apps have had one."""
     request_started.disconnect(_warn_of_late_keys, app)
@@ -167,6 +173,13 @@ def _warn_of_late_keys(app: Flask, **extra: object) -> None:
             " before ApiTask(app).",
             key,
         )
+
+    _warn_of_mistakes(app)
+
+
+def _warn_of_mistakes(app: Flask) -> None:
+    for mistake in find_mistakes(app.config):
+        log_once(app, mistake, "%s", mistake)
 
 
 def _find_use_celery() -> cabc.Callable[[Flask, Config], None]:

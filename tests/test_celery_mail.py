@@ -121,11 +121,12 @@ def test_worker_that_suppresses_mail(celeries: Celeries) -> None:
     work(app, "ada@example.com")
 
 
+@pytest.mark.parametrize("raises", [False, True])
 def test_mail_in_eager_mode(
-    celeries: Celeries, caplog: pytest.LogCaptureFixture
+    celeries: Celeries, caplog: pytest.LogCaptureFixture, raises: bool
 ) -> None:
     """With ``task_always_eager``, a mail is sent at once, and is not tried again."""
-    eager = {"task_always_eager": True}
+    eager = {"task_always_eager": True, "task_eager_propagates": raises}
 
     with ScriptedServer() as server:
         app = celeries.make(NO_BROKER, CELERY=eager, MAIL_PORT=server.port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import math
@@ -26,6 +27,7 @@ from flask_apitask.routes import find_route
 pytest.importorskip("celery")
 
 from celery import Celery
+from celery import current_task
 from celery.exceptions import Ignore
 from celery_app import celery_init_app
 from celery_app import describe
@@ -273,6 +275,53 @@ def test_view_gets_a_result_while_another_task_runs(
         assert result.get() == 8
         got.set()
         assert waiting.result().get() is True
+
+
+@pytest.mark.parametrize("by", ["APITASK_PROPAGATE", "task_eager_propagates"])
+def test_eager_failure(
+    celeries: Celeries, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failure that is raised to the caller is raised and logged once."""
+    propagate = by == "APITASK_PROPAGATE"
+    celery = {**EAGER, "task_eager_propagates": not propagate}
+    app = celeries.make(CELERY=celery, APITASK_PROPAGATE=propagate)
+
+    @app.get("/")
+    def view() -> str:
+        future = run(fail, "in the view")
+        assert isinstance(future.exception(), LookupError)
+        return "ok"
+
+    with contextlib.ExitStack() as stack:
+        if propagate:
+            stack.enter_context(pytest.raises(LookupError, match="in the view"))
+
+        app.test_client().get("/")
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Task 'report.fail' of GET / failed after")
+
+    with app.app_context(), pytest.raises(LookupError, match="outside"):
+        run(fail, "outside")
+
+    assert len(caplog.records) == 1
+
+
+def test_eager_retries(celeries: Celeries, name: str) -> None:
+    """What is raised to try again is not raised at the end of the request."""
+    app = celeries.make(CELERY=EAGER, APITASK_PROPAGATE=True)
+    attempts = []
+
+    @task(name)
+    def try_twice() -> None:
+        attempts.append(1)
+
+        if len(attempts) < 2:
+            raise current_task.retry(countdown=0)
+
+    app.add_url_rule("/", view_func=lambda: str(run(try_twice).done()))
+    assert app.test_client().get("/").status_code == 200
+    assert len(attempts) == 2
 
 
 def test_other_callables_stay_on_threads(

@@ -27,6 +27,7 @@ from flask_apitask import run
 from flask_apitask import task
 from flask_apitask import task_started
 from flask_apitask.executor.future import TaskFuture
+from flask_apitask.executor.overdue import _NO_STACK as NO_STACK
 from flask_apitask.executor.overdue import find_overdue
 from flask_apitask.executor.pool import ThreadPool
 from flask_apitask.executor.runner import Runner
@@ -349,8 +350,7 @@ def test_task_that_is_about_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stack_of_a_task_on_no_thread_of_the_system() -> None:
     """A task that a greenlet runs is reported without a stack."""
     future: TaskFuture[None] = TaskFuture(Runner(), None, (nothing, (), {}, 0.0))
-    no_stack = "  (no stack: the task is async, or no thread is running it)\n"
-    expected = [("scopes.nothing", no_stack)]
+    expected = [("scopes.nothing", NO_STACK)]
     assert [task[:2] for task in find_overdue([future], 0.0)] == expected
     # Nor of a thread that is not in the task any more.
     pool = ThreadPool(1)

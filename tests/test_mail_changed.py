@@ -492,6 +492,57 @@ def test_a_block_is_one_task_in_order(
     assert not inbox.messages
 
 
+def test_a_connection_is_entered_again(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each message is sent once, even in a block within another, or after it."""
+    app, mail = make_app(inbox, monkeypatch, "connect() to another")
+
+    def send(connection: flask_mail.Connection, subject: str) -> None:
+        connection.send(Message(subject, ["ada@example.org"], body="text"))
+
+    with app.test_request_context():
+        with mail.connect() as connection:
+            send(connection, "one")
+
+            with connection:
+                send(connection, "two")
+
+        wait()
+        assert sent == ["one", "two"]
+        send(connection, "three")
+        assert sent == ["one", "two", "three"]
+
+        with connection:
+            send(connection, "four")
+
+    assert sent == ["one", "two", "three", "four"]
+
+
+def test_a_change_that_is_async(
+    inbox: Mailbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The view awaits it, as if we were not there."""
+
+    class AsyncMail(Mail):
+        async def send(self, message: Message) -> str:  # type: ignore[override]
+            sent.append(str(message.subject))
+            return "sent"
+
+    app = Flask(__name__)
+    app.config.update(MAIL_DEFAULT_SENDER="a@x.org", APITASK_MAIL_BACKGROUND=True)
+    mail = AsyncMail(app)
+    ApiTask(app)
+
+    @app.get("/")
+    async def index() -> str:
+        return await mail.send(Message("one", ["ada@example.org"], body="text"))
+
+    assert app.test_client().get("/").text == "sent"
+    assert sent == ["one"]
+    assert not caplog.records
+
+
 def test_what_is_not_used_in_a_block_is_theirs(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -811,19 +811,42 @@ def test_app_that_goes_takes_its_idle_connections_along(inbox: Mailbox) -> None:
     gc.collect()
 
 
-def test_send_after_the_block_is_refused(
-    make_mail_app: MailAppFactory, inbox: Mailbox
+@pytest.mark.parametrize("suppress", [False, True])
+def test_send_outside_the_block_is_refused(
+    make_mail_app: MailAppFactory, inbox: Mailbox, *, suppress: bool
 ) -> None:
-    """What is sent after a connect() block is refused, and not forgotten."""
-    app, mail = make_mail_app()
+    """What is sent before or after a connect() block is refused, and not forgotten."""
+    app, mail = make_mail_app(MAIL_SUPPRESS_SEND=suppress)
 
     for context in (app.app_context(), app.test_request_context()):
         with context:
-            with mail.connect() as connection:
-                pass
+            connection = mail.connect()
 
-            with pytest.raises(RuntimeError, match="Send inside the block"):
-                connection.send(letter())
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="Send inside the block"):
+                    connection.send(letter())
+
+                with connection:
+                    pass
+
+
+def test_connection_is_entered_again(
+    make_mail_app: MailAppFactory, inbox: Mailbox
+) -> None:
+    """A connection may have several blocks, and one within another loses nothing."""
+    app, mail = make_mail_app()
+
+    with app.test_request_context():
+        connection = mail.connect()
+
+        for subject in ["one", "two"]:
+            with connection:
+                connection.send(letter(subject))
+
+                with connection:
+                    connection.send(letter(f"{subject} within"))
+
+    assert sorted(inbox.subjects) == ["one", "one within", "two", "two within"]
 
 
 def test_settings_that_are_text(make_mail_app: MailAppFactory, inbox: Mailbox) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import socket
 import threading
 import typing as t
@@ -23,6 +24,10 @@ if t.TYPE_CHECKING:
 
 # Seconds. It is short, as tests are stuck for as long.
 DEADLINE = 0.05
+NO_STACK = (
+    "  (no stack: the task is async or not written in Python, or no thread is running"
+    " it)"
+)
 
 
 @pytest.fixture
@@ -99,8 +104,25 @@ def test_async_task_has_no_stack(
         return "ok"
 
     first, text = report(app, caplog)
-    assert first.endswith("  (no stack: the task is async, or no thread is running it)")
+    assert first.endswith(NO_STACK)
     assert "asgiref" not in text
+
+
+def test_function_in_c_has_no_stack(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task such as ``time.sleep`` has no line of Python to show."""
+    app = make_app(APITASK_TIMEOUT=DEADLINE)
+    items: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    @app.get("/")
+    def index() -> str:
+        wait_until(run(items.get).running)
+        return "ok"
+
+    first, _ = report(app, caplog)
+    items.put(1)
+    assert first.endswith(NO_STACK)
 
 
 def test_stack_of_a_mail(

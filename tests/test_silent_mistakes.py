@@ -109,6 +109,30 @@ def test_apitask_that_comes_late(caplog: pytest.LogCaptureFixture) -> None:
     assert find_warnings(caplog) == [WITHOUT]
 
 
+def serve_with_flag(name: str, flag: object) -> None:
+    """Let an app without ApiTask serve two requests."""
+    app = Flask(name)
+    app.config["APITASK_MAIL_BACKGROUND"] = flag
+
+    for _ in range(2):
+        app.test_client().get("/")
+
+
+def test_apitask_that_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    """As long as no app has an ApiTask, one WARNING says that mail is not rerouted."""
+    # An earlier test may have created one.
+    request_started.connect(extension._warn_of_missing)
+    ApiTask()
+    serve_with_flag("shop", "true")
+    serve_with_flag("off", "no")
+    serve_with_flag("unset", None)
+    # Requests don't pay for this any longer.
+    ApiTask(Flask("last"))
+    serve_with_flag("late", "true")
+    what = "APITASK_MAIL_BACKGROUND was on"
+    assert find_warnings(caplog) == [WITHOUT.replace("run() was called", what)]
+
+
 def test_warning_of_other_work(caplog: pytest.LogCaptureFixture) -> None:
     """The warning can name other work too."""
     app = Flask("shop")
@@ -185,6 +209,20 @@ def test_key_that_comes_late(
     assert request_started.receivers
     other.test_client().get("/")
     assert len(find_warnings(caplog)) == 3
+
+
+def test_unknown_key_that_comes_late(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unknown key is a WARNING then, too, and only once."""
+    app = make_app(APITASK_WORKERS=5)
+    app.config["APITASK_TIMOUT"] = 5
+    app.test_client().get("/")
+    text = "Unknown configuration key {}. Did you mean {}?"
+    assert find_warnings(caplog) == [
+        text.format("APITASK_WORKERS", "APITASK_MAX_WORKERS"),
+        text.format("APITASK_TIMOUT", "APITASK_TIMEOUT"),
+    ]
 
 
 def test_key_in_time_costs_nothing(

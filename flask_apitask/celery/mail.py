@@ -24,6 +24,7 @@ from ..task_log import log_failure
 from .state import find_celery
 from .state import find_state
 from .state import find_submitted
+from .state import raises_to_caller
 from .worker import app_context
 
 if t.TYPE_CHECKING:
@@ -149,7 +150,9 @@ def send(
             # Not an error: the message is tried again later.
             raise
         except Exception as error:
-            log_failure(app, MailHandover, error, time.monotonic() - started)
+            if not raises_to_caller(self):
+                log_failure(app, MailHandover, error, time.monotonic() - started)
+
             raise
 
 

@@ -17,8 +17,10 @@ if t.TYPE_CHECKING:
 
     from ..config import Config
 
-# The header that tells an eager task when it was submitted.
+# The headers that tell an eager task when it was submitted, and whether what it raises
+# is raised to the caller too.
 _SUBMITTED: t.Final = "apitask_submitted"
+_RAISES: t.Final = "apitask_raises"
 _PICKLE: t.Final = {"pickle", "application/x-python-serialize"}
 
 
@@ -54,8 +56,16 @@ class CeleryState:
             # As apply_async() does. But that also sets a global flag for the duration:
             # while it is set, no view can get a result, and two threads at once may
             # leave it set for ever.
-            headers = {_SUBMITTED: submitted}
-            return task.apply(args, kwargs, headers=headers, **options)
+            propagate = self.config.propagate
+            raises = bool(propagate or celery_app.conf.task_eager_propagates)
+            headers = {_SUBMITTED: submitted, _RAISES: raises}
+            result = task.apply(args, kwargs, headers=headers, **options)
+
+            # Not with apply(throw=True): that would raise an attempt's Retry, too.
+            if propagate and result.failed():
+                raise result.result
+
+            return result
 
         broker = self._find_broker(app, celery_app)
         return broker.publish(app.logger, task, args, kwargs, **options)
@@ -102,9 +112,19 @@ class CeleryState:
 
 def find_submitted(task: celery.Task, started: float) -> float:
     """Return when a task was submitted: when it started, unless it is eager."""
-    headers = task.request.headers if task.request.is_eager else None
-    submitted: float = (headers or {}).get(_SUBMITTED, started)
+    submitted: float = _find_header(task, _SUBMITTED, started)
     return submitted
+
+
+def raises_to_caller(task: celery.Task) -> bool:
+    """Tell whether what a task raises gets to its caller, who logs it."""
+    raises: bool = _find_header(task, _RAISES, False)
+    return raises
+
+
+def _find_header(task: celery.Task, name: str, default: object) -> t.Any:
+    headers = task.request.headers if task.request.is_eager else None
+    return (headers or {}).get(name, default)
 
 
 def find_celery(app: Flask, name: str) -> celery.Celery:

@@ -19,6 +19,7 @@ from ..executor.task import naming_checks
 from ..runner import call_observed
 from ..task_log import log_failure
 from .state import find_submitted
+from .state import raises_to_caller
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -98,7 +99,9 @@ def _make_call(name: str) -> cabc.Callable[..., t.Any]:
                 # The task's own way to ask for a retry, or to be ignored or rejected.
                 raise
             except BaseException as error:
-                log_failure(app, fn, error, time.monotonic() - started)
+                if not raises_to_caller(self):
+                    log_failure(app, fn, error, time.monotonic() - started)
+
                 raise
 
     return call

@@ -18,7 +18,10 @@ if t.TYPE_CHECKING:
 # subpackages hold tasks, such as the one that delivers mail.
 _CALLERS: t.Final = (__package__, __package__.rpartition(".")[0])
 
-_NO_STACK: t.Final = "  (no stack: the task is async, or no thread is running it)\n"
+_NO_STACK: t.Final = (
+    "  (no stack: the task is async or not written in Python, or no thread is running"
+    " it)\n"
+)
 
 
 class OverdueTask(t.NamedTuple):
@@ -60,7 +63,7 @@ def format_stack(frame: FrameType | None) -> str:
     """Format the stack of a thread, from the task's own first line on.
 
     A thread that has not begun the task or has already left it has no such stack, nor
-    does an async task, whose thread waits for an event loop.
+    does an async task, whose thread waits for an event loop, or a function in C.
     """
     stack = [] if frame is None else [frame for frame, _ in traceback.walk_stack(frame)]
 

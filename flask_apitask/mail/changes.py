@@ -140,12 +140,15 @@ class RecordedConnection:
         self._calls: list[Call] | None = None
 
     def __enter__(self) -> te.Self:
-        self._calls = []
+        # A block may be within another one of the same connection.
+        self._calls = self._calls or []
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._calls:
-            self._start(_replay, self._change, self._connect, self._calls)
+        calls, self._calls = self._calls, None
+
+        if calls:
+            self._start(_replay, self._change, self._connect, calls)
 
     def __getattr__(self, name: str) -> t.Any:
         if name.startswith("__"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 import typing as t
 
@@ -85,6 +86,10 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
         # Flask-Mail's own send() will look up connect() in turn.
         return connect if name == "connect" else value
 
+    if inspect.iscoroutinefunction(value):
+        # The view awaits what it returns.
+        return value
+
     scope = rerouted.find_scope()
     return use_change(app, change, name, value, rerouted.start if scope else None)
 
@@ -101,13 +106,15 @@ class BackgroundConnection:
         self.mail = mail
         self.num_emails = 0
         self._rerouted = rerouted
-        self._left = False
+        self._is_open = False
         self._block: MailBlock | None = None
 
     def __enter__(self) -> te.Self:
         # Suppressed mail needs no task: it takes no time, and a test finds its outbox
         # in order.
-        if not is_suppressed(self.mail):
+        self._is_open = True
+
+        if self._block is None and not is_suppressed(self.mail):
             pool = find_pool(self._rerouted, self.mail)
             delivery = self._rerouted.find_handover() or deliver
             self._block = MailBlock(self._rerouted, pool, delivery)
@@ -115,10 +122,11 @@ class BackgroundConnection:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left = True
+        self._is_open = False
+        block, self._block = self._block, None
 
-        if self._block is not None:
-            self._block.end()
+        if block is not None:
+            block.end()
 
     def send(
         self, message: flask_mail.Message, envelope_from: Address | None = None
@@ -128,13 +136,13 @@ class BackgroundConnection:
         :raises AssertionError: There is no recipient or no sender, as in Flask-Mail.
         :raises flask_mail.BadHeaderError: There is a line break in a header. Flask-Mail
             lets one through in ``cc``, ``bcc``, ``extra_headers`` and attachments.
-        :raises RuntimeError: The ``with`` block of this connection has ended.
+        :raises RuntimeError: This is outside the ``with`` block of this connection.
         :raises DeliveryError: Only without a scope: the message was not delivered.
         """
-        if self._left:
+        if not self._is_open:
             raise RuntimeError(
-                "This connection ended with its 'with mail.connect()' block. Send"
-                " inside the block."
+                "Outside its 'with mail.connect()' block, this connection sends"
+                " nothing. Send inside the block."
             )
 
         check(message, envelope_from)
