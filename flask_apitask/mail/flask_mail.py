@@ -110,10 +110,10 @@ class BackgroundConnection:
         self._block: MailBlock | None = None
 
     def __enter__(self) -> te.Self:
-        # Suppressed mail needs no task: it takes no time, and a test finds its outbox
-        # in order.
         self._is_open = True
 
+        # Suppressed mail needs no task: it takes no time, and a test finds its outbox
+        # in order.
         if self._block is None and not is_suppressed(self.mail):
             pool = find_pool(self._rerouted, self.mail)
             delivery = self._rerouted.find_handover() or deliver
