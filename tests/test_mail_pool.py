@@ -19,7 +19,7 @@ from smtp_servers import Stage
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.exceptions import DeliveryUnknown
-from flask_apitask.mail import smtp
+from flask_apitask.mail import connection as connection_module
 from flask_apitask.mail.pool import ConnectionPool
 from flask_apitask.mail.reaper import reaper
 from flask_apitask.mail.smtp import SMTPSession
@@ -189,7 +189,7 @@ def test_no_time_for_goodbye(
     server: ScriptedServer, pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the time for it is over, nobody waits for the reply to a QUIT."""
-    monkeypatch.setattr(smtp, "_QUIT_TIMEOUT", -1.0)
+    monkeypatch.setattr(connection_module, "_QUIT_TIMEOUT", -1.0)
     pool = pools()
     server.fail(Stage.QUIT, Fault.SILENCE)
     send(pool)
@@ -623,11 +623,11 @@ def test_the_local_name_is_looked_up_once(
         return "client.example"
 
     monkeypatch.setattr(socket, "getfqdn", getfqdn)
-    smtp._local_hostname.cache_clear()
+    connection_module._local_hostname.cache_clear()
     pool = pools(keepalive=0)
     send(pool)
     send(pool)
-    smtp._local_hostname.cache_clear()
+    connection_module._local_hostname.cache_clear()
     assert len(asked) == 1
     assert server.commands.count("ehlo client.example") == 2
 
@@ -635,12 +635,12 @@ def test_the_local_name_is_looked_up_once(
 def test_a_host_name_outside_of_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     """A computer may have a name that can't be said to a mail server."""
     monkeypatch.setattr(socket, "getfqdn", lambda: "jörgs-rechner.example")
-    smtp._local_hostname.cache_clear()
+    connection_module._local_hostname.cache_clear()
 
     with ScriptedServer() as server:
         send(ConnectionPool(server.settings(), keepalive=0))
 
-    smtp._local_hostname.cache_clear()
+    connection_module._local_hostname.cache_clear()
     assert server.commands[0] == "ehlo [127.0.0.1]"
 
 

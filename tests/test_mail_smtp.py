@@ -21,10 +21,10 @@ from smtp_servers import Stage
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.exceptions import DeliveryUnknown
-from flask_apitask.mail import smtp
+from flask_apitask.mail import connection as connection_module
+from flask_apitask.mail.connection import end_all
 from flask_apitask.mail.envelope import Envelope
 from flask_apitask.mail.envelope import SMTPSettings
-from flask_apitask.mail.smtp import end_all
 from flask_apitask.mail.smtp import SMTPSession
 from flask_apitask.mail.stream import ConnectionLost
 
@@ -45,7 +45,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 @pytest.fixture(autouse=True)
 def local_hostname(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a name that DNS is not asked for."""
-    monkeypatch.setattr(smtp, "_local_hostname", lambda: "client.example")
+    monkeypatch.setattr(connection_module, "_local_hostname", lambda: "client.example")
 
 
 @contextlib.contextmanager

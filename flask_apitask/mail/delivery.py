@@ -7,8 +7,8 @@ import typing as t
 
 from ..exceptions import DeliveryError
 from ..log import log
-from .smtp import end_all
-from .smtp import OPENING
+from .connection import end_all
+from .connection import OPENING
 from .stream import ConnectionLost
 
 if t.TYPE_CHECKING:

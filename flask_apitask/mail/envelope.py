@@ -5,10 +5,6 @@ import functools
 import re
 import smtplib
 import ssl
-import typing as t
-
-if t.TYPE_CHECKING:
-    import collections.abc as cabc
 
 _FOLD = re.compile(r"\r?\n(?=[ \t])")
 _UNFIT = re.compile(r"[\0\r\n\ud800-\udfff]")
@@ -150,27 +146,3 @@ def load_context(
         context.verify_mode = ssl.CERT_NONE
 
     return context
-
-
-def dot_stuff(content: bytes) -> bytes:
-    """Make every line ending CRLF, double leading dots, and add the final dot.
-
-    See :rfc:`5321#section-2.3.8` and section 4.5.2.
-    """
-    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    lines = (b"\n" + lines).replace(b"\n.", b"\n..").replace(b"\n", b"\r\n")[2:]
-    return lines + (b".\r\n" if lines.endswith(b"\r\n") else b"\r\n.\r\n")
-
-
-def divide(commands: list[bytes], limit: int) -> cabc.Iterator[list[bytes]]:
-    """Divide commands into groups of at most ``limit`` bytes, or of one command."""
-    group: list[bytes] = []
-
-    for command in commands:
-        if group and sum(map(len, group)) + len(command) > limit:
-            yield group
-            group = []
-
-        group.append(command)
-
-    yield group

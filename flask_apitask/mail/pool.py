@@ -11,9 +11,9 @@ import weakref
 
 from ..exceptions import DeliveryError
 from ..log import log
+from .connection import end_all
 from .delivery import PooledConnection
 from .reaper import reaper
-from .smtp import end_all
 from .smtp import SMTPSession
 
 if t.TYPE_CHECKING:
