@@ -66,21 +66,17 @@ def render(
 
     try:
         content = message.as_bytes()
-        sound = not has_separator or _outline(content) == _outline(
-            _clean(message).as_bytes()
-        )
-    except (email.errors.MessageError, ValueError) as error:
-        # Newer versions of Python detect it themselves. Any other ValueError is about
-        # text that can't be encoded.
-        is_ours = has_separator and not isinstance(error, UnicodeError)
 
-        if not is_ours and not isinstance(error, email.errors.MessageError):
+        if has_separator and _outline(content) != _outline(_clean(message).as_bytes()):
+            raise email.errors.HeaderParseError("A header was added.")
+    except UnicodeError:
+        raise
+    except (email.errors.MessageError, ValueError) as error:
+        # Newer versions of Python detect a separator themselves.
+        if not has_separator and not isinstance(error, email.errors.MessageError):
             raise
 
         raise flask_mail.BadHeaderError(_BAD_HEADER) from error
-
-    if not sound:
-        raise flask_mail.BadHeaderError(_BAD_HEADER)
 
     return Envelope(
         flask_mail.sanitize_address(envelope_from or message.sender),
