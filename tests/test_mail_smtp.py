@@ -932,12 +932,6 @@ def test_one_port_for_each_kind_of_encryption() -> None:
     assert SMTPSettings(port=587).port == 587
 
 
-def test_two_kinds_of_encryption_at_once() -> None:
-    """STARTTLS inside of TLS is refused at once, it could only fail later."""
-    with pytest.raises(ValueError, match=r"not both\.$"):
-        SMTPSettings(use_tls=True, use_ssl=True)
-
-
 def test_a_trust_store_is_loaded_once(certificates: Certificates) -> None:
     """The same trust settings share one TLS context, which is costly to load."""
     trusting = SMTPSettings(use_tls=True, tls_verify=certificates.cafile)

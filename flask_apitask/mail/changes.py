@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import smtplib
 import types
 import typing as t
@@ -67,11 +66,15 @@ def find_change(mail: object, name: str, suppress: bool) -> Change | None:
     :param name: ``"send"`` or ``"connect"``, of a ``Mail``.
     :param suppress: Nothing is to be sent, so changes to :mod:`smtplib` don't matter.
     """
-    parts = _find_parts(mail, suppress, name)
-    # send() calls connect(), where the rest is checked.
-    checked = itertools.islice(parts, 1) if name == "send" else parts
-    found = next((part for part in checked if part.is_changed), None)
-    return found and Change(mail, name, suppress, str(found))
+    for part in _find_parts(mail, suppress, name):
+        if part.is_changed:
+            return Change(mail, name, suppress, str(part))
+
+        if name == "send":
+            # send() calls connect(), where the rest is checked.
+            break
+
+    return None
 
 
 def _find_parts(mail: object, suppress: bool, name: str) -> cabc.Iterator[Part]:

@@ -16,8 +16,6 @@ from .stream import SMTPStream
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from .envelope import SMTPSettings
-
 # The stages before a server is ready for a message.
 OPENING = {"connect", "greeting", "TLS", "EHLO", "STARTTLS", "AUTH"}
 _QUIT_TIMEOUT = 1.0
@@ -26,16 +24,14 @@ _QUIT_TIMEOUT = 1.0
 class SMTPConnection(SMTPStream):
     """Greets a mail server, switches to TLS, logs in, and in the end says ``QUIT``."""
 
-    def __init__(self, settings: SMTPSettings) -> None:
-        super().__init__(settings)
-        # The thread that uses this connection is opening it.
-        self.opening = False
-        # No reply is due and no transaction is open: any command may follow.
-        self._in_order = False
-        # Messages that were begun on this connection.
-        self._messages = 0
-        # The refusal of one way to greet or to log in, while the next one is tried.
-        self._refusal: Reply | None = None
+    # The thread that uses this connection is opening it.
+    opening = False
+    # No reply is due and no transaction is open: any command may follow.
+    _in_order = False
+    # Messages that were begun on this connection.
+    _messages = 0
+    # The refusal of one way to greet or to log in, while the next one is tried.
+    _refusal: Reply | None = None
 
     @property
     def let_in(self) -> bool:
@@ -48,7 +44,6 @@ class SMTPConnection(SMTPStream):
         :raises DeliveryError: One of these steps failed, and the connection is closed.
         """
         settings = self.settings
-        self.close()
         self._messages, self._refusal = 0, None
         self.local_hostname = _local_hostname()
         self.set_debuglevel(settings.debug)
@@ -105,7 +100,9 @@ class SMTPConnection(SMTPStream):
     def close(self) -> None:
         """Close the socket without ``QUIT``, with no effect on a forked process."""
         self._in_order = False
-        super().close()
+
+        with contextlib.suppress(OSError):
+            super().close()
 
     def _connect(self) -> None:
         self._stage = "connect"

@@ -53,7 +53,7 @@ class SMTPSettings:
 
     :param port: 0 for the usual one: 25, or 465 with ``use_ssl``.
     :param use_tls: Switch to TLS with ``STARTTLS``, or send nothing.
-    :param use_ssl: Speak TLS from the first byte on.
+    :param use_ssl: Speak TLS from the first byte on; never with ``use_tls``.
     :param username: Log in, if there is a password too.
     :param timeout: Seconds allowed for each of these: a TCP connect, a TLS handshake, a
         reply, all of ``AUTH``, and each 16 KiB of a message.
@@ -64,7 +64,7 @@ class SMTPSettings:
     :param keyfile: The path of its unencrypted key, if that is in another file.
     :param max_messages: Messages per connection, ``None`` for as many as there are.
     :param debug: Above 0, write the dialogue to ``stderr``, except for ``AUTH``.
-    :raises ValueError: ``use_tls`` and ``use_ssl`` are both set, or ``keyfile`` alone.
+    :raises ValueError: There is a ``keyfile``, but no ``certfile``.
     """
 
     host: str = "127.0.0.1"
@@ -82,12 +82,6 @@ class SMTPSettings:
     debug: int = 0
 
     def __post_init__(self) -> None:
-        if self.use_tls and self.use_ssl:
-            raise ValueError(
-                "A mail connection is encrypted from the start (use_ssl, usually port"
-                " 465) or by STARTTLS (use_tls, usually port 587), not both."
-            )
-
         if self.keyfile and not self.certfile:
             raise ValueError(
                 f"The key {self.keyfile!r} is useless without its certificate. Set"

@@ -13,7 +13,6 @@ if t.TYPE_CHECKING:
 
     from ..exceptions import DeliveryError
     from .envelope import Envelope
-    from .envelope import SMTPSettings
 
 # Maximum bytes of pipelined commands to write before reading their replies. They fit
 # into any kernel's send buffer. So client and server never deadlock, each waiting for
@@ -32,10 +31,8 @@ class SMTPSession(SMTPConnection):
     server's words, which may quote them.
     """
 
-    def __init__(self, settings: SMTPSettings) -> None:
-        super().__init__(settings)
-        # When the server last took a message.
-        self.taken_at = 0.0
+    # When the server last took a message.
+    taken_at = 0.0
 
     def deliver(self, envelope: Envelope) -> None:
         """Send a message once.

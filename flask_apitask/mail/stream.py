@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import re
 import smtplib
 import ssl
@@ -58,24 +57,19 @@ class SMTPStream(SMTP):
     """
 
     sock: t.Any = None
+    # When the server last answered or took a part of a message.
+    heard_at = 0.0
+    # The current stage of the dialogue, as in DeliveryError.
+    _stage = "connect"
+    # Received, but not read yet.
+    _received = b""
+    # Set while several replies share one timeout.
+    _deadline: float | None = None
 
     def __init__(self, settings: SMTPSettings) -> None:
         super().__init__(local_hostname="", timeout=settings.timeout)
         self.settings = settings
-        # When the server last answered or took a part of a message.
-        self.heard_at = 0.0
         self._secrets = [settings.username or "", settings.password or ""]
-        # The current stage of the dialogue, as in DeliveryError.
-        self._stage = "connect"
-        # Received, but not read yet.
-        self._received = b""
-        # Set while several replies share one timeout.
-        self._deadline: float | None = None
-
-    def close(self) -> None:
-        """Close the socket without ``QUIT``, with no effect on a forked process."""
-        with contextlib.suppress(OSError):
-            super().close()
 
     def send(self, s: t.Any) -> None:
         """Write commands or a message, each 16 KiB within the timeout.
