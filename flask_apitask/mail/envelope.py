@@ -103,18 +103,14 @@ class SMTPSettings:
         if not (self.use_tls or self.use_ssl):
             return None
 
-        return load_context(self.tls_verify, self.certfile, self.keyfile)
+        return _load_context(self.tls_verify, self.certfile, self.keyfile)
 
 
 # Loading a trust store takes some 30 ms and most of a megabyte.
 @functools.lru_cache(maxsize=8)
-def load_context(
-    verify: bool | str, certfile: str | None = None, keyfile: str | None = None
+def _load_context(
+    verify: bool | str, certfile: str | None, keyfile: str | None
 ) -> ssl.SSLContext:
-    """Return the TLS context for these settings, the same one each time.
-
-    :raises ValueError: A file can't be read.
-    """
     cafile = verify if isinstance(verify, str) else None
 
     try:

@@ -191,16 +191,13 @@ class ConnectionPool:
 
     def tell(self, cause: int | str, stage: str) -> None:
         """Log a server's limit, once per owner, and the reply that showed it."""
-        server = str(self.settings)
-
         with reaper.lock:
             told = _told.setdefault(self._owner() or self, set())
-            is_known = server in told
-            told.add(server)
+            is_known = str(self.settings) in told
+            told.add(str(self.settings))
 
         if not is_known:
-            found = self.size, self.settings, cause, stage
-            log(logger, logging.INFO, _LIMIT, *found)
+            log(logger, logging.INFO, _LIMIT, self.size, self.settings, cause, stage)
 
     def release(self, session: SMTPSession) -> None:
         """Give a session back, and keep its connection if it may be wanted."""

@@ -69,11 +69,12 @@ def render(
 
         if has_separator and _outline(content) != _outline(_clean(message).as_bytes()):
             raise email.errors.HeaderParseError("A header was added.")
-    except UnicodeError:
-        raise
     except (email.errors.MessageError, ValueError) as error:
-        # Newer versions of Python detect a separator themselves.
-        if not has_separator and not isinstance(error, email.errors.MessageError):
+        # Newer versions of Python detect it themselves. Any other ValueError is about
+        # text that can't be encoded.
+        is_ours = has_separator and not isinstance(error, UnicodeError)
+
+        if not is_ours and not isinstance(error, email.errors.MessageError):
             raise
 
         raise flask_mail.BadHeaderError(_BAD_HEADER) from error
