@@ -420,6 +420,28 @@ def test_the_reaper_ends_as_a_connection_comes_back(
     assert server.connects == 3
 
 
+def test_one_thread_for_many_messages(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a connection is used again and again, no thread is started anew."""
+    pool = pools()
+    looked = threading.Event()
+    close_idle = ConnectionPool.close_idle
+
+    def look(self: ConnectionPool, *args: float) -> None:
+        looked.set()
+        close_idle(self, *args)
+
+    monkeypatch.setattr(ConnectionPool, "close_idle", look)
+    send(pool)
+    session = pool.acquire()
+    thread = reaper.thread
+    # It would find nothing to close, and end.
+    assert not looked.wait(SHORT)
+    pool.release(session)
+    assert reaper.thread is thread
+
+
 def test_no_thread_can_be_had(
     server: ScriptedServer, pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,8 @@ if t.TYPE_CHECKING:
 class Reaper:
     """Closes idle connections in time, on one thread for all pools of the process.
 
-    The thread is started for the first idle connection, and ends after the last one.
+    The thread is started for the first idle connection. It ends when it wakes, and no
+    connection is idle any more.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,11 @@ class Reaper:
             # A non-daemon thread would keep the interpreter from exiting for the
             # keepalive.
             name = "apitask-mail-reaper"
-            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            thread = threading.Thread(
+                target=self._run, args=[closes_at], name=name, daemon=True
+            )
+            # A new queue, as the old one may have alarms that nobody has heard.
+            self._wakes_at, self._alarm = closes_at, queue.SimpleQueue()
 
             # If no thread can be started, the next connection given back tries again.
             with contextlib.suppress(RuntimeError):
@@ -66,10 +71,13 @@ class Reaper:
 
         self._close_due(math.inf)
 
-    def _run(self) -> None:
-        while (wakes_at := self._close_due(time.monotonic())) < math.inf:
+    def _run(self, wakes_at: float) -> None:
+        # It sleeps first: the connection that it was started for may be in use again.
+        while wakes_at < math.inf:
             with contextlib.suppress(queue.Empty):
                 self._alarm.get(timeout=max(0, wakes_at - time.monotonic()))
+
+            wakes_at = self._close_due(time.monotonic())
 
     def _close_due(self, until: float) -> float:
         """Close the connections due by a time; return when the next one is due."""
