@@ -14,7 +14,7 @@ from smtp_servers import Stage
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.exceptions import DeliveryUnknown
-from flask_apitask.mail import smtp
+from flask_apitask.mail import connection as connection_module
 from flask_apitask.mail.pool import ConnectionPool
 
 TABLE = pathlib.Path(__file__).parent.parent / "docs" / "mail-faults.md"
@@ -92,9 +92,9 @@ def play(case: Case, certificates: Certificates, *, pipelining: bool) -> str:
 
         if case.stage is Stage.QUIT:
             # Nothing depends on it but the time that this takes.
-            smtp._QUIT_TIMEOUT = SHORT
+            connection_module._QUIT_TIMEOUT = SHORT
             pool.close_idle()
-            smtp._QUIT_TIMEOUT = 1.0
+            connection_module._QUIT_TIMEOUT = 1.0
             pool = ConnectionPool(settings)
 
         # Far below the longest possible time, as the server is silent once.

@@ -43,12 +43,12 @@ if t.TYPE_CHECKING:
 # The modules that import Flask-Mail.
 ADAPTERS = (
     "flask_apitask.mail",
-    "flask_apitask.mail.announcing",
     "flask_apitask.mail.changes",
     "flask_apitask.mail.flask_mail",
     "flask_apitask.mail.flask_mailman",
     "flask_apitask.mail.libraries",
     "flask_apitask.mail.mailman_rendering",
+    "flask_apitask.mail.outbox",
     "flask_apitask.mail.rendering",
     "flask_apitask.mail.sending",
 )

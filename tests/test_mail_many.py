@@ -25,6 +25,7 @@ from flask_apitask.mail import sending
 from flask_apitask.mail.envelope import SMTPSettings
 from flask_apitask.mail.flask_mail import deliver
 from flask_apitask.mail.flask_mail import find_pool
+from flask_apitask.mail.reaper import reaper
 
 if t.TYPE_CHECKING:
     from flask_apitask.mail.pool import ConnectionPool
@@ -82,18 +83,18 @@ def test_nothing_is_left_of_a_thousand_tenants(keepalive: float) -> None:
             threads |= {
                 thread
                 for thread in threading.enumerate()
-                if thread.name == "apitask-mail-closer"
+                if thread.name == "apitask-mail-reaper"
             }
 
         app.extensions["mail"].password = None
         assert len(server.taken) == 1_000
         server.wait_for(lambda: server.open == 0)
-        wait_until(lambda: pool_module._closer is None)
+        wait_until(lambda: reaper.thread is None)
         assert server.quits == 1_000
         # One at a time, and mostly one in all.
         assert len(threads) <= (10 if keepalive else 0)
         assert not find_settings("tenant-")
-        assert not pool_module._idle_pools
+        assert not reaper.pools
         assert not list(pool_module._pools)
 
 
@@ -120,7 +121,7 @@ def test_what_closes_connections_keeps_nothing_of_a_request(
 
         server.wait_for(lambda: server.open == 0)
 
-    assert kept["apitask-mail-closer"] == 0
+    assert kept["apitask-mail-reaper"] == 0
 
 
 def test_a_newsletter_is_held_in_part() -> None:

@@ -141,6 +141,29 @@ def test_the_limit_of_a_server_is_found_out(
     assert "APITASK_MAIL_CONNECTIONS" in record.getMessage()
 
 
+@pytest.mark.parametrize("how", ["widen", "narrow"])
+def test_a_lifted_limit_wakes_a_waiting_thread(how: str) -> None:
+    """A thread gets a place that is allowed again before another one is given back."""
+    with ScriptedServer() as server, concurrent.futures.ThreadPoolExecutor(1) as other:
+        pool = ConnectionPool(server.settings(timeout=15), size=2)
+        first, second = pool.acquire(), pool.acquire()
+        first.open()
+        assert pool.narrow(second, certain=True, scarce=False)
+        pool.release(second)
+        third = other.submit(pool.acquire)
+        wait_until(lambda: "waiting=1" in f"{pool!r}")
+
+        if how == "widen":
+            pool.widen()
+        else:
+            # No other one works.
+            assert not pool.narrow(first, certain=True, scarce=False)
+
+        pool.release(third.result(PATIENCE))
+        pool.release(first)
+        pool.close_idle()
+
+
 def test_more_are_tried_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lifted limit is noticed too, one connection at a time."""
     with ScriptedServer(allowed=1, delay=0.02) as server:

@@ -19,9 +19,9 @@ from smtp_servers import Stage
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.exceptions import DeliveryUnknown
-from flask_apitask.mail import pool as pool_module
-from flask_apitask.mail import smtp
+from flask_apitask.mail import connection as connection_module
 from flask_apitask.mail.pool import ConnectionPool
+from flask_apitask.mail.reaper import reaper
 from flask_apitask.mail.smtp import SMTPSession
 from flask_apitask.mail.stream import ConnectionLost
 
@@ -189,7 +189,7 @@ def test_no_time_for_goodbye(
     server: ScriptedServer, pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the time for it is over, nobody waits for the reply to a QUIT."""
-    monkeypatch.setattr(smtp, "_QUIT_TIMEOUT", -1.0)
+    monkeypatch.setattr(connection_module, "_QUIT_TIMEOUT", -1.0)
     pool = pools()
     server.fail(Stage.QUIT, Fault.SILENCE)
     send(pool)
@@ -280,6 +280,49 @@ def test_waiting_has_an_end(server: ScriptedServer, pools: Pools) -> None:
     assert server.connects == 1
 
 
+def test_a_free_place_is_not_waited_for_in_vain(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late the first in line takes its place, those behind don't give up."""
+    pool = pools(size=1)
+    holder = Holder(pool)
+    assert holder.has_it.wait(PATIENCE)
+    goes_on = threading.Event()
+    wait, now = threading.Condition.wait, time.monotonic
+
+    def wait_long(self: threading.Condition, timeout: float | None = None) -> bool:
+        if self not in pool._waiting or self is not pool._waiting[0]:
+            return wait(self, timeout)
+
+        self.release()
+        assert goes_on.wait(PATIENCE)
+        self.acquire()
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Condition, "wait", wait_long)
+            first = executor.submit(send, pool)
+            wait_for_line(pool, 1)
+            second = executor.submit(send, pool)
+            wait_for_line(pool, 2)
+
+        # The time that passes is not long enough to close the connection.
+        monkeypatch.setattr(reaper, "watch", lambda *_: None)
+        holder.end()
+        assert "in_use=0 idle=1 waiting=2" in f"{pool!r}"
+        monkeypatch.setattr(time, "monotonic", lambda: now() + PATIENCE * 2)
+
+        with reaper.lock:
+            pool._waiting[1].notify()
+
+        # It would give up here.
+        assert not concurrent.futures.wait([second], SHORT).done
+        goes_on.set()
+        first.result(PATIENCE)
+        second.result(PATIENCE)
+
+
 class Interrupted(BaseException):
     """Stands for what a signal, or killing a greenlet, raises at any point."""
 
@@ -346,7 +389,7 @@ def test_idle_connections_are_closed(server: ScriptedServer, pools: Pools) -> No
     assert "idle=3" in f"{pool!r}"
     server.wait_for(lambda: server.quits == 3 and server.open == 0)
     assert time.monotonic() - began < SHORT * 3
-    wait_until(lambda: pool_module._closer is None)
+    wait_until(lambda: reaper.thread is None)
     assert "in_use=0 idle=0" in f"{pool!r}"
     send(pool)
     assert server.connects == 4
@@ -364,10 +407,10 @@ def test_use_puts_the_end_off(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> 
     assert [until for until, _ in pool._idle] == [1_050.0]
 
 
-def test_the_closer_ends_as_a_connection_comes_back(
+def test_the_reaper_ends_as_a_connection_comes_back(
     server: ScriptedServer, pools: Pools
 ) -> None:
-    """A connection that comes back when the closer has ended gets another (race 1)."""
+    """A connection that comes back when the reaper has ended gets another (race 1)."""
     pool = pools(keepalive=SHORT / 3)
 
     for number in range(1, 4):
@@ -375,6 +418,28 @@ def test_the_closer_ends_as_a_connection_comes_back(
         server.wait_for(lambda number=number: server.quits == number)  # type: ignore[misc]
 
     assert server.connects == 3
+
+
+def test_one_thread_for_many_messages(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a connection is used again and again, no thread is started anew."""
+    pool = pools()
+    looked = threading.Event()
+    close_idle = ConnectionPool.close_idle
+
+    def look(self: ConnectionPool, *args: float) -> None:
+        looked.set()
+        close_idle(self, *args)
+
+    monkeypatch.setattr(ConnectionPool, "close_idle", look)
+    send(pool)
+    session = pool.acquire()
+    thread = reaper.thread
+    # It would find nothing to close, and end.
+    assert not looked.wait(SHORT)
+    pool.release(session)
+    assert reaper.thread is thread
 
 
 def test_no_thread_can_be_had(
@@ -402,12 +467,12 @@ def test_no_thread_can_be_had(
 
 
 def test_a_shorter_keepalive_comes_first(server: ScriptedServer, pools: Pools) -> None:
-    """The closer wakes in time for a connection that is due before all others."""
+    """The reaper wakes in time for a connection that is due before all others."""
     send(pools(keepalive=30.0))
-    closer = pool_module._closer
-    assert closer is not None
+    thread = reaper.thread
+    assert thread is not None
     send(pools(keepalive=SHORT / 3))
-    assert pool_module._closer is closer
+    assert reaper.thread is thread
     server.wait_for(lambda: server.quits == 1 and server.open == 1)
 
 
@@ -580,11 +645,11 @@ def test_the_local_name_is_looked_up_once(
         return "client.example"
 
     monkeypatch.setattr(socket, "getfqdn", getfqdn)
-    smtp._local_hostname.cache_clear()
+    connection_module._local_hostname.cache_clear()
     pool = pools(keepalive=0)
     send(pool)
     send(pool)
-    smtp._local_hostname.cache_clear()
+    connection_module._local_hostname.cache_clear()
     assert len(asked) == 1
     assert server.commands.count("ehlo client.example") == 2
 
@@ -592,12 +657,12 @@ def test_the_local_name_is_looked_up_once(
 def test_a_host_name_outside_of_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     """A computer may have a name that can't be said to a mail server."""
     monkeypatch.setattr(socket, "getfqdn", lambda: "jörgs-rechner.example")
-    smtp._local_hostname.cache_clear()
+    connection_module._local_hostname.cache_clear()
 
     with ScriptedServer() as server:
         send(ConnectionPool(server.settings(), keepalive=0))
 
-    smtp._local_hostname.cache_clear()
+    connection_module._local_hostname.cache_clear()
     assert server.commands[0] == "ehlo [127.0.0.1]"
 
 
@@ -709,8 +774,8 @@ def test_a_fork_while_the_lock_is_held(server: ScriptedServer) -> None:
     run_script(
         """
 import os, sys, warnings
-from flask_apitask.mail import pool as pool_module
 from flask_apitask.mail.pool import ConnectionPool
+from flask_apitask.mail.reaper import reaper
 from smtp_servers import SMTPSettings, make_envelope
 
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -719,7 +784,7 @@ pool = ConnectionPool(SMTPSettings(port=int(sys.argv[1]), timeout=5))
 with pool.connection() as leased:
     leased.send(make_envelope())
 
-    with pool_module._lock:
+    with reaper.lock:
         child = os.fork()
 
         if not child:

@@ -21,10 +21,10 @@ from smtp_servers import Stage
 
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.exceptions import DeliveryUnknown
-from flask_apitask.mail import smtp
+from flask_apitask.mail import connection as connection_module
+from flask_apitask.mail.connection import end_all
 from flask_apitask.mail.envelope import Envelope
 from flask_apitask.mail.envelope import SMTPSettings
-from flask_apitask.mail.smtp import end_all
 from flask_apitask.mail.smtp import SMTPSession
 from flask_apitask.mail.stream import ConnectionLost
 
@@ -45,7 +45,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 @pytest.fixture(autouse=True)
 def local_hostname(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a name that DNS is not asked for."""
-    monkeypatch.setattr(smtp, "_local_hostname", lambda: "client.example")
+    monkeypatch.setattr(connection_module, "_local_hostname", lambda: "client.example")
 
 
 @contextlib.contextmanager
@@ -930,12 +930,6 @@ def test_one_port_for_each_kind_of_encryption() -> None:
     assert SMTPSettings().port == 25
     assert SMTPSettings(use_ssl=True).port == 465
     assert SMTPSettings(port=587).port == 587
-
-
-def test_two_kinds_of_encryption_at_once() -> None:
-    """STARTTLS inside of TLS is refused at once, it could only fail later."""
-    with pytest.raises(ValueError, match=r"not both\.$"):
-        SMTPSettings(use_tls=True, use_ssl=True)
 
 
 def test_a_trust_store_is_loaded_once(certificates: Certificates) -> None:

@@ -7,8 +7,8 @@ import typing as t
 
 from ..exceptions import DeliveryError
 from ..log import log
-from .smtp import end_all
-from .smtp import OPENING
+from .connection import end_all
+from .connection import OPENING
 from .stream import ConnectionLost
 
 if t.TYPE_CHECKING:
@@ -117,21 +117,17 @@ class _Attempts:
         """Take an error for the server's limit, if other connections work."""
         certain = _is_for_connection(error)
         scarce = certain and _is_passing(error)
-
-        if not _may_be_limit(error):
-            return False
-
-        if not self._pool.narrow(session, certain=certain, scarce=scarce):
-            return False
-
+        found = _may_be_limit(error) and self._pool.narrow(
+            session, certain=certain, scarce=scarce
+        )
         cause = error.smtp_code or "a lost connection", str(error.stage)
 
-        if certain:
+        if found and certain:
             self._pool.tell(*cause)
-        else:
+        elif found:
             self._doubt = cause
 
-        return True
+        return found
 
     def may_repeat(
         self, session: SMTPSession, error: DeliveryError, kept: bool

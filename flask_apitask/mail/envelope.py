@@ -5,10 +5,6 @@ import functools
 import re
 import smtplib
 import ssl
-import typing as t
-
-if t.TYPE_CHECKING:
-    import collections.abc as cabc
 
 _FOLD = re.compile(r"\r?\n(?=[ \t])")
 _UNFIT = re.compile(r"[\0\r\n\ud800-\udfff]")
@@ -57,7 +53,7 @@ class SMTPSettings:
 
     :param port: 0 for the usual one: 25, or 465 with ``use_ssl``.
     :param use_tls: Switch to TLS with ``STARTTLS``, or send nothing.
-    :param use_ssl: Speak TLS from the first byte on.
+    :param use_ssl: Speak TLS from the first byte on; never with ``use_tls``.
     :param username: Log in, if there is a password too.
     :param timeout: Seconds allowed for each of these: a TCP connect, a TLS handshake, a
         reply, all of ``AUTH``, and each 16 KiB of a message.
@@ -68,7 +64,7 @@ class SMTPSettings:
     :param keyfile: The path of its unencrypted key, if that is in another file.
     :param max_messages: Messages per connection, ``None`` for as many as there are.
     :param debug: Above 0, write the dialogue to ``stderr``, except for ``AUTH``.
-    :raises ValueError: ``use_tls`` and ``use_ssl`` are both set, or ``keyfile`` alone.
+    :raises ValueError: There is a ``keyfile``, but no ``certfile``.
     """
 
     host: str = "127.0.0.1"
@@ -86,12 +82,6 @@ class SMTPSettings:
     debug: int = 0
 
     def __post_init__(self) -> None:
-        if self.use_tls and self.use_ssl:
-            raise ValueError(
-                "A mail connection is encrypted from the start (use_ssl, usually port"
-                " 465) or by STARTTLS (use_tls, usually port 587), not both."
-            )
-
         if self.keyfile and not self.certfile:
             raise ValueError(
                 f"The key {self.keyfile!r} is useless without its certificate. Set"
@@ -113,18 +103,14 @@ class SMTPSettings:
         if not (self.use_tls or self.use_ssl):
             return None
 
-        return load_context(self.tls_verify, self.certfile, self.keyfile)
+        return _load_context(self.tls_verify, self.certfile, self.keyfile)
 
 
 # Loading a trust store takes some 30 ms and most of a megabyte.
 @functools.lru_cache(maxsize=8)
-def load_context(
-    verify: bool | str, certfile: str | None = None, keyfile: str | None = None
+def _load_context(
+    verify: bool | str, certfile: str | None, keyfile: str | None
 ) -> ssl.SSLContext:
-    """Return the TLS context for these settings, the same one each time.
-
-    :raises ValueError: A file can't be read.
-    """
     cafile = verify if isinstance(verify, str) else None
 
     try:
@@ -150,27 +136,3 @@ def load_context(
         context.verify_mode = ssl.CERT_NONE
 
     return context
-
-
-def dot_stuff(content: bytes) -> bytes:
-    """Make every line ending CRLF, double leading dots, and add the final dot.
-
-    See :rfc:`5321#section-2.3.8` and section 4.5.2.
-    """
-    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    lines = (b"\n" + lines).replace(b"\n.", b"\n..").replace(b"\n", b"\r\n")[2:]
-    return lines + (b".\r\n" if lines.endswith(b"\r\n") else b"\r\n.\r\n")
-
-
-def divide(commands: list[bytes], limit: int) -> cabc.Iterator[list[bytes]]:
-    """Divide commands into groups of at most ``limit`` bytes, or of one command."""
-    group: list[bytes] = []
-
-    for command in commands:
-        if group and sum(map(len, group)) + len(command) > limit:
-            yield group
-            group = []
-
-        group.append(command)
-
-    yield group

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
 import sys
 import typing as t
 
@@ -22,49 +22,33 @@ def find_reroute() -> cabc.Callable[[Flask, Config], None]:
 
     :raises RuntimeError: No mail library is installed.
     """
-    seams: list[cabc.Callable[[], None]] = []
-
     # Importing Flask-Mail changes how the email package encodes any UTF-8 text. That
     # must not happen to an app that uses Flask-Mailman.
-    late = bool(sys.modules.get("flask_mailman")) and not _has_flask_mail()
+    late = bool(sys.modules.get("flask_mailman")) and not sys.modules.get("flask_mail")
+    libraries = ["flask_mailman"] if late else ["flask_mail", "flask_mailman"]
+    found = [seam for library in libraries if (seam := _find_seam(library))]
 
-    if not late:
-        with _missing("flask_mail"):
-            seams.append(_import_flask_mail())
-
-    with _missing("flask_mailman"):
-        from . import flask_mailman
-
-        seams.append(flask_mailman.reroute)
-
-    if not seams:
+    if not found:
         raise RuntimeError(
             "APITASK_MAIL_BACKGROUND is on, but neither Flask-Mail nor Flask-Mailman is"
             ' installed. Install one of them: pip install "flask-apitask[mail]" or pip'
             ' install "flask-apitask[mailman]"'
         )
 
-    return functools.partial(_reroute, seams, late)
+    return functools.partial(_reroute, found, late)
 
 
-def _has_flask_mail() -> bool:
-    return sys.modules.get("flask_mail") is not None
-
-
-def _import_flask_mail() -> cabc.Callable[[], None]:
-    from . import flask_mail
-
-    return flask_mail.reroute
-
-
-@contextlib.contextmanager
-def _missing(library: str) -> cabc.Iterator[None]:
-    """Go on without a library that is not installed."""
+def _find_seam(library: str) -> cabc.Callable[[], None] | None:
+    """Return what reroutes a library, or ``None`` if that is not installed."""
     try:
-        yield
+        module = importlib.import_module(f".{library}", __package__)
     except ImportError as error:
         if error.name != library:
             raise
+
+        return None
+
+    return t.cast("cabc.Callable[[], None]", module.reroute)
 
 
 def _reroute(
@@ -94,5 +78,5 @@ def _reroute(
 
 def _reroute_late() -> None:
     """Reroute Flask-Mail too, if something has imported it after all."""
-    if _has_flask_mail():
-        _import_flask_mail()()
+    if sys.modules.get("flask_mail") and (seam := _find_seam("flask_mail")):
+        seam()

@@ -52,13 +52,10 @@ def find_in_class(module: t.Any, name: str, ignored: str = "") -> cabc.Iterator[
     cls, path = getattr(module, name), (module.__name__, name)
 
     # A proxy pretends to be the object that it wraps, but type() tells.
-    if type(cls) is not type or (cls.__module__, cls.__qualname__) != path:
-        yield Part(path, cls, True)
-        return
+    is_own = type(cls) is type and (cls.__module__, cls.__qualname__) == path
+    yield Part(path, cls, not is_own)
 
-    yield Part(path, cls, False)
-
-    for method, function in vars(cls).items():
+    for method, function in vars(cls).items() if is_own else ():
         if callable(function) and method != ignored:
             yield Part((*path, method), function, not is_of(module, function))
 

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import atexit
 import collections
-import contextlib
-import contextvars
 import logging
 import math
 import os
-import queue
 import threading
 import time
 import typing as t
@@ -15,8 +11,9 @@ import weakref
 
 from ..exceptions import DeliveryError
 from ..log import log
+from .connection import end_all
 from .delivery import PooledConnection
-from .smtp import end_all
+from .reaper import reaper
 from .smtp import SMTPSession
 
 if t.TYPE_CHECKING:
@@ -35,21 +32,11 @@ _LIMIT = (
     " that work. Set APITASK_MAIL_CONNECTIONS to the server's limit."
 )
 
-# Guards everything below, and the state of all pools. It is held for list operations
-# and to start a thread, never during I/O.
-_lock = threading.Lock()
+# All pools, whose connections a forked child must not use.
 _pools: weakref.WeakSet[ConnectionPool] = weakref.WeakSet()
 # The servers whose limits were logged, by the owner of the pools. A pool itself may be
 # gone soon.
 _told: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
-# The pools with idle connections. Only this set keeps them alive.
-_idle_pools: set[ConnectionPool] = set()
-# The thread that closes those connections in time. It sleeps on the alarm, a queue to
-# which even code run by the garbage collector may write.
-_closer: threading.Thread | None = None
-_closer_wakes_at = 0.0
-_alarm: queue.SimpleQueue[None] = queue.SimpleQueue()
-_exiting = False
 
 
 class ConnectionPool:
@@ -80,7 +67,7 @@ class ConnectionPool:
         # If the server allows few connections, another process gets one before its own
         # timeout.
         self.keepalive = min(keepalive, settings.timeout / 2)
-        self._owner = weakref.ref(owner or self, _wake_closer)
+        self._owner = weakref.ref(owner or self, reaper.wake)
         self.reset()
         _pools.add(self)
 
@@ -115,17 +102,25 @@ class ConnectionPool:
             was silent.
         """
         began = time.monotonic()
-        turn = threading.Condition(_lock)
+        turn = threading.Condition(reaper.lock)
 
-        with _lock:
+        with reaper.lock:
             self._waiting.append(turn)
 
             try:
-                while self._waiting[0] is not turn or not self._has_room():
+                while self._waiting[0] is not turn:
+                    turn.wait()
+
+                while not self._has_room():
                     turn.wait(self._time_left(began))
 
-                idle = self._idle.pop()[1] if self._idle else None
-                session = idle or SMTPSession(self.settings)
+                if self._idle:
+                    session = self._idle.pop()[1]
+                    # While it was idle, there was nothing to be heard from the server.
+                    self._heard_at = time.monotonic()
+                else:
+                    session = SMTPSession(self.settings)
+
                 self._in_use.add(session)
                 return session
             finally:
@@ -167,7 +162,7 @@ class ConnectionPool:
         :param scarce: Keep no connection for long, even if no others work, because
             other processes need them too.
         """
-        with _lock:
+        with reaper.lock:
             others = self._in_use - {session}
             working = [other for other in others if other.let_in or not certain]
             count = len(working) + len(self._idle)
@@ -177,16 +172,18 @@ class ConnectionPool:
             if count or scarce:
                 self._try_more_at = time.monotonic() + _TRY_MORE_AFTER
 
+            self._wake_next()
             return count > 0
 
     def widen(self) -> None:
         """Undo :meth:`narrow`: there was no limit."""
-        with _lock:
+        with reaper.lock:
             self._limit, self._try_more_at = self.size, 0.0
+            self._wake_next()
 
     def opens_others(self, session: SMTPSession) -> bool:
         """Tell whether other connections are being opened or are open."""
-        with _lock:
+        with reaper.lock:
             others = self._in_use - {session}
             # Until connect() returns, a session has no socket, but the server may
             # already count it.
@@ -194,16 +191,13 @@ class ConnectionPool:
 
     def tell(self, cause: int | str, stage: str) -> None:
         """Log a server's limit, once per owner, and the reply that showed it."""
-        server = str(self.settings)
-
-        with _lock:
+        with reaper.lock:
             told = _told.setdefault(self._owner() or self, set())
-            is_known = server in told
-            told.add(server)
+            is_known = str(self.settings) in told
+            told.add(str(self.settings))
 
         if not is_known:
-            found = self.size, self.settings, cause, stage
-            log(logger, logging.INFO, _LIMIT, *found)
+            log(logger, logging.INFO, _LIMIT, self.size, self.settings, cause, stage)
 
     def release(self, session: SMTPSession) -> None:
         """Give a session back, and keep its connection if it may be wanted."""
@@ -217,17 +211,17 @@ class ConnectionPool:
                 self._discard([session])
 
     def _keep(self, session: SMTPSession) -> bool:
-        with _lock:
+        with reaper.lock:
             wanted = self.keepalive or self._waiting
 
             # A session taken before a fork has no place in the child's pool.
-            if _exiting or not wanted or session not in self._in_use:
+            if reaper.exiting or not wanted or session not in self._in_use:
                 return False
 
             now = time.monotonic()
             scarce = _SHORTLY if self._try_more_at > now else math.inf
             closes_at = now + min(self.keepalive or _SHORTLY, scarce)
-            _watch(self, closes_at)
+            reaper.watch(self, closes_at)
             self._free(session)
             sooner = [(min(due, closes_at), idle) for due, idle in self._idle]
             self._idle = collections.deque([*sooner, (closes_at, session)])
@@ -237,7 +231,7 @@ class ConnectionPool:
         try:
             end_all(sessions, until)
         finally:
-            with _lock:
+            with reaper.lock:
                 for session in sessions:
                     self._free(session)
 
@@ -257,7 +251,7 @@ class ConnectionPool:
         """
         due: list[SMTPSession] = []
 
-        with _lock:
+        with reaper.lock:
             if self._owner() is None:
                 until = math.inf
 
@@ -269,7 +263,12 @@ class ConnectionPool:
         self._discard(due, deadline)
 
         if until == math.inf:
-            _wake_closer()
+            reaper.wake()
+
+    @property
+    def closes_at(self) -> float:
+        """When the next idle connection is to be closed, infinity without one."""
+        return self._idle[0][0] if self._idle else math.inf
 
     def __repr__(self) -> str:
         return (
@@ -281,81 +280,13 @@ class ConnectionPool:
 
 def find_pool(pools: Pools, settings: SMTPSettings, **options: t.Any) -> ConnectionPool:
     """Return the pool for these settings, or make one with these options."""
-    with _lock:
+    with reaper.lock:
         pool = pools.get(settings)
         return pool or pools.setdefault(settings, ConnectionPool(settings, **options))
 
 
-def _watch(pool: ConnectionPool, closes_at: float) -> None:
-    """Make sure that a pool's idle connection is closed in time. Needs the lock."""
-    global _closer
-    _idle_pools.add(pool)
-
-    if _closer is None:
-        # A non-daemon thread would keep the interpreter from exiting for the keepalive.
-        closer = threading.Thread(
-            target=_close_in_time, name="apitask-mail-closer", daemon=True
-        )
-
-        # If no thread can be started, the next connection given back tries again.
-        with contextlib.suppress(RuntimeError):
-            # In an empty context, so that it keeps nothing of the request alive.
-            contextvars.Context().run(closer.start)
-            _closer = closer
-    elif closes_at < _closer_wakes_at:
-        _wake_closer()
-
-
-def _wake_closer(_: object = None) -> None:
-    _alarm.put(None)
-
-
-def _close_in_time() -> None:
-    while (wakes_at := _close_all(time.monotonic())) is not None:
-        with contextlib.suppress(queue.Empty):
-            _alarm.get(timeout=max(0, wakes_at - time.monotonic()))
-
-
-def _close_all(until: float) -> float | None:
-    """Close the connections due by a time; return when the next one is due."""
-    global _closer, _closer_wakes_at
-    deadline = time.monotonic() + 1
-
-    with _lock:
-        pools = list(_idle_pools)
-
-    for pool in pools:
-        pool.close_idle(until, deadline)
-
-    with _lock:
-        _idle_pools.difference_update([p for p in _idle_pools if not p._idle])
-
-        if _idle_pools:
-            _closer_wakes_at = min(pool._idle[0][0] for pool in _idle_pools)
-            return _closer_wakes_at
-
-        # Under the same lock, so that no connection given back now relies on this
-        # thread.
-        _closer = None
-        return None
-
-
-def _end() -> None:
-    """Close all idle connections and keep no more of them: the process exits."""
-    global _exiting
-
-    with _lock:
-        _exiting = True
-
-    _close_all(math.inf)
-
-
 def _after_fork() -> None:
-    """Start afresh in a forked child: the lock may be held, the connections in use."""
-    global _alarm, _closer, _lock
-    _lock, _alarm, _closer = threading.Lock(), queue.SimpleQueue(), None
-    _idle_pools.clear()
-
+    """Leave the connections to the parent process, in a forked child."""
     for pool in list(_pools):
         for session in [*pool._in_use, *(session for _, session in pool._idle)]:
             session.close()
@@ -363,6 +294,5 @@ def _after_fork() -> None:
         pool.reset()
 
 
-atexit.register(_end)
 # Not every system has fork().
 getattr(os, "register_at_fork", dict)(after_in_child=_after_fork)

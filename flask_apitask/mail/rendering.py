@@ -66,9 +66,9 @@ def render(
 
     try:
         content = message.as_bytes()
-        sound = not has_separator or _outline(content) == _outline(
-            _clean(message).as_bytes()
-        )
+
+        if has_separator and _outline(content) != _outline(_clean(message).as_bytes()):
+            raise email.errors.HeaderParseError("A header was added.")
     except (email.errors.MessageError, ValueError) as error:
         # Newer versions of Python detect it themselves. Any other ValueError is about
         # text that can't be encoded.
@@ -78,9 +78,6 @@ def render(
             raise
 
         raise flask_mail.BadHeaderError(_BAD_HEADER) from error
-
-    if not sound:
-        raise flask_mail.BadHeaderError(_BAD_HEADER)
 
     return Envelope(
         flask_mail.sanitize_address(envelope_from or message.sender),

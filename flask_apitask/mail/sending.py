@@ -17,10 +17,10 @@ from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
 from ..on_success import run_on_success
 from ..runner import HandsOver
-from .announcing import Outbox
+from .connection import OPENING
+from .outbox import Outbox
 from .pool import find_pool
 from .settings import read_settings
-from .smtp import OPENING
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc

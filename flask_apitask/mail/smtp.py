@@ -1,35 +1,26 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import smtplib
-import time
 import typing as t
 
-from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
-from .envelope import divide
-from .envelope import dot_stuff
+from .connection import SMTPConnection
 from .replies import Reply
 from .stream import ConnectionLost
-from .stream import SMTPStream
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
+    from ..exceptions import DeliveryError
     from .envelope import Envelope
-    from .envelope import SMTPSettings
 
-# The stages before a server is ready for a message.
-OPENING = {"connect", "greeting", "TLS", "EHLO", "STARTTLS", "AUTH"}
 # Maximum bytes of pipelined commands to write before reading their replies. They fit
 # into any kernel's send buffer. So client and server never deadlock, each waiting for
 # the other to read (RFC 2920, section 3.1).
 _GROUP = 8_192
-_QUIT_TIMEOUT = 1.0
 
 
-class SMTPSession(SMTPStream):
+class SMTPSession(SMTPConnection):
     """A dialogue with a mail server: :meth:`open`, :meth:`deliver`, :meth:`end`.
 
     A closed session can be opened again. For one thread at a time. A message takes two
@@ -40,65 +31,8 @@ class SMTPSession(SMTPStream):
     server's words, which may quote them.
     """
 
-    def __init__(self, settings: SMTPSettings) -> None:
-        super().__init__(settings)
-        self._messages = 0
-        # The thread that uses this session is opening it.
-        self.opening = False
-        # The server is ready for messages.
-        self.let_in = False
-        # When the server last took a message.
-        self.taken_at = 0.0
-        # No reply is due and no transaction is open: any command may follow.
-        self._in_order = False
-        # Refusals of one way to greet or to log in, kept while the next one is tried.
-        self._refusals: list[Reply] = []
-
-    def open(self) -> None:
-        """Connect, switch to TLS and log in, according to the settings.
-
-        :raises DeliveryError: One of these steps failed, and the session is closed.
-        """
-        settings = self.settings
-        self.close()
-        self._messages = 0
-        self._refusals.clear()
-        self.local_hostname = _local_hostname()
-        self.set_debuglevel(settings.debug)
-        self.opening = True
-
-        try:
-            self._connect()
-            self._stage = "greeting"
-            self._expect(*self.getreply())
-            self._greet()
-
-            if settings.use_tls:
-                self._upgrade()
-
-            if settings.username and settings.password:
-                self._log_in(settings.username, settings.password)
-
-            self.let_in = self._in_order = True
-        except smtplib.SMTPResponseException as error:
-            raise self._refused(self._stage, Reply(*error.args)) from None
-        except ConnectionLost:
-            # Some servers refuse one way, and hang up when the next one is tried.
-            if not self._refusals:
-                raise
-
-            raise self._refused(self._stage, self._refusals[-1]) from None
-        finally:
-            self.opening = False
-
-            if not self._in_order:
-                self.close()
-
-    def usable(self) -> bool:
-        """Tell, without a round trip, whether another message can be sent."""
-        limit = self.settings.max_messages
-        is_worn = limit and self._messages >= limit
-        return self._in_order and not is_worn and not self._is_dropped()
+    # When the server last took a message.
+    taken_at = 0.0
 
     def deliver(self, envelope: Envelope) -> None:
         """Send a message once.
@@ -108,16 +42,13 @@ class SMTPSession(SMTPStream):
             it.
         :raises DeliveryUnknown: The server had all of it, but gave no proper reply.
         """
-        content = dot_stuff(envelope.content)
+        content = _dot_stuff(envelope.content)
         # The size excludes the final dot. It includes doubled dots, which RFC 1870
         # would not count, so it is an upper bound.
         commands = self._commands(envelope, len(content) - 3)
         self._messages += 1
         self._in_order = False
-        replies = self._start_transaction(commands)
-        pairs = zip(envelope.recipients, replies[1:], strict=False)
-        refused = {path: reply for path, reply in pairs if not reply.is_positive}
-        self._check_start(envelope, replies, refused)
+        refused = self._start_transaction(envelope, commands)
         self._stage = "message"
         # If send() raises ConnectionLost, the line with the final dot did not get out.
         self.send(content)
@@ -127,104 +58,6 @@ class SMTPSession(SMTPStream):
             number = f"{len(refused)} of {len(envelope.recipients)} recipients"
             what = f"The message was taken by {self.settings}, but not for {number}"
             raise self._refused_recipients(refused, what)
-
-    def end(self, deadline: float) -> None:
-        """Close the session, with a ``QUIT`` if the dialogue is ready for one.
-
-        Never raises: messages taken before are delivered, whether this works or not.
-
-        :param deadline: When to stop waiting for the reply, by the monotonic clock.
-        """
-        self._deadline = deadline
-
-        try:
-            if self._in_order:
-                with contextlib.suppress(ConnectionLost):
-                    self._stage = "QUIT"
-                    self.docmd("QUIT")
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        """Close the socket without ``QUIT``, with no effect on a forked process."""
-        self.let_in = self._in_order = False
-        super().close()
-
-    def _greet(self) -> None:
-        self._stage = "EHLO"
-        # After STARTTLS, forget all that was learned in plain text.
-        self.ehlo_resp = self.helo_resp = None
-        self.does_esmtp = False
-        reply = Reply(*self.ehlo())
-
-        # Any 5xx is followed by HELO; a 4xx means "not now".
-        if reply.code // 100 == 5:
-            # A 500 or 502 only means that EHLO is unknown. Others may tell the cause.
-            if reply.code not in {500, 502}:
-                self._refusals.append(reply)
-
-            reply = Reply(*self.helo())
-
-        self._expect(*reply)
-        self._refusals.clear()
-
-    def _upgrade(self) -> None:
-        self._stage = "STARTTLS"
-
-        if not self.has_extn("starttls"):
-            raise self._error(
-                f"STARTTLS is not offered by {self.settings}, so nothing was sent."
-                " MAIL_PORT may be wrong (587 is usual for STARTTLS), or something on"
-                " the way removes the offer."
-            )
-
-        self._expect(*self.docmd("STARTTLS"))
-
-        if self._received:
-            raise self._error(
-                f"Plain text follows the STARTTLS reply of {self.settings}, so nothing"
-                " was sent. The server is broken, or something on the way forges"
-                " replies."
-            )
-
-        self._start_tls()
-        self._greet()
-
-    def _log_in(self, username: str, password: str) -> None:
-        """Log in, with one timeout for all the steps, which may be many."""
-        self._stage = "AUTH"
-        self._deadline = time.monotonic() + self.settings.timeout
-        self.set_debuglevel(0)
-
-        try:
-            self.login(username, password)
-        except (DeliveryError, smtplib.SMTPResponseException):
-            raise
-        except UnicodeEncodeError:
-            raise self._error(
-                f"MAIL_USERNAME or MAIL_PASSWORD for {self.settings} has a non-ASCII"
-                " character, with which smtplib can't log in."
-            ) from None
-        except (smtplib.SMTPException, ValueError):
-            raise self._error(
-                f"smtplib knows none of the ways to log in that {self.settings} offers."
-                " If the server offers one only over TLS, set MAIL_USE_TLS; if it needs"
-                " no log-in, remove MAIL_USERNAME."
-            ) from None
-        finally:
-            self._deadline = None
-            self.set_debuglevel(self.settings.debug)
-
-    def auth(self, *args: t.Any, **kwargs: t.Any) -> tuple[int, bytes]:
-        """Try one way to log in. If it is refused, smtplib tries the next one."""
-        try:
-            return super().auth(*args, **kwargs)
-        except smtplib.SMTPAuthenticationError as error:
-            # A 504 only means that the server does not support this way to log in.
-            if error.smtp_code != 504:
-                self._refusals.append(Reply(*error.args))
-
-            raise
 
     def _commands(self, envelope: Envelope, size: int) -> list[bytes]:
         """Return the command lines before the message; the last one is ``DATA``."""
@@ -251,12 +84,17 @@ class SMTPSession(SMTPStream):
 
         return [f"{line}\r\n".encode() for line in [sender, *recipients, "DATA"]]
 
-    def _start_transaction(self, commands: list[bytes]) -> list[Reply]:
-        """Send the commands, and return the replies up to the point of a refusal."""
-        replies: list[Reply] = []
-        limit = _GROUP if self.has_extn("pipelining") else 0
+    def _start_transaction(
+        self, envelope: Envelope, commands: list[bytes]
+    ) -> dict[str, Reply]:
+        """Send the commands, and return the refused recipients.
 
-        for group in divide(commands, limit):
+        :raises DeliveryError: The message itself can't be sent.
+        """
+        replies: list[Reply] = []
+        error: DeliveryError | None = None
+
+        for group in _divide(commands, _GROUP if self.has_extn("pipelining") else 0):
             self._stage = group[0][:4].decode()
 
             try:
@@ -267,31 +105,16 @@ class SMTPSession(SMTPStream):
                     replies.append(self.getreply())
             except ConnectionLost:
                 # If the server refuses and then hangs up, the refusal still counts.
-                if not _is_refused(replies, len(commands) - 2):
+                if self._find_refusal(envelope, replies) is None:
                     raise
 
-            if _is_refused(replies, len(commands) - 2):
+            if error := self._find_refusal(envelope, replies):
                 break
 
-        return replies
+        last = replies[-1]
 
-    def _check_start(
-        self, envelope: Envelope, replies: list[Reply], refused: dict[str, Reply]
-    ) -> None:
-        """Raise if the message itself can't be sent."""
-        sender, last = replies[0], replies[-1]
-
-        if not sender.is_positive:
-            error = self._refused("MAIL", sender, envelope.sender)
-        elif len(refused) == len(envelope.recipients):
-            count = len(refused)
-            who = f"All {count} recipients were" if count > 1 else "The recipient was"
-            what = f"{who} refused by {self.settings}"
-            error = self._refused_recipients(refused, what)
-        elif last.code != 354:
-            error = self._refused("DATA", last)
-        else:
-            return
+        if error is None and last.code == 354:
+            return _find_refused(envelope, replies)
 
         if last.code == 354:
             # The server waits for a message, which it might deliver.
@@ -299,7 +122,23 @@ class SMTPSession(SMTPStream):
         else:
             self._reset()
 
-        raise error
+        raise error or self._refused("DATA", last)
+
+    def _find_refusal(
+        self, envelope: Envelope, replies: list[Reply]
+    ) -> DeliveryError | None:
+        """Return an error if the sender or every recipient was refused."""
+        if replies and not replies[0].is_positive:
+            return self._refused("MAIL", replies[0], envelope.sender)
+
+        refused = _find_refused(envelope, replies)
+
+        if len(refused) < len(envelope.recipients):
+            return None
+
+        count = len(refused)
+        who = f"All {count} recipients were" if count > 1 else "The recipient was"
+        return self._refused_recipients(refused, f"{who} refused by {self.settings}")
 
     def _check_end(self, envelope: Envelope) -> None:
         """Raise if the server did not take the message, or if that can't be known."""
@@ -339,32 +178,30 @@ class SMTPSession(SMTPStream):
                 self._in_order = Reply(*self.docmd("RSET")).is_positive
 
 
-def end_all(
-    sessions: cabc.Iterable[SMTPSession], deadline: float | None = None
-) -> None:
-    """Close sessions with a ``QUIT`` each, and one second for all the replies.
+def _find_refused(envelope: Envelope, replies: list[Reply]) -> dict[str, Reply]:
+    pairs = zip(envelope.recipients, replies[1:], strict=False)
+    return {path: reply for path, reply in pairs if not reply.is_positive}
 
-    A process that stops has little time, and nothing depends on the replies.
 
-    :param deadline: When that second ends, by the monotonic clock.
+def _dot_stuff(content: bytes) -> bytes:
+    """Make every line ending CRLF, double leading dots, and add the final dot.
+
+    See :rfc:`5321#section-2.3.8` and section 4.5.2.
     """
-    deadline = deadline or time.monotonic() + _QUIT_TIMEOUT
-
-    for session in sessions:
-        session.end(deadline)
-
-
-@functools.cache
-def _local_hostname() -> str:
-    # Cached, because smtplib asks DNS for the name with each connection. It can't send
-    # a name outside ASCII.
-    name = str(smtplib.LMTP().local_hostname)
-    return name if name.isascii() else "[127.0.0.1]"
+    lines = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    lines = (b"\n" + lines).replace(b"\n.", b"\n..").replace(b"\n", b"\r\n")[2:]
+    return lines + (b".\r\n" if lines.endswith(b"\r\n") else b"\r\n.\r\n")
 
 
-def _is_refused(replies: list[Reply], recipients: int) -> bool:
-    """Tell whether the sender or every recipient was refused."""
-    positive = [reply.is_positive for reply in replies[: recipients + 1]]
-    return positive[:1] == [False] or (
-        len(positive) > recipients and not any(positive[1:])
-    )
+def _divide(commands: list[bytes], limit: int) -> cabc.Iterator[list[bytes]]:
+    """Divide commands into groups of at most ``limit`` bytes, or of one command."""
+    group: list[bytes] = []
+
+    for command in commands:
+        if group and sum(map(len, group)) + len(command) > limit:
+            yield group
+            group = []
+
+        group.append(command)
+
+    yield group

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import contextlib
 import re
 import smtplib
-import socket
 import ssl
 import sys
 import time
@@ -59,56 +57,19 @@ class SMTPStream(SMTP):
     """
 
     sock: t.Any = None
+    # When the server last answered or took a part of a message.
+    heard_at = 0.0
+    # The current stage of the dialogue, as in DeliveryError.
+    _stage = "connect"
+    # Received, but not read yet.
+    _received = b""
+    # Set while several replies share one timeout.
+    _deadline: float | None = None
 
     def __init__(self, settings: SMTPSettings) -> None:
         super().__init__(local_hostname="", timeout=settings.timeout)
         self.settings = settings
-        # When the server last answered or took a part of a message.
-        self.heard_at = 0.0
         self._secrets = [settings.username or "", settings.password or ""]
-        # The current stage of the dialogue, as in DeliveryError.
-        self._stage = "connect"
-        # Received, but not read yet.
-        self._received = b""
-        # Set while several replies share one timeout.
-        self._deadline: float | None = None
-
-    def _connect(self) -> None:
-        self._stage = "connect"
-        self._received, self._deadline = b"", None
-        address = self.settings.host, self.settings.port
-
-        try:
-            self.sock = socket.create_connection(address, self.settings.timeout)
-            # The end of a chunk must not wait for a delayed acknowledgement.
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except (OSError, UnicodeError) as error:
-            raise self._lost(error) from None
-
-        if self.settings.use_ssl:
-            self._start_tls()
-
-    def _start_tls(self) -> None:
-        self._stage = "TLS"
-        context = t.cast("ssl.SSLContext", self.settings.tls_context())
-        self.sock.settimeout(self.settings.timeout)
-        host = self.settings.host
-
-        try:
-            self.sock = context.wrap_socket(self.sock, server_hostname=host)
-        except ssl.SSLCertVerificationError as error:
-            raise self._error(
-                f"The certificate of {self.settings} could not be verified:"
-                f" {error.verify_message.rstrip('.')}. Set MAIL_SERVER to a name in the"
-                " certificate, or APITASK_MAIL_TLS_VERIFY to your CA file."
-            ) from None
-        except OSError as error:
-            raise self._lost(error) from None
-
-    def close(self) -> None:
-        """Close the socket without ``QUIT``, with no effect on a forked process."""
-        with contextlib.suppress(OSError):
-            super().close()
 
     def send(self, s: t.Any) -> None:
         """Write commands or a message, each 16 KiB within the timeout.
@@ -233,10 +194,6 @@ class SMTPStream(SMTP):
         lost = ConnectionLost(text, stage=self._stage, reply=reply)
         lost.hung_up = isinstance(cause, _HANG_UPS)
         return lost
-
-    def _expect(self, code: int, words: bytes) -> None:
-        if code // 100 != 2:
-            raise self._refused(self._stage, Reply(code, words))
 
     def _refused(self, stage: str, reply: Reply, *addresses: str) -> DeliveryError:
         """Return the exception for a reply, which may quote addresses."""

@@ -28,17 +28,16 @@ class Outbox:
         ] = weakref.WeakKeyDictionary()
 
     def tell(self, announce: Announce) -> None:
-        scope, held = find_holder() if self._on_success else None, None
-
-        if scope is not None:
+        if self._on_success and (scope := find_holder()) is not None:
             # Not with run_on_success(): nothing is sent, so nothing may go to Celery.
             work = self._last.get(scope), announce
             held = scope.hold(_tell_next, work, {}, for_success=True)
 
-        if scope is None or held is None:
-            announce()
-        else:
-            self._last[scope] = held
+            if held is not None:
+                self._last[scope] = held
+                return
+
+        announce()
 
 
 def _tell_next(
