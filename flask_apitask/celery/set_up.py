@@ -4,8 +4,7 @@ import typing as t
 
 from .. import routes
 from .handover import route
-from .mail import MAIL
-from .mail import MailHandover
+from .mail import find_handover
 from .state import CeleryState
 from .worker import bind_names
 
@@ -25,5 +24,5 @@ def use_celery(app: Flask, config: Config) -> None:
     app.extensions["apitask_celery"] = state
     routes.router = route
 
-    if "apitask_mail" in app.extensions and state.takes(MAIL):
-        app.extensions["apitask_mail"].find_handover = MailHandover(state).find
+    if "apitask_mail" in app.extensions:
+        app.extensions["apitask_mail"].find_handover = find_handover

@@ -16,6 +16,7 @@ from ..context import Frame
 from ..executor.task import all_names
 from ..executor.task import find_named
 from ..executor.task import naming_checks
+from ..mail.sending import EXTENSIONS
 from ..runner import call_observed
 from ..task_log import log_failure
 from .state import find_submitted
@@ -32,8 +33,8 @@ _NO_CONTEXT: contextlib.AbstractContextManager[object] = contextlib.nullcontext(
 # The apps that have routes to Celery, and what tells which names each sends there.
 _apps: weakref.WeakKeyDictionary[Flask, Takes] = weakref.WeakKeyDictionary()
 # The names that Celery knows. It binds each to all its apps, even those made later. The
-# task for mail is defined elsewhere.
-_bound: set[str] = {"flask_mail.send"}
+# tasks for mail are defined elsewhere.
+_bound: set[str] = set(EXTENSIONS)
 
 
 def bind_names(app: Flask, takes: Takes) -> None:
