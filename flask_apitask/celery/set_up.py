@@ -19,9 +19,8 @@ def use_celery(app: Flask, config: Config) -> None:
 
     :raises ValueError: Two functions share a name that is routed to Celery.
     """
-    state = CeleryState(config)
-    bind_names(app, state.takes)
-    app.extensions["apitask_celery"] = state
+    bind_names(app, config.routes)
+    app.extensions["apitask_celery"] = CeleryState(config)
     routes.router = route
 
     if "apitask_mail" in app.extensions:
