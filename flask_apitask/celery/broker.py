@@ -196,7 +196,11 @@ def _publish_in_time(
     if future.cancelled():
         stack.close()
 
-    future.result(0)
+    try:
+        future.result(0)
+    finally:
+        # The traceback of an error refers to this frame: avoid a reference cycle.
+        del future
 
 
 def _use(
