@@ -10,7 +10,7 @@ Other keys can be set in the same way: ``FLASK_ADMIN``, ``FLASK_RUN_PORT``, and 
 With a broker, the mail and the audit go to a Celery worker. Start both with::
 
     FLASK_BROKER=redis://localhost python example_app.py
-    FLASK_BROKER=redis://localhost celery -A example_app worker
+    FLASK_BROKER=redis://localhost celery -A example_app worker --loglevel INFO
 """
 
 from __future__ import annotations

@@ -24,3 +24,8 @@ def find_route(routes: Routes, name: str) -> str:
             return route
 
     return "thread"
+
+
+def is_for_celery(routes: Routes, name: str) -> bool:
+    """Tell whether tasks of this name go to Celery."""
+    return find_route(routes, name) == "celery"

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import typing as t
 
@@ -220,6 +221,68 @@ class RabbitMQ(Broker):
         if self._epmd is not None:
             self._epmd.kill()
             self._epmd.wait(PATIENCE)
+
+
+class Road:
+    """The way to a broker and back, on which the replies may trickle.
+
+    :param trickle: Seconds between two bytes of a reply, once they trickle.
+    """
+
+    def __init__(self, broker: Broker, trickle: float) -> None:
+        self._broker = broker
+        self._trickle = trickle
+        self.trickles = threading.Event()
+        self._ended = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
+        self._threads = [threading.Thread(target=self._accept)]
+
+    @property
+    def url(self) -> str:
+        """The broker's URL by way of this road."""
+        before, after = self._broker.url_parts
+        return f"{before}127.0.0.1:{self._listener.getsockname()[1]}{after}"
+
+    def __enter__(self) -> te.Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+        for each in self._sockets:
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while not self._ended.is_set():
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._broker.port))
+                self._sockets += near, far
+
+                for way in ((near, far, False), (far, near, True)):
+                    self._threads.append(threading.Thread(target=self._lead, args=way))
+                    self._threads[-1].start()
+
+    def _lead(self, source: socket.socket, goal: socket.socket, back: bool) -> None:
+        with contextlib.suppress(OSError):
+            while octets := source.recv(65_536):
+                while back and self.trickles.is_set() and octets:
+                    self._ended.wait(self._trickle)
+                    goal.sendall(octets[:1])
+                    octets = octets[1:]
+
+                goal.sendall(octets)
+
+            goal.shutdown(socket.SHUT_WR)
 
 
 class Worker(Program):

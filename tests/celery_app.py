@@ -6,6 +6,7 @@ import contextvars
 import time
 import typing as t
 
+import flask_mailman  # type: ignore[import-untyped]
 import kombu.pools
 from celery import Celery
 from celery import Task as CeleryTask
@@ -22,6 +23,7 @@ from flask_apitask import task
 from flask_apitask import task_finished
 
 mail = Mail()
+mailman = flask_mailman.Mail()
 # How many app contexts are pushed at once.
 depth: contextvars.ContextVar[int] = contextvars.ContextVar("depth", default=0)
 
@@ -44,7 +46,7 @@ def create_app(**config: t.Any) -> Flask:
     """Make the app; ``FLASK_...`` variables configure it too."""
     app = Flask(__name__)
     app.config.update(
-        APITASK_ROUTES={"report.*": "celery", "flask_mail.send": "celery"},
+        APITASK_ROUTES={"report.*": "celery", "flask_mail*.send": "celery"},
         APITASK_MAIL_BACKGROUND=True,
         MAIL_SERVER="127.0.0.1",
         MAIL_DEFAULT_SENDER="app@celery.example",
@@ -53,6 +55,7 @@ def create_app(**config: t.Any) -> Flask:
     app.config.update(config)
     app.config.from_prefixed_env()
     mail.init_app(app)
+    mailman.init_app(app)
     ApiTask(app)
     celery_init_app(app)
 

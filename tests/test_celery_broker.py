@@ -18,6 +18,7 @@ from flask_apitask import task_finished
 pytest.importorskip("celery")
 pytest.importorskip("redis")
 
+from brokers import Road
 from celery.result import AsyncResult
 from celery.result import EagerResult
 from celery_app import double
@@ -172,6 +173,65 @@ def test_broker_that_hangs(
     assert TIMEOUT / 4 < first_seconds < TIMEOUT + 0.5
     assert second_seconds < TIMEOUT / 4
     assert len(find_warnings(caplog)) == 1
+
+
+def test_broker_that_trickles(
+    celeries: Celeries,
+    broker: Broker,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new connection that gets byte after byte holds a task for the timeout only.
+
+    The threads left behind are as many as there may be connections, and are used again
+    after that.
+    """
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
+
+    timeout = TIMEOUT / 2
+
+    # The timeout of a socket is half of that of the broker.
+    with Road(broker, trickle=0.4 * timeout) as road:
+        app = celeries.make(
+            road.url, CELERY={"broker_pool_limit": 1}, APITASK_CELERY_TIMEOUT=timeout
+        )
+        pool = app.extensions["apitask"].pool
+
+        road.trickles.set()
+
+        for _ in range(3):
+            result, seconds = hand_over(app)
+            assert isinstance(result, EagerResult)
+            assert result.get() == 8
+            assert seconds < timeout + 0.5
+            assert len(pool._abandoned) <= 1
+
+        road.trickles.clear()
+        wait_until(lambda: not isinstance(hand_over(app)[0], EagerResult))
+        wait_until(lambda: not pool._abandoned)
+
+    _, back = find_warnings(caplog)
+    assert back == "Celery's broker is back."
+
+
+def test_connection_that_gets_no_thread(
+    celeries: Celeries, redis: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that no thread has begun to use in time is given back."""
+    monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
+    app = celeries.make(
+        redis.url, CELERY={"broker_pool_limit": 1}, APITASK_CELERY_TIMEOUT=0.2
+    )
+
+    with app.app_context(), monkeypatch.context() as patch:
+        pool = app.extensions["apitask"].pool
+        patch.setattr(pool, "request", lambda scope: True)
+        here: t.Any = run(double, 4).result()
+        assert isinstance(here, EagerResult)
+
+    result, _ = hand_over(app)
+    assert not isinstance(result, EagerResult)
 
 
 def test_confirmation_that_is_lost(celeries: Celeries, redis: Broker) -> None:

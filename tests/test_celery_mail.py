@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ssl
 import typing as t
 
 import pytest
@@ -16,6 +17,7 @@ from flask_apitask import DeliveryError
 pytest.importorskip("celery")
 
 from celery.exceptions import Reject
+from celery_app import mailman
 
 if t.TYPE_CHECKING:
     import pathlib
@@ -27,9 +29,14 @@ NO_BROKER = "redis://127.0.0.1:1/0"
 CONTENT = b"Message-ID: <1@celery.example>\n\nHello.\n"
 
 
-def work(app: Flask, *recipients: str, sender: str = "app@celery.example") -> None:
+def work(
+    app: Flask,
+    *recipients: str,
+    sender: str = "app@celery.example",
+    name: str = "flask_mail.send",
+) -> None:
     """Do what a worker does with a mail."""
-    task = app.extensions["celery"].tasks["flask_mail.send"]
+    task = app.extensions["celery"].tasks[name]
     task.push_request(id="1", retries=0, is_eager=False, called_directly=False)
 
     try:
@@ -139,3 +146,76 @@ def test_mail_in_eager_mode(
         assert len(server.taken) == 1
 
     assert len(find_errors(caplog)) == 1
+
+
+def test_settings_of_flask_mailman(celeries: Celeries, tmp_path: pathlib.Path) -> None:
+    """A worker sends Flask-Mailman's mail with the keys that only it has."""
+    certificates = Certificates(tmp_path)
+    issued = certificates.authority.issue_cert("worker.example")
+    certfile, keyfile = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(certfile)
+    issued.private_key_pem.write_to_path(keyfile)
+    context = certificates.context("127.0.0.1")
+    context.load_verify_locations(certificates.cafile)
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    with ScriptedServer(tls=context) as server:
+        app = celeries.make(
+            NO_BROKER,
+            APITASK_MAIL_TLS_VERIFY=certificates.cafile,
+            APITASK_CELERY_MAIL_RETRIES=0,
+            MAIL_PORT=server.port,
+            MAIL_USE_TLS=True,
+            MAIL_TIMEOUT=0.5,
+            MAIL_SSL_CERTFILE=certfile,
+            MAIL_SSL_KEYFILE=keyfile,
+        )
+        work(app, "ada@example.com", name="flask_mailman.send")
+        assert len(server.taken) == 1
+        server.hang_up()
+        server.fail(Stage.GREETING, Fault.SILENCE)
+
+        with pytest.raises(DeliveryError, match=r"more than 0\.5 s \(MAIL_TIMEOUT\)"):
+            work(app, "ada@example.com", name="flask_mailman.send")
+
+        # Flask-Mail has no key for a certificate.
+        with pytest.raises(DeliveryError):
+            work(app, "ada@example.com")
+
+        app.extensions.pop("apitask_mail")
+
+
+def test_connection_with_settings_of_its_own(
+    celeries: Celeries, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only mail that is sent with the app's settings goes to a worker."""
+    with ScriptedServer() as server:
+        app = celeries.make(NO_BROKER, MAIL_PORT=server.port)
+
+        for warnings, options in enumerate([{"host": "localhost"}, {}]):
+            with app.test_request_context():
+                connection = mailman.get_connection(**options)
+                mailman.send_mail(
+                    "x", "x", None, ["ada@example.com"], connection=connection
+                )
+
+            # It tells of the broker that is down.
+            assert len(caplog.records) == warnings
+
+        app.extensions.pop("apitask_mail")
+        assert len(server.taken) == 2
+
+
+@pytest.mark.parametrize("missing", ["mailman", "apitask_mail"])
+def test_worker_without_a_mail_library(
+    celeries: Celeries, missing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker whose app sends no such mail says what it needs."""
+    app = celeries.make(NO_BROKER)
+    del app.extensions[missing]
+
+    with pytest.raises(RuntimeError, match=rf"no app\.extensions\['{missing}'\]\. Set"):
+        work(app, "ada@example.com", name="flask_mailman.send")
+
+    (record,) = caplog.records
+    assert record.getMessage().startswith("Task 'flask_mailman.send' failed after")

@@ -6,7 +6,9 @@ import email
 import json
 import smtplib
 import typing as t
+import uuid
 
+import flask_mailman  # type: ignore[import-untyped]
 import pytest
 from conftest import wait_until
 from flask_mail import email_dispatched
@@ -25,6 +27,7 @@ from celery_app import describe
 from celery_app import double
 from celery_app import fail
 from celery_app import mail
+from celery_app import mailman
 from celery_app import wait
 
 if t.TYPE_CHECKING:
@@ -36,6 +39,7 @@ if t.TYPE_CHECKING:
 
 # Seconds after which a worker that does not answer has failed.
 PATIENCE = 20.0
+LIBRARIES = ["flask_mail", "flask_mailman"]
 
 
 class Setting(t.NamedTuple):
@@ -95,8 +99,13 @@ def get(future: t.Any) -> t.Any:
     return future.result(PATIENCE).get(timeout=PATIENCE, interval=0.02)
 
 
-def send(app: Flask, *recipients: str, subject: str = "Hello") -> str:
+def send(
+    app: Flask, *recipients: str, subject: str = "Hello", library: str = "flask_mail"
+) -> str:
     """Send a mail in a request, and return its Message-ID."""
+    if library == "flask_mailman":
+        return send_by_mailman(app, *recipients)
+
     with app.test_request_context():
         message = Message(subject, body="Hi.")
 
@@ -106,6 +115,19 @@ def send(app: Flask, *recipients: str, subject: str = "Hello") -> str:
         mail.send(message)
 
     return str(message.msgId)
+
+
+def send_by_mailman(app: Flask, *recipients: str, fail_silently: bool = False) -> str:
+    """Send a mail with Flask-Mailman."""
+    message_id = f"<{uuid.uuid4()}@celery.example>"
+
+    with app.test_request_context():
+        message = flask_mailman.EmailMessage("Hello", "Hi.")
+        message.to = [f"{name}@example.com" for name in recipients]
+        message.extra_headers["Message-ID"] = message_id
+        assert message.send(fail_silently) == 1
+
+    return message_id
 
 
 def taken_ids(server: ScriptedServer) -> list[str]:
@@ -137,7 +159,8 @@ def test_worker_knows_the_names(web: Flask) -> None:
     """What is routed is registered in a worker under the name that it has."""
     inspect = web.extensions["celery"].control.inspect(timeout=PATIENCE, limit=1)
     (registered,) = inspect.registered().values()
-    assert {"report.double", "report.fail", "flask_mail.send"} <= set(registered)
+    mails = {f"{library}.send" for library in LIBRARIES}
+    assert {"report.double", "report.fail", *mails} <= set(registered)
 
 
 def test_result_of_a_worker(web: Flask) -> None:
@@ -201,6 +224,30 @@ def test_mail_of_a_worker(web: Flask, setting: Setting) -> None:
     assert server.connects <= 2
 
 
+def test_mail_of_flask_mailman(web: Flask, setting: Setting) -> None:
+    """A worker sends single messages, those of one call and those of a block."""
+    server = setting.server
+
+    with web.test_request_context():
+        assert mailman.send_mail("0", "Hi.", None, ["ada@example.com"]) == 1
+        letters = [(f"{n}", "Hi.", None, ["ada@example.com"]) for n in (1, 2)]
+        assert mailman.send_mass_mail(letters) == 2
+
+        with mailman.get_connection() as connection:
+            for number in (3, 4):
+                message = flask_mailman.EmailMessage(f"{number}", "Hi.")
+                message.to, message.connection = ["ada@example.com"], connection
+                assert message.send() == 1
+
+    server.wait_for(lambda: len(server.taken) == 5)
+    found = [email.message_from_bytes(taken.content) for taken in server.taken]
+    assert sorted(message["Subject"] for message in found) == [*"01234"]
+    assert server.connects <= 2
+    done = "Task flask_mailman.send["
+    wait_until(lambda: setting.worker.output().count(done) == 2 * 5, PATIENCE)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize(
     ("stage", "fault"),
     [
@@ -212,12 +259,12 @@ def test_mail_of_a_worker(web: Flask, setting: Setting) -> None:
     ],
 )
 def test_mail_is_tried_again(
-    web: Flask, setting: Setting, stage: Stage, fault: Fault
+    web: Flask, setting: Setting, stage: Stage, fault: Fault, library: str
 ) -> None:
     """A mail that the server refuses for now is sent later, as the same message."""
     server = setting.server
     server.fail(stage, fault, fault)
-    message_id = send(web, "ada")
+    message_id = send(web, "ada", library=library)
     server.wait_for(lambda: len(server.taken) == 1)
     assert taken_ids(server) == [message_id]
     assert len(attempts(server)) == 3
@@ -254,11 +301,25 @@ def test_mail_is_not_tried_again(
     assert errors(setting, message_id) == 1
 
 
-def test_recipients_are_tried_again_alone(web: Flask, setting: Setting) -> None:
+def test_mail_fails_silently(web: Flask, setting: Setting) -> None:
+    """A mail of Flask-Mailman that may fail silently is tried again, with no ERROR."""
+    server = setting.server
+    server.fail(Stage.MAIL, Fault.TEMPORARY, Fault.PERMANENT)
+    message_id = send_by_mailman(web, "ada", fail_silently=True)
+    text = "A mail was not delivered (fail_silently is on): "
+    wait_until(lambda: text in setting.worker.output(), PATIENCE)
+    assert attempts(server) == [["ada"]] * 2
+    assert errors(setting, message_id) == 0
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_recipients_are_tried_again_alone(
+    web: Flask, setting: Setting, library: str
+) -> None:
     """A retry for some recipients does not go to those who have the message already."""
     server = setting.server
     server.fail(Stage.RCPT, None, Fault.TEMPORARY, Fault.PERMANENT)
-    message_id = send(web, "ada", "bob", "eve")
+    message_id = send(web, "ada", "bob", "eve", library=library)
     server.wait_for(lambda: len(server.taken) == 2)
     first, second = attempts(server)
     assert second == first[1:2]
@@ -277,11 +338,14 @@ def test_addresses_are_not_shown(web: Flask, setting: Setting) -> None:
 
 
 @pytest.mark.usefixtures("web")
-def test_mail_that_is_too_large(setting: Setting, celeries: Celeries) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_mail_that_is_too_large(
+    setting: Setting, celeries: Celeries, library: str
+) -> None:
     """A mail above the limit is sent by its request."""
     server = setting.server
     app = celeries.make(**setting.config, APITASK_CELERY_MAIL_SIZE=10)
-    message_id = send(app, "ada")
+    message_id = send(app, "ada", library=library)
     assert taken_ids(server) == [message_id]
 
 

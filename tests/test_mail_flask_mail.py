@@ -35,7 +35,6 @@ from flask_apitask.exceptions import DeliveryError
 from flask_apitask.exceptions import DeliveryUnknown
 from flask_apitask.mail import sending
 from flask_apitask.mail.flask_mail import BackgroundConnection
-from flask_apitask.mail.flask_mail import find_pool
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -690,7 +689,7 @@ def test_what_a_batch_costs_that_gets_no_connection(
     sent: list[Message] = []
     began = time.monotonic()
 
-    pool = find_pool(app.extensions["apitask_mail"], app.extensions["mail"])
+    pool = app.extensions["apitask_mail"].pool(app.extensions["mail"])
     session = pool.acquire()
 
     with app.test_request_context(), mail.connect() as connection:
@@ -804,9 +803,7 @@ def test_app_that_goes_takes_its_idle_connections_along(inbox: Mailbox) -> None:
     with app.app_context():
         mail.send(letter())
 
-    assert "idle=1" in repr(
-        find_pool(app.extensions["apitask_mail"], app.extensions["mail"])
-    )
+    assert "idle=1" in repr(app.extensions["apitask_mail"].pool(app.extensions["mail"]))
     del app, mail
     gc.collect()
 

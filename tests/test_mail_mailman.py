@@ -27,7 +27,6 @@ from flask_apitask import run
 from flask_apitask import task_finished
 from flask_apitask.exceptions import DeliveryError
 from flask_apitask.mail import sending
-from flask_apitask.mail.flask_mail import find_pool
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -737,7 +736,7 @@ def test_both_libraries_on_one_app(inbox: Mailbox) -> None:
     assert len(inbox.messages) == 6
 
     with app.app_context():
-        pool = find_pool(app.extensions["apitask_mail"], app.extensions["mail"])
+        pool = app.extensions["apitask_mail"].pool(app.extensions["mail"])
         backend = flask_mailman.Mail(app).get_connection()
         assert backend._make_block(ends=True)._pool is pool
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextvars
 import gc
+import math
 import threading
 import time
 import typing as t
@@ -20,12 +21,12 @@ from smtp_servers import Stage
 
 from flask_apitask import ApiTask
 from flask_apitask import open_scope
+from flask_apitask.executor.task import exit_grace
 from flask_apitask.mail import pool as pool_module
 from flask_apitask.mail import sending
 from flask_apitask.mail.envelope import SMTPSettings
-from flask_apitask.mail.flask_mail import deliver
-from flask_apitask.mail.flask_mail import find_pool
 from flask_apitask.mail.reaper import reaper
+from flask_apitask.mail.sending import deliveries
 
 if t.TYPE_CHECKING:
     from flask_apitask.mail.pool import ConnectionPool
@@ -191,7 +192,8 @@ def test_a_large_block_begins_before_its_end(monkeypatch: pytest.MonkeyPatch) ->
 
 def pool_of(app: Flask) -> ConnectionPool:
     """Return the pool that an app sends with now."""
-    return find_pool(app.extensions["apitask_mail"], app.extensions["mail"])
+    pool: ConnectionPool = app.extensions["apitask_mail"].pool(app.extensions["mail"])
+    return pool
 
 
 def test_a_large_block_gives_up_once(
@@ -270,4 +272,5 @@ def test_messages_are_kept_for_those_who_listen() -> None:
 
 def test_the_exit_waits_for_mail() -> None:
     """A mail is not cut off at the exit: the timeouts of its connection bound it."""
-    assert deliver.exit_grace is None  # type: ignore[attr-defined]
+    graces = {exit_grace(deliver, 1.0) for deliver in deliveries.values()}
+    assert graces == {math.inf}

@@ -14,7 +14,7 @@ from late_threads import in_time
 from scopes import Gate
 
 from flask_apitask import run
-from flask_apitask.mail.flask_mail import deliver
+from flask_apitask.mail.sending import deliveries
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -152,4 +152,4 @@ def test_stack_of_a_mail(
         wait_until(lambda: not app.extensions["apitask"].pool._busy)
 
     assert first.startswith("'flask_mail.send':\n")
-    assert first.endswith(f", in {deliver.__name__}")
+    assert first.endswith(f", in {deliveries['flask_mail.send'].__name__}")

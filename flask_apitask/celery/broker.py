@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import threading
 import time
@@ -7,11 +9,18 @@ import typing as t
 
 from celery.utils import uuid
 
+from ..executor.runner import Runner
+from ..executor.scope import TaskScope
 from ..log import log
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     import celery
     import celery.result
+
+    from ..executor.pool import ThreadPool
+    from ..executor.runner import TimeoutReport
 
 # Seconds after which one task tries a broker that was down again.
 _LOOK_EVERY: t.Final = 5.0
@@ -22,8 +31,12 @@ class Broker:
 
     Each message is published over a connection from a Kombu pool. It is not Celery's
     own pool: here, the broker confirms each message (with publisher confirms on
-    RabbitMQ; on Redis, every reply is a confirmation), and each operation has a
-    timeout.
+    RabbitMQ; on Redis, every reply is a confirmation), and each operation of a socket
+    has a timeout.
+
+    That is enough for a kept connection, which needs one reply. A new one needs a
+    dozen, so another thread uses it, and is left behind when the time is over. It keeps
+    its place in the Kombu pool, so only as many are left behind as that allows.
 
     A forked child makes a broker of its own, and leaves its parent's connections alone.
 
@@ -36,10 +49,14 @@ class Broker:
         time, under the lock, warns.
 
     :param timeout: Seconds that a publication may take.
+    :param threads: Where to find those other threads.
     """
 
-    def __init__(self, celery_app: celery.Celery, timeout: float) -> None:
+    def __init__(
+        self, celery_app: celery.Celery, timeout: float, threads: ThreadPool
+    ) -> None:
         self._timeout = timeout
+        self._threads = threads
         # A try that fails at once is repeated once, so each one has half the time.
         step = timeout / 2
         options = {
@@ -77,13 +94,13 @@ class Broker:
             return None
 
         try:
-            result = self._publish(task, args, kwargs, options)
+            self._publish(task, args, kwargs, options)
         except Exception as error:
             self._note_failure(logger, error)
             return None
 
         self._note_success(logger)
-        return result
+        return task.AsyncResult(options["task_id"])
 
     def close(self) -> None:
         """Close the connections. Nothing can be published after that."""
@@ -129,8 +146,8 @@ class Broker:
         args: tuple[t.Any, ...],
         kwargs: dict[str, t.Any],
         options: dict[str, t.Any],
-    ) -> celery.result.AsyncResult:
-        step = self._timeout / 2
+    ) -> None:
+        began, step = time.monotonic(), self._timeout / 2
         # The same identifier, even if the task has to be published twice.
         options.setdefault("task_id", uuid())
         options |= {"serializer": "json", "retry": False, "confirm_timeout": step}
@@ -139,25 +156,72 @@ class Broker:
         # header.
         options["ignore_result"] = True
         options["headers"] = {"ignore_result": task.ignore_result}
-        began = time.monotonic()
 
-        with self._connections.acquire(block=True, timeout=step) as connection:
-            was_kept = connection.connected
-            options["connection"] = connection
+        with contextlib.ExitStack() as stack:
+            acquired: t.Any = self._connections.acquire(block=True, timeout=step)
+            connection = options["connection"] = stack.enter_context(acquired)
+            publish = functools.partial(task.apply_async, args, kwargs, **options)
 
-            try:
-                result = task.apply_async(args, kwargs, **options)
-            except Exception:
-                connection.collect()
-
-                # A kept connection may be dead although the broker is up.
-                if not was_kept or time.monotonic() - began > step / 2:
-                    raise
-
+            if connection.connected:
                 try:
-                    result = task.apply_async(args, kwargs, **options)
+                    publish()
+                    return
                 except Exception:
                     connection.collect()
-                    raise
 
-        return task.AsyncResult(result.id)
+                    # A kept connection may be dead although the broker is up.
+                    if time.monotonic() - began > step / 2:
+                        raise
+
+            left = began + self._timeout - time.monotonic()
+            _publish_in_time(self._threads, left, stack.pop_all(), connection, publish)
+
+
+def _publish_in_time(
+    threads: ThreadPool,
+    timeout: float,
+    stack: contextlib.ExitStack,
+    connection: t.Any,
+    publish: cabc.Callable[[], object],
+) -> None:
+    """Publish over a new connection, on another thread.
+
+    :param stack: Gives the connection back to its pool.
+    :raises Exception: This failed, or is not done in time.
+    """
+    scope = TaskScope(threads, 1, timeout, _Publisher())
+    future = scope.submit(_use, stack, connection, publish)
+    scope.end()
+
+    if future.cancelled():
+        stack.close()
+
+    try:
+        future.result(0)
+    finally:
+        # The traceback of an error refers to this frame: avoid a reference cycle.
+        del future
+
+
+def _use(
+    stack: contextlib.ExitStack,
+    connection: t.Any,
+    publish: cabc.Callable[[], object],
+) -> None:
+    with stack:
+        try:
+            publish()
+        except Exception:
+            connection.collect()
+            raise
+
+
+# The process's exit does not wait for one that was left behind.
+_use.exit_grace = 0.0  # type: ignore[attr-defined]
+
+
+class _Publisher(Runner):
+    """Does not report what is left behind, because the task runs in its request."""
+
+    def report(self, report: TimeoutReport) -> None:
+        pass

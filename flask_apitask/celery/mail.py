@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import dataclasses
 import random
 import time
 import typing as t
@@ -16,6 +17,9 @@ from ..exceptions import DeliveryUnknown
 from ..mail.envelope import Envelope
 from ..mail.replies import Reply
 from ..mail.replies import show
+from ..mail.sending import deliveries
+from ..mail.sending import EXTENSIONS
+from ..mail.sending import log_silenced
 from ..mail.settings import is_suppressed
 from ..mail.stream import ConnectionLost
 from ..runner import call_observed
@@ -32,45 +36,51 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
     from ..mail.sending import Batch
+    from ..mail.sending import ReroutedMail
     from ..runner import Call
     from .state import CeleryState
 
-MAIL: t.Final = "flask_mail.send"
 # Maximum seconds between two attempts. Brokers limit how long a worker may hold a task
 # back: 30 minutes for RabbitMQ and an hour for Redis, by default.
 _LONGEST: t.Final = 600.0
 
 
+def find_handover(name: str) -> MailHandover | None:
+    """Return what hands a library's mail over, if the caller's mail goes to Celery.
+
+    :param name: The name of the task that delivers the library's mail.
+    :raises RuntimeError: There is no Celery app.
+    """
+    found = find_state()
+
+    if found is None or not found[1].takes(name):
+        return None
+
+    find_celery(found[0], name)
+    return MailHandover(found[1], name)
+
+
 class MailHandover(HandsOver):
     """A task that hands a batch over to Celery, and delivers the rest itself."""
 
-    task_name = MAIL
     exit_grace = None
 
-    def __init__(self, state: CeleryState) -> None:
+    def __init__(self, state: CeleryState, name: str) -> None:
         self._state = state
+        self.task_name = name
 
-    def find(self) -> MailHandover | None:
-        """Return this object where the caller's mail goes to Celery.
-
-        :raises RuntimeError: There is no Celery app.
-        """
-        found = find_state()
-
-        if found is not None:
-            find_celery(found[0], MAIL)
-
-        return None if found is None else self
-
-    def hand_over(self, call: Call) -> None:
-        pool, batch, before = call.args
+    def hand_over(self, call: Call) -> DeliveryError | None:
+        pool, batch, before, fail_silently = call.args
+        rerouted, mail = _find_mail(call.app, self.task_name)
+        # A worker has the settings of the app, not those of a single connection.
+        has_settings = pool is rerouted.pool(mail)
         told = []
         left: Batch = collections.deque()
 
         while batch:
             envelope, then = batch.popleft()
 
-            if not self._publish(call.app, envelope, call.submitted):
+            if not (has_settings and self._publish(call, envelope, fail_silently)):
                 left.append((envelope, then))
             elif then is not None:
                 told.append(then)
@@ -78,165 +88,176 @@ class MailHandover(HandsOver):
         for then in told:
             then()
 
-        if left:
-            # Not at the top: this import changes how email encodes any text.
-            from ..mail.flask_mail import deliver
+        if not left:
+            return None
 
-            call._replace(args=(pool, left, before)).of(deliver)
+        call = call._replace(args=(pool, left, before, fail_silently))
+        error: DeliveryError | None = call.of(deliveries[self.task_name])
+        return error
 
-    def _publish(self, app: Flask, envelope: Envelope, submitted: float) -> bool:
+    def _publish(self, call: Call, envelope: Envelope, fail_silently: bool) -> bool:
         if len(envelope.content) > self._state.config.celery_mail_size:
             return False
 
-        return publish(self._state, app, envelope, envelope.recipients, submitted)
+        name = self.task_name
+        return publish(call.app, name, envelope, fail_silently, call.submitted)
+
+
+def _find_mail(app: Flask, name: str) -> tuple[ReroutedMail, t.Any]:
+    """Return how an app's mail is rerouted, and the object of its mail library."""
+    try:
+        return app.extensions["apitask_mail"], app.extensions[EXTENSIONS[name]]
+    except KeyError as error:
+        raise RuntimeError(
+            f"The app {app.name!r} of this worker can't send the mail of {name!r}: it"
+            f" has no app.extensions[{error}]. Set APITASK_MAIL_BACKGROUND and call"
+            " Mail(app) there as well."
+        ) from None
 
 
 def publish(
-    state: CeleryState,
     app: Flask,
+    name: str,
     envelope: Envelope,
-    recipients: tuple[str, ...],
+    fail_silently: bool,
     submitted: float,
     **options: t.Any,
 ) -> bool:
-    """Publish a message for some of its recipients; tell whether it was confirmed."""
-    payload = {
-        "sender": envelope.sender,
-        "recipients": list(recipients),
-        "content": base64.b64encode(envelope.content).decode(),
-        "message_id": envelope.message_id,
-        "mail_options": list(envelope.mail_options),
-        "rcpt_options": list(envelope.rcpt_options),
-    }
+    """Publish a message for a worker; tell whether that was confirmed."""
+    content = base64.b64encode(envelope.content).decode()
+    payload = {**vars(envelope), "content": content, "fail_silently": fail_silently}
     # What events and monitors show in place of the addresses.
     shown = {"argsrepr": "()", "kwargsrepr": repr({"message_id": envelope.message_id})}
     options |= shown
-    return state.publish(app, MAIL, (), payload, submitted, **options) is not None
+    state: CeleryState = app.extensions["apitask_celery"]
+    return state.publish(app, name, (), payload, submitted, **options) is not None
 
 
-@shared_task(
-    name=MAIL,
-    bind=True,
-    acks_late=True,
-    ignore_result=True,
-    reject_on_worker_lost=True,
-    throws=(Exception,),
-    typing=False,
-)  # type: ignore[untyped-decorator]
-def send(
-    self: celery.Task,
-    sender: str,
-    recipients: list[str],
-    content: str,
-    message_id: str,
-    mail_options: list[str],
-    rcpt_options: list[str],
+def _send(
+    task: celery.Task, content: str, fail_silently: bool = False, **fields: t.Any
 ) -> None:
-    """Send a message in a worker, and try again later if that may help."""
-    with app_context(self.app) as app:
-        started = time.monotonic()
+    """Send a message in a worker, and try again later if that may help.
+
+    :param fields: The other fields of its :class:`.Envelope`.
+    """
+    with app_context(task.app) as app:
+        attempt = _Attempt(task, app, fail_silently, time.monotonic())
 
         try:
-            envelope = Envelope(
-                sender,
-                tuple(recipients),
-                base64.b64decode(content),
-                message_id,
-                tuple(mail_options),
-                tuple(rcpt_options),
-            )
-            _deliver(self, app, envelope, started)
+            envelope = Envelope(content=base64.b64decode(content), **fields)
+            attempt.deliver(envelope)
         except TaskPredicate:
             # Not an error: the message is tried again later.
             raise
         except Exception as error:
-            if not raises_to_caller(self):
-                log_failure(app, MailHandover, error, time.monotonic() - started)
+            if fail_silently or not raises_to_caller(task):
+                attempt.log(error)
+
+            if not fail_silently:
+                raise
+
+
+for _name in EXTENSIONS:
+    shared_task(
+        name=_name,
+        bind=True,
+        acks_late=True,
+        ignore_result=True,
+        reject_on_worker_lost=True,
+        throws=(Exception,),
+        typing=False,
+    )(_send)
+
+
+class _Attempt(t.NamedTuple):
+    """An attempt of a worker to deliver a message."""
+
+    task: celery.Task
+    app: Flask
+    fail_silently: bool
+    started: float
+
+    def deliver(self, envelope: Envelope) -> None:
+        rerouted, mail = _find_mail(self.app, self.task.name)
+
+        if is_suppressed(mail):
+            return
+
+        batch: Batch = collections.deque([(envelope, None)])
+        work = rerouted.pool(mail), batch, None, False
+        submitted = find_submitted(self.task, self.started)
+
+        try:
+            fn = deliveries[self.task.name]
+            call_observed(self.app, "celery", submitted, fn, work, {})
+        except DeliveryError as error:
+            if not self.task.request.is_eager:
+                self._try_again(envelope, error)
 
             raise
 
+    def log(self, error: Exception) -> None:
+        """Log the one record about a message that is not delivered."""
+        if self.fail_silently and isinstance(error, DeliveryError):
+            log_silenced(error)
+        else:
+            fn, duration = deliveries[self.task.name], time.monotonic() - self.started
+            log_failure(self.app, fn, error, duration)
 
-def _deliver(task: celery.Task, app: Flask, envelope: Envelope, started: float) -> None:
-    from ..mail.flask_mail import deliver
-    from ..mail.flask_mail import find_pool
+    def _try_again(self, envelope: Envelope, error: DeliveryError) -> None:
+        """Publish a message for the recipients it may still reach; end this attempt.
 
-    mail = app.extensions["mail"]
+        Returns if there are no such recipients or no attempts left, or if the broker
+        does not confirm the message and only some of the recipients are left.
+        """
+        config = self.app.extensions["apitask_celery"].config
+        recipients = _find_recipients(error, envelope.recipients)
+        number = self.task.request.retries + 1
 
-    if is_suppressed(mail):
-        return
+        if not recipients or number > config.celery_mail_retries:
+            return
 
-    batch: Batch = collections.deque([(envelope, None)])
-    work = find_pool(app.extensions["apitask_mail"], mail), batch, None
+        # The cap on the exponent keeps the power small. It has reached _LONGEST by
+        # then.
+        doubled = config.celery_mail_backoff * 2 ** min(number - 1, 30)
+        longest = min(doubled, _LONGEST)
+        options = {
+            "countdown": random.uniform(longest / 2, longest),
+            "retries": number,
+            "task_id": self.task.request.id,
+        }
+        left = dataclasses.replace(envelope, recipients=recipients)
 
-    try:
-        submitted = find_submitted(task, started)
-        call_observed(app, "celery", submitted, deliver, work, {})
-    except DeliveryError as error:
-        if not task.request.is_eager:
-            _try_again(task, app, envelope, error, started)
+        if publish(
+            self.app, self.task.name, left, self.fail_silently, self.started, **options
+        ):
+            self._log_refused(envelope, error, recipients)
+            raise Retry(exc=error, when=options["countdown"])
 
-        raise
+        if recipients == envelope.recipients:
+            # The broker still has the message, for all its recipients, and delivers it
+            # again.
+            raise Reject(error, requeue=True)
 
+    def _log_refused(
+        self, envelope: Envelope, error: DeliveryError, recipients: tuple[str, ...]
+    ) -> None:
+        """Log the recipients who are not tried again, if there are any."""
+        replies = error.recipients.items()
+        refused = {path: reply for path, reply in replies if path not in recipients}
 
-def _try_again(
-    task: celery.Task,
-    app: Flask,
-    envelope: Envelope,
-    error: DeliveryError,
-    started: float,
-) -> None:
-    """Publish a message again for the recipients it may still reach; end this attempt.
-
-    Returns if there are no such recipients or no attempts left, or if the broker does
-    not confirm the message and only some of the recipients are left.
-    """
-    state: CeleryState = app.extensions["apitask_celery"]
-    recipients = _find_recipients(error, envelope.recipients)
-    attempt = task.request.retries + 1
-
-    if not recipients or attempt > state.config.celery_mail_retries:
-        return
-
-    # The cap on the exponent keeps the power small. It has reached _LONGEST by then.
-    doubled = state.config.celery_mail_backoff * 2 ** min(attempt - 1, 30)
-    longest = min(doubled, _LONGEST)
-    options = {
-        "countdown": random.uniform(longest / 2, longest),
-        "retries": attempt,
-        "task_id": task.request.id,
-    }
-
-    if publish(state, app, envelope, recipients, started, **options):
-        _log_refused(app, envelope, error, recipients, started)
-        raise Retry(exc=error, when=options["countdown"])
-
-    if recipients == envelope.recipients:
-        # The broker still has the message, for all its recipients, and delivers it
-        # again.
-        raise Reject(error, requeue=True)
-
-
-def _log_refused(
-    app: Flask,
-    envelope: Envelope,
-    error: DeliveryError,
-    recipients: tuple[str, ...],
-    started: float,
-) -> None:
-    """Log an ERROR about recipients who are not tried again, if there are any."""
-    replies = error.recipients.items()
-    refused = {path: reply for path, reply in replies if path not in recipients}
-
-    if refused:
-        shown = show((Reply(*reply) for reply in refused.values()), refused)
-        final = DeliveryError(
-            f"{len(refused)} of {len(envelope.recipients)} recipients were refused for"
-            f" good: {shown}. {len(recipients)} will be tried again.",
-            message_id=envelope.message_id,
-            stage="RCPT",
-            recipients=refused,
-        )
-        log_failure(app, MailHandover, final, time.monotonic() - started)
+        if refused:
+            shown = show((Reply(*reply) for reply in refused.values()), refused)
+            self.log(
+                DeliveryError(
+                    f"{len(refused)} of {len(envelope.recipients)} recipients were"
+                    f" refused for good: {shown}. {len(recipients)} will be tried"
+                    " again.",
+                    message_id=envelope.message_id,
+                    stage="RCPT",
+                    recipients=refused,
+                )
+            )
 
 
 def _find_recipients(

@@ -4,8 +4,7 @@ import typing as t
 
 from .. import routes
 from .handover import route
-from .mail import MAIL
-from .mail import MailHandover
+from .mail import find_handover
 from .state import CeleryState
 from .worker import bind_names
 
@@ -20,10 +19,9 @@ def use_celery(app: Flask, config: Config) -> None:
 
     :raises ValueError: Two functions share a name that is routed to Celery.
     """
-    state = CeleryState(config)
-    bind_names(app, state.takes)
-    app.extensions["apitask_celery"] = state
+    bind_names(app, config.routes)
+    app.extensions["apitask_celery"] = CeleryState(config)
     routes.router = route
 
-    if "apitask_mail" in app.extensions and state.takes(MAIL):
-        app.extensions["apitask_mail"].find_handover = MailHandover(state).find
+    if "apitask_mail" in app.extensions:
+        app.extensions["apitask_mail"].find_handover = find_handover

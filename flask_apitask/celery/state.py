@@ -3,11 +3,11 @@ from __future__ import annotations
 import os
 import typing as t
 
-from .. import routes
 from ..context import find_app_context
 from ..context import find_request_context
 from ..context import is_in_task
 from ..log import log_once
+from ..routes import is_for_celery
 from .broker import Broker
 
 if t.TYPE_CHECKING:
@@ -34,7 +34,7 @@ class CeleryState:
 
     def takes(self, name: str) -> bool:
         """Tell whether tasks of this name go to Celery."""
-        return routes.find_route(self.config.routes, name) == "celery"
+        return is_for_celery(self.config.routes, name)
 
     def publish(
         self,
@@ -81,7 +81,8 @@ class CeleryState:
 
         if key not in self._brokers:
             self._warn_once(app, celery_app.conf)
-            broker = Broker(celery_app, self.config.celery_timeout)
+            threads = app.extensions["apitask"].pool
+            broker = Broker(celery_app, self.config.celery_timeout, threads)
             return self._brokers.setdefault(key, broker)
 
         return self._brokers[key]

@@ -16,6 +16,8 @@ from ..context import Frame
 from ..executor.task import all_names
 from ..executor.task import find_named
 from ..executor.task import naming_checks
+from ..mail.sending import EXTENSIONS
+from ..routes import is_for_celery
 from ..runner import call_observed
 from ..task_log import log_failure
 from .state import find_submitted
@@ -27,31 +29,32 @@ if t.TYPE_CHECKING:
     import celery
     from flask import Flask
 
-    Takes: t.TypeAlias = cabc.Callable[[str], bool]
+    from ..config import Routes
 
 _NO_CONTEXT: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-# The apps that have routes to Celery, and what tells which names each sends there.
-_apps: weakref.WeakKeyDictionary[Flask, Takes] = weakref.WeakKeyDictionary()
+# The apps that have routes to Celery. (A value that referred to a Celery app would keep
+# its key alive.)
+_apps: weakref.WeakKeyDictionary[Flask, Routes] = weakref.WeakKeyDictionary()
 # The names that Celery knows. It binds each to all its apps, even those made later. The
-# task for mail is defined elsewhere.
-_bound: set[str] = {"flask_mail.send"}
+# tasks for mail are defined elsewhere.
+_bound: set[str] = set(EXTENSIONS)
 
 
-def bind_names(app: Flask, takes: Takes) -> None:
+def bind_names(app: Flask, routes: Routes) -> None:
     """Register with Celery the functions that an app routes to it, now and later.
 
     :raises ValueError: Two functions share one of these names.
     """
     for name in all_names():
-        if takes(name):
+        if is_for_celery(routes, name):
             _bind(name, find_named(name))
 
-    _apps[app] = takes
+    _apps[app] = routes
 
 
 def _check_name(name: str, functions: list[FunctionType]) -> None:
     """Bind a name that a function is about to get; for :data:`.naming_checks`."""
-    if any(takes(name) for takes in _apps.values()):
+    if any(is_for_celery(routes, name) for routes in _apps.values()):
         _bind(name, functions)
 
 

@@ -9,9 +9,7 @@ import flask_mail
 from flask import current_app
 
 from ..context import find_app_context
-from ..executor.task import task
 from ..runner import notify
-from . import sending
 from .changes import find_change
 from .changes import use_change
 from .rendering import check
@@ -28,16 +26,8 @@ if t.TYPE_CHECKING:
     import typing_extensions as te
     from flask import Flask
 
-    from .pool import ConnectionPool
     from .rendering import Address
-    from .sending import Batch
-    from .sending import Delivery
     from .sending import ReroutedMail
-
-_KEYS = (
-    *("server", "port", "use_tls", "use_ssl", "username", "password"),
-    *("max_emails", "debug"),
-)
 
 
 def reroute() -> None:
@@ -115,9 +105,7 @@ class BackgroundConnection:
         # Suppressed mail needs no task: it takes no time, and a test finds its outbox
         # in order.
         if self._block is None and not is_suppressed(self.mail):
-            pool = find_pool(self._rerouted, self.mail)
-            delivery = self._rerouted.find_handover() or deliver
-            self._block = MailBlock(self._rerouted, pool, delivery)
+            self._block = MailBlock(self._rerouted, "flask_mail.send", self.mail)
 
         return self
 
@@ -163,26 +151,6 @@ class BackgroundConnection:
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
         """Send a :class:`flask_mail.Message` made from these arguments."""
         self.send(flask_mail.Message(*args, **kwargs))
-
-
-def find_pool(rerouted: ReroutedMail, mail: flask_mail._Mail) -> ConnectionPool:
-    """Return the pool for the current settings in ``app.extensions["mail"]``."""
-    keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in _KEYS}
-    return rerouted.pool(keys)
-
-
-@task("flask_mail.send")
-def deliver(pool: ConnectionPool, batch: Batch, before: Delivery) -> None:
-    """Deliver messages in order.
-
-    :raises DeliveryError: Some were not delivered; the message says which, and why.
-    """
-    if error := sending.deliver(pool, batch, before):
-        raise error
-
-
-# The process's exit waits for a delivery: the timeouts of its connection limit that.
-deliver.exit_grace = None  # type: ignore[attr-defined]
 
 
 def _announce(message: flask_mail.Message) -> None:

@@ -8,19 +8,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import typing as t
 
 import flask_mailman  # type: ignore[import-untyped]
 from flask import current_app
 from flask_mailman.backends import smtp  # type: ignore[import-untyped]
 
-from ..exceptions import DeliveryError
-from ..executor.task import task
-from ..log import log
 from ..log import log_once
-from . import sending
 from .mailman_rendering import render
 from .patches import find_parts
 from .sending import find_rerouted
@@ -32,9 +26,6 @@ if t.TYPE_CHECKING:
     import typing_extensions as te
     from flask import Flask
 
-    from .pool import ConnectionPool
-    from .sending import Batch
-    from .sending import Delivery
     from .sending import ReroutedMail
 
 # The values of MAIL_BACKEND for the Flask-Mailman backend that ours replaces.
@@ -43,11 +34,6 @@ _SMTP = (
     "flask_mailman.backends.smtp",
     "flask_mailman.backends.smtp.EmailBackend",
     smtp.EmailBackend,
-)
-
-_KEYS = (
-    *("port", "use_tls", "use_ssl", "username", "password"),
-    *("timeout", "ssl_certfile", "ssl_keyfile"),
 )
 
 _get_connection = flask_mailman._MailMixin.get_connection
@@ -101,6 +87,11 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
 
     _block: MailBlock | None = None
 
+    @property
+    def server(self) -> t.Any:
+        """The host's name, as in ``app.extensions["mailman"]``."""
+        return self.host
+
     def open(self) -> bool:
         """Begin a block. Return ``False`` if there is one already."""
         with self._lock:
@@ -145,17 +136,7 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
             return False
 
         envelope = render(email_message, self.mailman)
-
-        try:
-            t.cast("MailBlock", self._block).send(envelope)
-        except DeliveryError as error:
-            if not self.fail_silently:
-                raise
-
-            _log_silenced(error)
-            return False
-
-        return True
+        return t.cast("MailBlock", self._block).send(envelope)
 
     def _make_block(self, *, ends: bool) -> MailBlock:
         rerouted: ReroutedMail | None = current_app.extensions.get("apitask_mail")
@@ -167,35 +148,10 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
                 " MAIL_BACKEND to 'smtp', which works with and without it."
             )
 
-        keys = {f"MAIL_{name.upper()}": getattr(self, name) for name in _KEYS}
-        pool = rerouted.pool({**keys, "MAIL_SERVER": self.host})
-        delivery = functools.partial(deliver, self.fail_silently)
-        return MailBlock(rerouted, pool, delivery, ends)
-
-
-@task("flask_mailman.send")
-def deliver(
-    fail_silently: bool, pool: ConnectionPool, batch: Batch, before: Delivery
-) -> DeliveryError | None:
-    """Deliver messages in order.
-
-    :param fail_silently: Log the error and return it instead of raising it.
-    :raises DeliveryError: Some were not delivered; the message says which, and why.
-    """
-    if error := sending.deliver(pool, batch, before):
-        if not fail_silently:
-            raise error
-
-        _log_silenced(error)
-
-    return error
-
-
-# The process's exit waits for a delivery: the timeouts of its connection limit that.
-deliver.exit_grace = None  # type: ignore[attr-defined]
-
-
-def _log_silenced(error: DeliveryError) -> None:
-    # Without the error itself, whose traceback would keep the request's objects alive.
-    text = "A mail was not delivered (fail_silently is on): %s"
-    log(current_app.logger, logging.INFO, text, str(error))
+        return MailBlock(
+            rerouted,
+            "flask_mailman.send",
+            self,
+            fail_silently=self.fail_silently,
+            ends=ends,
+        )

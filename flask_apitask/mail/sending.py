@@ -3,9 +3,12 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import logging
 import math
 import typing as t
 import weakref
+
+from flask import current_app
 
 from ..api import current_scope
 from ..api import find_holder
@@ -15,8 +18,9 @@ from ..config import is_true
 from ..config import refuse
 from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
+from ..executor.task import task
+from ..log import log
 from ..on_success import run_on_success
-from ..runner import HandsOver
 from .connection import OPENING
 from .outbox import Outbox
 from .pool import find_pool
@@ -29,6 +33,7 @@ if t.TYPE_CHECKING:
 
     from ..config import Config
     from ..executor.future import TaskFuture
+    from ..runner import HandsOver
     from .delivery import PooledConnection
     from .envelope import Envelope
     from .pool import ConnectionPool
@@ -39,11 +44,19 @@ if t.TYPE_CHECKING:
     Batch: t.TypeAlias = collections.deque[tuple[Envelope, Then]]
     Delivery: t.TypeAlias = TaskFuture[DeliveryError | None] | None
     Deliver: t.TypeAlias = cabc.Callable[
-        [ConnectionPool, Batch, Delivery], DeliveryError | None
+        [ConnectionPool, Batch, Delivery, bool], DeliveryError | None
     ]
 
 # A block with this many bytes of rendered messages begins to deliver while it is open.
 BATCH = 4 * 1024 * 1024
+# The names of the libraries' objects in app.extensions, by the name of the task that
+# delivers their mail.
+EXTENSIONS: t.Final = {"flask_mail.send": "mail", "flask_mailman.send": "mailman"}
+# The settings that these objects may have.
+_SETTINGS = (
+    *("server", "port", "use_tls", "use_ssl", "username", "password"),
+    *("max_emails", "debug", "timeout", "ssl_certfile", "ssl_keyfile"),
+)
 
 
 class ReroutedMail:
@@ -60,23 +73,25 @@ class ReroutedMail:
         # A pool lives while it is in use or has idle connections. So the settings of a
         # tenant who sends no more mail don't stay around.
         self._pools: Pools = weakref.WeakValueDictionary()
-        # Finds the task that hands Flask-Mail's mail over to Celery, where it goes
-        # there.
-        self.find_handover: cabc.Callable[[], HandsOver | None] = lambda: None
+        # Finds the task that hands a library's mail over to Celery, if it goes there.
+        self.find_handover: cabc.Callable[[str], HandsOver | None] = lambda name: None
 
-    def pool(self, keys: cabc.Mapping[str, t.Any]) -> ConnectionPool:
+    def pool(self, mail: t.Any) -> ConnectionPool:
         """Return the pool for a mail library's current settings.
 
-        :param keys: As in the configuration of the app.
+        :param mail: The library's object in ``app.extensions``, or any other one with
+            such attributes.
         :raises ValueError: The settings can't be used, or a file can't be read.
         """
-        config, server = self.config, keys["MAIL_SERVER"]
+        config = self.config
 
-        if not server:
+        if not mail.server:
             # Not checked at start-up, because an app that sends no mail needs no
             # server.
-            raise refuse("MAIL_SERVER", server, "the name of a mail server")
+            raise refuse("MAIL_SERVER", mail.server, "the name of a mail server")
 
+        names = (name for name in _SETTINGS if hasattr(mail, name))
+        keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in names}
         settings = read_settings(keys, config)
         settings.tls_context()
         return find_pool(
@@ -108,7 +123,9 @@ class MailBlock:
     message is delivered at once. Where mail goes to Celery, the task hands it over,
     with a scope or without.
 
-    :param deliver: The task, which raises or returns what :func:`deliver` returns.
+    :param name: The name of the task, of those in :data:`deliveries`.
+    :param mail: What has the settings, as for :meth:`ReroutedMail.pool`.
+    :param fail_silently: Log errors at INFO instead of raising them.
     :param ends: The block is sure to end. If it is not, nothing is collected: each
         message gets a task.
     """
@@ -116,23 +133,27 @@ class MailBlock:
     def __init__(
         self,
         rerouted: ReroutedMail,
-        pool: ConnectionPool,
-        deliver: Deliver,
+        name: str,
+        mail: t.Any,
+        *,
+        fail_silently: bool = False,
         ends: bool = True,
     ) -> None:
         self._rerouted = rerouted
-        self._pool = pool
-        self._deliver = deliver
+        self._pool = rerouted.pool(mail)
+        self._fail_silently = fail_silently
+        handover = rerouted.find_handover(name)
+        self._deliver: Deliver = handover or deliveries[name]
         # The connection for all messages, without a scope.
-        is_kept = rerouted.find_scope() or isinstance(deliver, HandsOver)
-        self._connection = None if is_kept else pool.connection()
+        is_kept = rerouted.find_scope() or handover
+        self._connection = None if is_kept else self._pool.connection()
         self._batch: Batch = collections.deque()
         self._size = 0
         self._limit = 0.0 if not ends else math.inf if rerouted.on_success else BATCH
         self._delivery: Delivery = None
 
-    def send(self, envelope: Envelope, then: Then = None) -> None:
-        """Deliver a message, or let a task do so.
+    def send(self, envelope: Envelope, then: Then = None) -> bool:
+        """Deliver a message, or let a task do so. Tell whether that has not failed.
 
         :param then: What to call once it is delivered.
         :raises DeliveryError: Only without a scope: the message was not delivered.
@@ -141,10 +162,16 @@ class MailBlock:
         self._size += len(envelope.content)
 
         if self._connection is not None:
-            if failures := _deliver_all(self._connection, self._batch):
-                raise failures[0]
+            for error in _deliver_all(self._connection, self._batch):
+                if not self._fail_silently:
+                    raise error
+
+                log_silenced(error)
+                return False
         elif self._size >= self._limit:
             self._begin_delivery()
+
+        return True
 
     def end(self) -> None:
         """Let a task deliver the remaining messages."""
@@ -160,12 +187,47 @@ class MailBlock:
             _find_error(self._delivery)
 
         self._delivery = self._rerouted.start(
-            self._deliver, self._pool, self._batch, self._delivery
+            self._deliver, self._pool, self._batch, self._delivery, self._fail_silently
         )
         self._batch, self._size = collections.deque(), 0
 
 
-def deliver(
+def _make_delivery(name: str) -> Deliver:
+    @task(name)
+    def deliver(
+        pool: ConnectionPool, batch: Batch, before: Delivery, fail_silently: bool
+    ) -> DeliveryError | None:
+        """Deliver messages in order.
+
+        :param fail_silently: Log an error at INFO and return it instead of raising it.
+        :raises DeliveryError: Some were not delivered; the message says which, and why.
+        """
+        if error := _deliver(pool, batch, before):
+            if not fail_silently:
+                raise error
+
+            log_silenced(error)
+
+        return error
+
+    # The process's exit waits for a delivery: the timeouts of its connection limit
+    # that.
+    deliver.exit_grace = None  # type: ignore[attr-defined]
+    return deliver
+
+
+# The tasks that deliver mail, by name.
+deliveries: t.Final = {name: _make_delivery(name) for name in EXTENSIONS}
+
+
+def log_silenced(error: DeliveryError) -> None:
+    """Log an INFO about a message that was not delivered."""
+    # Without the error itself, whose traceback would keep the request's objects alive.
+    text = "A mail was not delivered (fail_silently is on): %s"
+    log(current_app.logger, logging.INFO, text, str(error))
+
+
+def _deliver(
     pool: ConnectionPool, batch: Batch, before: Delivery
 ) -> DeliveryError | None:
     """Deliver messages in order, and return an error that says which failed, and why.

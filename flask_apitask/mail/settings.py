@@ -77,5 +77,5 @@ def read_mail_flag(key: str, value: object) -> bool:
 
 
 def is_suppressed(mail: t.Any) -> bool:
-    """Tell whether Flask-Mail is told not to send."""
-    return read_mail_flag("MAIL_SUPPRESS_SEND", mail.suppress)
+    """Tell whether Flask-Mail is told not to send. Flask-Mailman has no such key."""
+    return read_mail_flag("MAIL_SUPPRESS_SEND", getattr(mail, "suppress", False))
