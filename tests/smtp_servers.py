@@ -122,6 +122,8 @@ class ScriptedServer:
         self.flights = 0
         self.connects = 0
         self.most_open = 0
+        # The addresses of those that wait in vain.
+        self.silent_to: set[object] = set()
         self._faults: dict[Stage, collections.deque[Fault | bytes | None]] = (
             collections.defaultdict(collections.deque)
         )
@@ -392,6 +394,9 @@ class _Session:
 
             raise Ended
         else:
+            peer = self.sock.getpeername()
+            self.server.note(lambda: self.server.silent_to.add(peer))
+
             # Silent until the other side has had enough.
             while True:
                 self.receive()
