@@ -150,7 +150,7 @@ class ScriptedServer:
 
     def settings(self, **changes: t.Any) -> SMTPSettings:
         """Return how to reach it."""
-        settings: dict[str, t.Any] = {"port": self.port, "timeout": 5.0}
+        settings: dict[str, t.Any] = {"port": self.port, "timeout": 2 * PATIENCE}
         settings["host"] = "localhost"
 
         if self.user is not None:
