@@ -227,7 +227,11 @@ def test_an_error_if_no_connection_can_do_it(
     with ScriptedServer(allowed=0) as server:
         pool = ConnectionPool(server.settings(timeout=TIMEOUT), size=4)
 
-        with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        with (
+            concurrent.futures.ThreadPoolExecutor(4) as executor,
+            contextlib.ExitStack() as stack,
+        ):
+            stack.callback(clock.pass_by, TIMEOUT * 100)
             futures = [executor.submit(send, pool) for _ in range(4)]
             server.wait_for(lambda: server.refused >= 40)
             assert not any(future.done() for future in futures)
