@@ -51,32 +51,6 @@ class Clock:
         self._now += seconds
 
 
-class Stopwatch:
-    """Counts the seconds of a block in which this process was not stopped.
-
-    They are those of its threads, which are stopped with it.
-    """
-
-    _TICK = 0.01
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Stopwatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(PATIENCE)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._TICK):
-            self.seconds += self._TICK
-
-
 @contextlib.contextmanager
 def unhurried(server: ScriptedServer | None = None) -> cabc.Iterator[list[float]]:
     """Let a server take its time for each reply, and nobody wait once it is silent.
@@ -88,7 +62,7 @@ def unhurried(server: ScriptedServer | None = None) -> cabc.Iterator[list[float]
     read_line = stream.SMTPStream._read_line
 
     def read(self: stream.SMTPStream, deadline: float) -> bytes:
-        began = stream.time.monotonic()
+        began = stream.time.monotonic()  # type: ignore[attr-defined]
         until = time.monotonic() + PATIENCE
 
         while not (self._received or _has_answered(self.sock)):

@@ -122,6 +122,8 @@ class ScriptedServer:
         self.flights = 0
         self.connects = 0
         self.most_open = 0
+        # Bytes of messages taken one at a time.
+        self.crumbs = 0
         # The addresses of those that wait in vain.
         self.silent_to: set[object] = set()
         self._faults: dict[Stage, collections.deque[Fault | bytes | None]] = (
@@ -390,7 +392,7 @@ class _Session:
             self.reply(b"354 go ahead")
 
             while not self.server.stopped.wait(0.01) and self.sock.recv(1):
-                pass
+                self.server.crumbs += 1
 
             raise Ended
         else:
