@@ -26,7 +26,7 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 # Seconds after which a test that waits for the other side has failed.
-PATIENCE = 10.0
+PATIENCE = 20.0
 
 
 class Stage(enum.Enum):
@@ -152,7 +152,7 @@ class ScriptedServer:
 
     def settings(self, **changes: t.Any) -> SMTPSettings:
         """Return how to reach it."""
-        settings: dict[str, t.Any] = {"port": self.port, "timeout": 2 * PATIENCE}
+        settings: dict[str, t.Any] = {"port": self.port, "timeout": PATIENCE}
         settings["host"] = "localhost"
 
         if self.user is not None:

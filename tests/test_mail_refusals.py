@@ -42,7 +42,7 @@ def refuse(
     """Have a message refused, and return the error, and its text after the server."""
     with ScriptedServer(user=USER) as server:
         server.fail(stage, *[answer + b"\r\n"] * 20)
-        pool = ConnectionPool(server.settings(**settings))
+        pool = ConnectionPool(server.settings(timeout=5.0, **settings))
 
         # Which is asked again, if it refuses for now.
         with pytest.MonkeyPatch.context() as patch:
@@ -391,7 +391,8 @@ def test_a_greeting_that_is_cut_off_inside_of_tls(
 
     with ScriptedServer(tls=context, implicit=True) as server:
         server.fail(Stage.GREETING, *[Fault.DROP] * 20)
-        pool = ConnectionPool(server.settings(use_ssl=True, tls_verify=False))
+        settings = server.settings(use_ssl=True, tls_verify=False, timeout=5.0)
+        pool = ConnectionPool(settings)
         Clock(monkeypatch)
 
         with pytest.raises(DeliveryError) as caught:
