@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import select
+import sys
 import threading
 import time
 import typing as t
 
 from smtp_servers import PATIENCE
 
-from flask_apitask.mail import delivery
-from flask_apitask.mail import pool
-from flask_apitask.mail import smtp
 from flask_apitask.mail import stream
 
 if t.TYPE_CHECKING:
@@ -25,16 +23,19 @@ if t.TYPE_CHECKING:
 class Clock:
     """The time of the modules that send: it passes when they sleep or a test says so.
 
-    Sockets and locks still go by the real one.
+    Sockets, locks and dates still go by the real one.
     """
+
+    time = staticmethod(time.time)
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._now = time.monotonic()
         self.slept: list[float] = []
         self.asked = threading.Event()
 
-        for module in (delivery, pool, smtp, stream):
-            monkeypatch.setattr(module, "time", self)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("flask_apitask.mail.") and hasattr(module, "time"):
+                monkeypatch.setattr(module, "time", self)
 
     def monotonic(self) -> float:
         """Return the time."""

@@ -72,8 +72,10 @@ class Slow(ScriptedServer):
 
 def look_again(pool: ConnectionPool) -> None:
     """Have the thread that is first in line see what time it is."""
-    with pool_module._lock:
-        pool._wake_next()
+    turn = pool._waiting[0]
+
+    with turn:
+        turn.notify()
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -131,8 +133,10 @@ def test_waiting_ends_when_the_server_is_silent(
 
         with concurrent.futures.ThreadPoolExecutor(6) as executor:
             futures = [executor.submit(send, pool) for _ in range(6)]
-            server.wait_for(lambda: bool(server.silent_to))
-            wait_until(lambda: "waiting=5" in f"{pool!r}")
+            wait_until(lambda: "in_use=1 idle=0 waiting=5" in f"{pool!r}")
+            (session,) = pool._in_use
+            # What it has sent is gone, and it has begun to wait for the reply.
+            wait_until(lambda: session._stage == "end of message")
             clock.pass_by(TIMEOUT)
             look_again(pool)
             wait_until(lambda: sum(future.done() for future in futures) == 5)
@@ -228,6 +232,7 @@ def test_an_error_if_no_connection_can_do_it(
         pool = ConnectionPool(server.settings(timeout=TIMEOUT), size=4)
 
         with (
+            unhurried(),
             concurrent.futures.ThreadPoolExecutor(4) as executor,
             contextlib.ExitStack() as stack,
         ):
