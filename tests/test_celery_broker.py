@@ -287,8 +287,8 @@ def test_one_looks_for_the_others(
         redis.signal(signal.SIGCONT)
 
     [broker] = app.extensions["apitask_celery"]._brokers.values()
-    monkeypatch.setattr(broker, "_publish", look)
-    monkeypatch.setattr(broker, "_timeout", 2 * PATIENCE)
+    monkeypatch.setattr(broker_module.Broker, "_publish", look)
+    broker._timeout = 2 * PATIENCE
     looks = threading.Thread(target=hand_over, args=[app])
     looks.start()
     assert looking.wait(PATIENCE)
