@@ -136,10 +136,14 @@ class Celeries:
         self._apps: list[Flask] = []
 
     def make(self, broker: str = "memory://", **config: t.Any) -> Flask:
-        """Make an app for a broker. Results are stored, in it too if it can that."""
+        """Make an app for a broker. Results are stored, in it too if it can that.
+
+        No broker that is just slow counts as down, if a test does not say so.
+        """
         backend = broker if broker.startswith("redis") else "cache+memory://"
         celery_config = {"broker_url": broker, "result_backend": backend}
         celery_config |= config.pop("CELERY", {})
+        config.setdefault("APITASK_CELERY_TIMEOUT", 20.0)
         return self.adopt(create_app(CELERY=celery_config, **config))
 
     def adopt(self, app: Flask) -> Flask:

@@ -24,6 +24,8 @@ if t.TYPE_CHECKING:
 
 # Seconds after which a test that waits for another thread has failed.
 PATIENCE = 10.0
+# Seconds that a busy machine may stand still, beyond a time that is promised.
+STALL = 3.0
 
 
 def wait_until(condition: cabc.Callable[[], bool], patience: float = PATIENCE) -> None:

@@ -51,6 +51,7 @@ class MailServer:
         self._delay = delay
         # Of the loop's thread, and only read by others.
         self.delivered: collections.Counter[str] = collections.Counter()
+        self.trickled = 0
         self._mood = Mood.HEALTHY
         self._listener: asyncio.Server | None = None
         self._conversations: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
@@ -177,6 +178,7 @@ class MailServer:
             octets = octets[1:]
             await asyncio.sleep(_TRICKLE)
 
+        self.trickled += self._mood is Mood.TRICKLES
         writer.write(octets)
 
 

@@ -26,7 +26,7 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 # Seconds after which a test that waits for the other side has failed.
-PATIENCE = 10.0
+PATIENCE = 20.0
 
 
 class Stage(enum.Enum):
@@ -122,6 +122,10 @@ class ScriptedServer:
         self.flights = 0
         self.connects = 0
         self.most_open = 0
+        # Bytes of messages taken one at a time.
+        self.crumbs = 0
+        # The addresses of those that wait in vain.
+        self.silent_to: set[object] = set()
         self._faults: dict[Stage, collections.deque[Fault | bytes | None]] = (
             collections.defaultdict(collections.deque)
         )
@@ -148,7 +152,7 @@ class ScriptedServer:
 
     def settings(self, **changes: t.Any) -> SMTPSettings:
         """Return how to reach it."""
-        settings: dict[str, t.Any] = {"port": self.port, "timeout": 5.0}
+        settings: dict[str, t.Any] = {"port": self.port, "timeout": PATIENCE}
         settings["host"] = "localhost"
 
         if self.user is not None:
@@ -388,10 +392,13 @@ class _Session:
             self.reply(b"354 go ahead")
 
             while not self.server.stopped.wait(0.01) and self.sock.recv(1):
-                pass
+                self.server.crumbs += 1
 
             raise Ended
         else:
+            peer = self.sock.getpeername()
+            self.server.note(lambda: self.server.silent_to.add(peer))
+
             # Silent until the other side has had enough.
             while True:
                 self.receive()

@@ -3,11 +3,11 @@ from __future__ import annotations
 import collections
 import math
 import secrets
-import time
 import typing as t
 
 import ledger
 import pytest
+from conftest import wait_until
 from ledger import Load
 from ledger_mail import MailServer
 from ledger_mail import Mood
@@ -19,17 +19,19 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
     import pathlib
 
+    from wsgi_servers import Server
+
 pytestmark = pytest.mark.servers
 
 CLIENTS: t.Final = 8
 # APITASK_MAIL_TIMEOUT, in seconds.
-TIMEOUT: t.Final = 1.0
-# Seconds that the mail server is broken.
-OUTAGE: t.Final = 2.0
+TIMEOUT: t.Final = 3.0
+# Replies of a server that trickles, before it is well again.
+TRICKLED: t.Final = 10
 # Seconds that the mail server takes for a message when it is not.
 DELAY: t.Final = 0.01
 # Seconds after which gunicorn kills a worker that is silent.
-WORKER_TIMEOUT: t.Final = 10
+WORKER_TIMEOUT: t.Final = 20
 # Acknowledged requests before the outage, and after it.
 ENOUGH: t.Final = 40
 
@@ -105,6 +107,19 @@ class Outage(t.NamedTuple):
     log: str
 
 
+def wait_for_outage(trouble: Mood, mail_server: MailServer, server: Server) -> None:
+    """Wait until the trouble has cost a mail, or what it costs where it costs none."""
+
+    def has_struck() -> bool:
+        if trouble is Mood.TRICKLES:
+            return mail_server.trickled >= TRICKLED
+
+        failures = ledger.read_failures(server.output())
+        return any(not failure.is_unknown for failure in failures)
+
+    wait_until(has_struck, ledger.PATIENCE)
+
+
 def play(kind: str, trouble: Mood, folder: pathlib.Path) -> Outage:
     """Put one worker under load, and break its mail server."""
     key = secrets.token_hex()
@@ -124,7 +139,7 @@ def play(kind: str, trouble: Mood, folder: pathlib.Path) -> Outage:
             with Load(port=server.port, key=key, clients=CLIENTS) as load:
                 load.wait_for_more(ENOUGH)
                 mail_server.set_mood(trouble)
-                time.sleep(OUTAGE)
+                wait_for_outage(trouble, mail_server, server)
                 mail_server.set_mood(Mood.HEALTHY)
                 healed = load.begun
                 load.wait_for_more(ENOUGH)

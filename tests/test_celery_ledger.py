@@ -44,9 +44,9 @@ REQUESTS: t.Final = int(os.environ.get("APITASK_LEDGER_REQUESTS", "60"))
 CLIENTS: t.Final = 2
 # Seconds that the mail server takes for a message.
 DELAY: t.Final = 0.01
-# Seconds without any mail after which no more will come. They are more than it takes
-# Redis to give out anew what a killed worker had.
-PATIENCE: t.Final = 6.0
+# Seconds without any mail after which no more will come. They are far more than it
+# takes Redis to give out anew what a killed worker had.
+PATIENCE: t.Final = 20.0
 # Seconds without the killed ones.
 OUTAGE: t.Final = 0.2
 # Seconds after which a broker has given a message to a worker that has asked for it.

@@ -16,6 +16,7 @@ import warnings
 import flask_mail
 import pytest
 from conftest import PATIENCE
+from conftest import wait_until
 from flask import abort
 from flask import Flask
 from flask import g
@@ -655,6 +656,7 @@ def test_deadline_counts_from_the_close(
     exchange = Exchange(site.app)
     assert not futures[1].cancelled()
     assert caplog.records == []
+    wait_until(futures[0].running)
     exchange.close()
     assert futures[1].cancelled()
     release.set()

@@ -376,7 +376,7 @@ STUCK = """
         @app.get("/stuck")
         def leave():
             run(stuck)
-            assert begun.wait(5)
+            assert begun.wait(10)
             return "ok"
 
         def get_stuck():
@@ -469,7 +469,7 @@ GRACE = """
         @app.get("/late")
         def late():
             run(work)
-            assert begun.wait(5)
+            assert begun.wait(10)
             return "ok"
 
         say(app.test_client().get("/late").text)
@@ -537,6 +537,7 @@ def test_mail_arrives_though_the_process_exits() -> None:
             return super().next_fault(stage)
 
     program = PROGRAM + textwrap.dedent("""
+        from flask_apitask import task_started
         from flask_mail import Mail
 
         del app.extensions["apitask"]
@@ -548,9 +549,14 @@ def test_mail_arrives_though_the_process_exits() -> None:
         mail = Mail(app)
         ApiTask(app)
 
+        @task_started.connect_via(app)
+        def note(app, **extra):
+            begun.set()
+
         @app.get("/mail")
         def send():
             mail.send_message("late", sender="a@example.com", recipients=["b@x.org"])
+            assert begun.wait(10)
             return "answered"
 
         say(app.test_client().get("/mail").text)

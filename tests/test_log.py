@@ -783,10 +783,11 @@ def test_task_with_odd_attributes(
     """A proxy that is asked for its name or its code keeps nothing from the log."""
     name = f"{__name__}.{kind.__name__}"
     expected = ValueError if kind is Wraps else KeyError
-    hang = threading.Event()
+    begun, hang = threading.Event(), threading.Event()
 
     class Hangs(kind):  # type: ignore[misc]
         def __call__(self) -> None:
+            begun.set()
             assert hang.wait(PATIENCE)
 
     app = make_app(APITASK_TIMEOUT=0.1, APITASK_MAX_WORKERS=1)
@@ -795,6 +796,7 @@ def test_task_with_odd_attributes(
     def index() -> str:
         assert isinstance(run(kind()).exception(PATIENCE), expected)
         run(Hangs())
+        assert begun.wait(PATIENCE)
         run(kind())
         return "ok"
 

@@ -770,8 +770,9 @@ def test_the_exit_does_not_wait_for_ever() -> None:
     script = """
 import sys
 import flask_mail
+import threading
 from flask import Flask
-from flask_apitask import ApiTask
+from flask_apitask import ApiTask, task_started
 
 class Mine(flask_mail.Connection):
     pass
@@ -785,8 +786,15 @@ app.config.update(
 mail = flask_mail.Mail(app)
 ApiTask(app)
 
+begun = threading.Event()
+
+@task_started.connect_via(app)
+def note(app, **extra):
+    begun.set()
+
 with app.test_request_context():
     mail.send_message("hello", ["ada@example.org"], body="text")
+    assert begun.wait(10)
 """
 
     with ScriptedServer() as server:

@@ -14,6 +14,7 @@ import flask_mail
 import pytest
 from cryptography.hazmat.primitives import serialization
 from flask import Flask
+from mail_time import unhurried
 from mailbox_server import Mailbox
 from smtp_servers import Certificates
 from smtp_servers import Fault
@@ -39,8 +40,6 @@ Original = smtp.EmailBackend
 Ours = pytest.importorskip("flask_apitask.mail.flask_mailman").EmailBackend
 
 OURS = "flask_apitask.mail.flask_mailman"
-# Seconds of timeout for what is to run into it.
-SHORT = 0.3
 
 
 @pytest.fixture
@@ -307,10 +306,10 @@ def test_a_large_block_gives_up_once(
     caplog.set_level(logging.INFO)
 
     with ScriptedServer() as server:
-        app, mail = make_app(server.port, APITASK_MAIL_TIMEOUT=SHORT)
+        app, mail = make_app(server.port)
         server.fail(Stage.GREETING, *[Fault.SILENCE] * 4)
 
-        with app.test_request_context(), open_scope():
+        with unhurried(server) as waits, app.test_request_context(), open_scope():
             connection = mail.get_connection(fail_silently=silent)
 
             if how == "open":
@@ -320,7 +319,7 @@ def test_a_large_block_gives_up_once(
                 for _ in range(4):
                     letter(connection=connection).send()
 
-    assert server.connects == 1
+    assert server.connects == len(waits) == 1
     assert caplog.text.count("It was not attempted.") == 3
     assert {r.levelname for r in caplog.records} == {"INFO" if silent else "ERROR"}
 
@@ -605,8 +604,8 @@ def test_fail_silently_is_no_error(
 
 def test_its_own_timeout_and_options() -> None:
     """MAIL_TIMEOUT is in place of APITASK_MAIL_TIMEOUT; options go to the server."""
-    with ScriptedServer() as server:
-        app, mail = make_app(server.port, MAIL_TIMEOUT=SHORT)
+    with ScriptedServer() as server, unhurried(server):
+        app, mail = make_app(server.port, MAIL_TIMEOUT=0.3)
         server.fail(Stage.GREETING, Fault.SILENCE)
 
         with app.app_context():

@@ -12,10 +12,13 @@ import sys
 import threading
 import time
 import typing as t
+from unittest import mock
 
 import pytest
 from conftest import wait_until
 from flask import Flask
+from mail_time import Clock
+from mail_time import unhurried
 from smtp_servers import Certificates
 from smtp_servers import Fault
 from smtp_servers import make_envelope
@@ -28,8 +31,8 @@ from flask_apitask.mail import pool as pool_module
 from flask_apitask.mail.envelope import SMTPSettings
 from flask_apitask.mail.pool import ConnectionPool
 
-# Seconds of timeout for what is to run into it.
-SHORT = 0.3
+# Seconds of timeout, by a clock that passes as a test says.
+TIMEOUT = 20.0
 
 
 def send(pool: ConnectionPool) -> None:
@@ -53,11 +56,35 @@ def send_many(pool: ConnectionPool, number: int, threads: int) -> None:
             future.result(PATIENCE * 3)
 
 
+class Slow(ScriptedServer):
+    """A server that takes a quarter of the timeout for each message, by the clock."""
+
+    def __init__(self, clock: Clock, **options: t.Any) -> None:
+        super().__init__(**options)
+        self._clock = clock
+
+    def next_fault(self, stage: Stage) -> Fault | bytes | None:
+        if stage is Stage.DOT:
+            self._clock.pass_by(TIMEOUT / 4)
+
+        return super().next_fault(stage)
+
+
+def look_again(pool: ConnectionPool) -> None:
+    """Have the thread that is first in line see what time it is."""
+    turn = pool._waiting[0]
+
+    with turn:
+        turn.notify()
+
+
 @pytest.mark.parametrize("size", [1, 2])
-def test_waiting_is_no_error_while_mail_is_taken(size: int) -> None:
+def test_waiting_is_no_error_while_mail_is_taken(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     """Each of many messages to a slow server may wait longer than the timeout."""
-    with ScriptedServer(delay=SHORT / 4) as server:
-        pool = ConnectionPool(server.settings(timeout=SHORT), size=size)
+    with Slow(Clock(monkeypatch)) as server:
+        pool = ConnectionPool(server.settings(timeout=TIMEOUT), size=size)
         send_many(pool, 12 * size, 12 * size)
         pool.close_idle()
 
@@ -65,20 +92,28 @@ def test_waiting_is_no_error_while_mail_is_taken(size: int) -> None:
     assert server.most_open <= size
 
 
-def test_waiting_is_no_error_while_a_message_is_read() -> None:
+def test_waiting_is_no_error_while_a_message_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A large message that takes longer than the timeout keeps others waiting."""
+    clock = Clock(monkeypatch)
+
     with ScriptedServer(buffer=65_536) as server:
-        pool = ConnectionPool(server.settings(timeout=SHORT), size=1)
+        pool = ConnectionPool(server.settings(timeout=TIMEOUT), size=1)
         session = pool.acquire()
 
-        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        with (
+            mock.patch.object(pool, "_time_left", wraps=pool._time_left) as looks,
+            concurrent.futures.ThreadPoolExecutor(1) as executor,
+        ):
             waiting = executor.submit(send, pool)
-            ends_at = time.monotonic() + SHORT * 3
 
-            while time.monotonic() < ends_at:
+            for count in range(1, 5):
+                wait_until(lambda count=count: looks.call_count == count)  # type: ignore[misc]
                 # What it is sent is taken, little by little.
-                session.heard_at = time.monotonic()
-                assert not concurrent.futures.wait([waiting], SHORT / 5).done
+                clock.pass_by(TIMEOUT * 0.6)
+                session.heard_at = clock.monotonic()
+                look_again(pool)
 
             pool.release(session)
             waiting.result(PATIENCE)
@@ -86,17 +121,30 @@ def test_waiting_is_no_error_while_a_message_is_read() -> None:
         pool.close_idle()
 
 
-def test_waiting_ends_when_the_server_is_silent() -> None:
+def test_waiting_ends_when_the_server_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A server that falls silent costs waiting threads one timeout, and no more."""
+    clock = Clock(monkeypatch)
+
     with ScriptedServer() as server:
-        pool = ConnectionPool(server.settings(timeout=SHORT), size=1)
-        server.fail(Stage.DOT, *[Fault.SILENCE] * 20)
-        began = time.monotonic()
+        pool = ConnectionPool(server.settings(timeout=TIMEOUT), size=1)
+        server.fail(Stage.DOT, Fault.SILENCE)
 
-        with pytest.raises(DeliveryError):
-            send_many(pool, 6, 6)
+        with concurrent.futures.ThreadPoolExecutor(6) as executor:
+            futures = [executor.submit(send, pool) for _ in range(6)]
+            wait_until(lambda: "in_use=1 idle=0 waiting=5" in f"{pool!r}")
+            (session,) = pool._in_use
+            # What it has sent is gone, and it has begun to wait for the reply.
+            wait_until(lambda: session._stage == "end of message")
+            clock.pass_by(TIMEOUT)
+            look_again(pool)
+            wait_until(lambda: sum(future.done() for future in futures) == 5)
+            server.hang_up()
+            errors = [future.exception(PATIENCE) for future in futures]
 
-        assert time.monotonic() - began < SHORT * 4
+    assert all(isinstance(error, DeliveryError) for error in errors)
+    assert server.connects == 1
 
 
 REFUSALS = [
@@ -195,19 +243,28 @@ def test_a_limit_that_stays_is_no_error_when_more_are_tried(
     assert len(server.taken) == 80
 
 
-def test_an_error_if_no_connection_can_do_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_if_no_connection_can_do_it(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server that lets nobody in is an error for each message, after a timeout."""
     caplog.set_level(logging.INFO, "flask_apitask")
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(clock, "sleep", lambda _: time.sleep(0.01))
 
     with ScriptedServer(allowed=0) as server:
-        pool = ConnectionPool(server.settings(timeout=SHORT), size=4)
-        began = time.monotonic()
+        pool = ConnectionPool(server.settings(timeout=TIMEOUT), size=4)
 
-        with concurrent.futures.ThreadPoolExecutor(8) as executor:
-            futures = [executor.submit(send, pool) for _ in range(8)]
+        with (
+            unhurried(),
+            concurrent.futures.ThreadPoolExecutor(4) as executor,
+            contextlib.ExitStack() as stack,
+        ):
+            stack.callback(clock.pass_by, TIMEOUT * 100)
+            futures = [executor.submit(send, pool) for _ in range(4)]
+            server.wait_for(lambda: server.refused >= 40)
+            assert not any(future.done() for future in futures)
+            clock.pass_by(TIMEOUT)
             errors = [future.exception(PATIENCE) for future in futures]
-
-        assert SHORT <= time.monotonic() - began < 3
 
     assert not caplog.records
     assert all(isinstance(error, DeliveryError) for error in errors)
@@ -239,7 +296,7 @@ def test_a_refusal_that_is_no_limit() -> None:
 def test_a_connection_from_before_a_fork_is_no_limit() -> None:
     """A child that goes on with its parent's batch still has all its places."""
     with ScriptedServer() as server:
-        pool = ConnectionPool(server.settings(timeout=SHORT), size=1)
+        pool = ConnectionPool(server.settings(), size=1)
 
         with pool.connection() as connection:
             connection.send(make_envelope())
@@ -260,7 +317,7 @@ def test_a_connection_from_before_a_fork_is_no_limit() -> None:
 def test_a_server_that_is_down_is_no_limit() -> None:
     """Where nobody is let in, all connections are tried again after it."""
     with ScriptedServer(allowed=0) as server:
-        pool = ConnectionPool(server.settings(timeout=SHORT), size=4)
+        pool = ConnectionPool(server.settings(timeout=0.3), size=4)
 
         with concurrent.futures.ThreadPoolExecutor(8) as executor:
             futures = [executor.submit(send, pool) for _ in range(8)]
@@ -282,7 +339,8 @@ def test_two_pools_share_one_connection(
     with ScriptedServer(
         user=user, allowed=1, refusal=refusal, pipelining=pipelining
     ) as server:
-        pools = [ConnectionPool(server.settings(), size=4) for _ in range(2)]
+        settings = server.settings(timeout=6.0)
+        pools = [ConnectionPool(settings, size=4) for _ in range(2)]
 
         with concurrent.futures.ThreadPoolExecutor(2) as executor:
             for sent in [executor.submit(send_many, pool, 10, 5) for pool in pools]:
@@ -299,7 +357,7 @@ import sys
 from flask_apitask.mail.pool import ConnectionPool
 from smtp_servers import SMTPSettings, make_envelope
 
-settings = SMTPSettings(port=int(sys.argv[1]), timeout=4)
+settings = SMTPSettings(port=int(sys.argv[1]), timeout=6)
 pool = ConnectionPool(settings, size=int(sys.argv[2]))
 
 for _ in range(10):
@@ -336,9 +394,7 @@ def test_two_processes_share_one_connection(size: str) -> None:
 def test_what_is_kept_is_given_back_once_it_is_scarce() -> None:
     """A process that was refused does not keep a connection that another waits for."""
     with ScriptedServer(allowed=1) as server:
-        first, second = (
-            ConnectionPool(server.settings(), size=2, keepalive=60) for _ in range(2)
-        )
+        first, second = (ConnectionPool(server.settings(), size=2) for _ in range(2))
 
         with first.connection() as connection:
             connection.send(make_envelope())
@@ -349,9 +405,10 @@ def test_what_is_kept_is_given_back_once_it_is_scarce() -> None:
                 connection.close()
                 waiting.result(PATIENCE)
 
-        began = time.monotonic()
+        # Not in the half of the timeout for which it is kept otherwise.
+        soon = time.monotonic() + pool_module._SHORTLY
+        assert all(due <= soon for due, _ in first._idle)
         send(second)
-        assert time.monotonic() - began < pool_module._SHORTLY + 2
         second.close_idle()
 
     assert len(server.taken) == 3
@@ -360,7 +417,7 @@ def test_what_is_kept_is_given_back_once_it_is_scarce() -> None:
 def test_what_is_idle_already_is_given_back_as_well() -> None:
     """Once it is known that connections are scarce, none is kept for long."""
     with ScriptedServer(allowed=2) as server:
-        pool = ConnectionPool(server.settings(), size=3, keepalive=60)
+        pool = ConnectionPool(server.settings(), size=3)
 
         with pool.connection() as first, pool.connection() as second:
             first.send(make_envelope())
@@ -380,14 +437,21 @@ def test_what_is_idle_already_is_given_back_as_well() -> None:
                 pool.release(fourth)
 
         assert {due for due, _ in pool._idle} != {first_due}
-        assert max(due for due, _ in pool._idle) <= time.monotonic() + 1
+        assert all(due <= time.monotonic() + 1 for due, _ in pool._idle)
         server.wait_for(lambda: server.quits == 2)
 
 
-def test_a_server_that_takes_mail_is_asked_for_longer() -> None:
+def test_a_server_that_takes_mail_is_asked_for_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Of many mails that wait for a turn, each has the timeout after the last one."""
-    with ScriptedServer(delay=SHORT / 2, allowed=1) as server:
-        settings = server.settings(timeout=SHORT, max_messages=1)
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(clock, "sleep", lambda _: time.sleep(0.01))
+
+    with Slow(clock, allowed=1) as server:
+        # Each of them is refused in its turn.
+        server.fail(Stage.GREETING, *[None, Fault.BUSY] * 8)
+        settings = server.settings(timeout=TIMEOUT, max_messages=1)
         pool = ConnectionPool(settings, size=2, keepalive=0)
         send_many(pool, 8, 8)
 
@@ -409,15 +473,21 @@ def test_other_refusals_are_the_limit_where_others_work(
     caplog.set_level(logging.INFO, "flask_apitask")
     user = ("me@example.com", "secret")
 
-    # Only a silent server is waited for, while others are busy for longer than that.
-    timeout = SHORT if refusal[1] is Fault.SILENCE else PATIENCE
+    with (
+        ScriptedServer(user=user, allowed=2, refusal=refusal, delay=0.01) as server,
+        unhurried(server),
+    ):
+        pool = ConnectionPool(server.settings(), size=4)
 
-    with ScriptedServer(user=user, allowed=2, refusal=refusal, delay=0.1) as server:
-        pool = ConnectionPool(server.settings(timeout=timeout), size=4)
+        # They have to work by then.
+        with pool.connection() as first, pool.connection() as second:
+            first.send(make_envelope())
+            second.send(make_envelope())
+
         send_many(pool, 16, 8)
         pool.close_idle()
 
-    assert len(server.taken) == 16
+    assert len(server.taken) == 18
     assert server.refused
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
@@ -441,9 +511,10 @@ def test_another_that_worked_is_closed_by_then(
 
     with (
         Waits(user=user) as server,
+        unhurried(server),
         concurrent.futures.ThreadPoolExecutor(1) as executor,
     ):
-        pool = ConnectionPool(server.settings(timeout=2.0), size=2, keepalive=0)
+        pool = ConnectionPool(server.settings(), size=2, keepalive=0)
 
         with pool.connection() as first:
             first.send(make_envelope())
@@ -464,15 +535,16 @@ def test_other_refusals_are_errors_where_none_works(
     refusal: tuple[Stage, Fault | bytes],
 ) -> None:
     """A server that is silent to all costs one timeout, and a 554 none."""
-    with ScriptedServer(allowed=0, refusal=refusal) as server:
-        pool = ConnectionPool(server.settings(timeout=1.0), size=4)
-        began = time.monotonic()
+    with (
+        ScriptedServer(allowed=0, refusal=refusal) as server,
+        unhurried(server) as waits,
+    ):
+        pool = ConnectionPool(server.settings(), size=4)
 
         with pytest.raises(DeliveryError):
             send(pool)
 
-        silent = refusal[1] is Fault.SILENCE
-        assert time.monotonic() - began < (1.9 if silent else 0.9)
+        assert len(waits) == (refusal[1] is Fault.SILENCE)
         assert server.connects == 1
 
 
@@ -634,9 +706,12 @@ def test_messages_that_are_too_many_at_once(caplog: pytest.LogCaptureFixture) ->
     assert "432 at end of message" in record.getMessage()
 
 
-def test_messages_of_others_are_too_many_at_once() -> None:
+def test_messages_of_others_are_too_many_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """If other processes use up the limit, it is tried again on the same connection."""
     limited = b"432 4.3.2 Concurrent connections limit exceeded.\r\n"
+    clock = Clock(monkeypatch)
 
     with ScriptedServer() as server:
         pool = ConnectionPool(server.settings(), size=4)
@@ -645,12 +720,13 @@ def test_messages_of_others_are_too_many_at_once() -> None:
         send(pool)
         assert server.connects == 1
         assert len(server.taken) == 2
-        server.fail(Stage.DOT, *[limited] * 20)
-        pool.settings = server.settings(timeout=SHORT)
+        server.fail(Stage.DOT, *[limited] * 40)
+        clock.slept.clear()
 
         with pytest.raises(DeliveryError, match="APITASK_MAIL_CONNECTIONS") as caught:
             send(pool)
 
+        assert sum(clock.slept) == pytest.approx(pool.settings.timeout)
         assert caught.value.smtp_code == 432
         pool.close_idle()
 

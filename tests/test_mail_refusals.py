@@ -12,6 +12,8 @@ import trustme
 from flask import Flask
 from flask_mail import Mail
 from flask_mail import Message
+from mail_time import Clock
+from mail_time import unhurried
 from smtp_servers import Fault
 from smtp_servers import make_envelope
 from smtp_servers import ScriptedServer
@@ -28,18 +30,29 @@ from flask_apitask.mail.replies import show
 USER = ("shop-user", "pa55-word")
 
 
+def send(pool: ConnectionPool, *recipients: str) -> None:
+    """Send one message."""
+    with pool.connection() as connection:
+        connection.send(make_envelope(*recipients))
+
+
 def refuse(
     stage: Stage, answer: bytes, *recipients: str, **settings: t.Any
 ) -> tuple[DeliveryError, str]:
     """Have a message refused, and return the error, and its text after the server."""
     with ScriptedServer(user=USER) as server:
         server.fail(stage, *[answer + b"\r\n"] * 20)
-        pool = ConnectionPool(server.settings(timeout=0.5, **settings))
+        pool = ConnectionPool(server.settings(timeout=5.0, **settings))
 
-        with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
-            connection.send(make_envelope(*recipients))
+        # Which is asked again, if it refuses for now.
+        with pytest.MonkeyPatch.context() as patch:
+            Clock(patch)
 
-        pool.close_idle()
+            with pytest.raises(DeliveryError) as caught:
+                send(pool, *recipients)
+
+            pool.close_idle()
+
         return caught.value, f"{caught.value}".replace(f"{pool.settings}", "SERVER")
 
 
@@ -284,8 +297,8 @@ def test_recipients_for_different_reasons() -> None:
             f"{name}@example.com" for name in ("ada", "bob", "cat", "dan", "eve", "flo")
         ]
 
-        with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
-            connection.send(make_envelope(*addresses))
+        with pytest.raises(DeliveryError) as caught:
+            send(pool, *addresses)
 
         pool.close_idle()
 
@@ -320,8 +333,8 @@ def test_some_recipients_that_were_refused() -> None:
         server.fail(Stage.RCPT, None, b"550 5.1.1 who?\r\n")
         pool = ConnectionPool(server.settings())
 
-        with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
-            connection.send(make_envelope("ada@example.com", "bob@example.com"))
+        with pytest.raises(DeliveryError) as caught:
+            send(pool, "ada@example.com", "bob@example.com")
 
         pool.close_idle()
 
@@ -341,15 +354,16 @@ def test_some_recipients_that_were_refused() -> None:
     ],
 )
 def test_which_key_to_look_at_when_a_connection_fails(
-    stage: Stage, fault: Fault | bytes, hint: str
+    monkeypatch: pytest.MonkeyPatch, stage: Stage, fault: Fault | bytes, hint: str
 ) -> None:
     """A failed connection names the keys that may be wrong, and has no reply."""
     with ScriptedServer() as server:
         server.fail(stage, *[fault] * 20)
         pool = ConnectionPool(server.settings(timeout=0.2))
+        Clock(monkeypatch)
 
-        with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
-            connection.send(make_envelope())
+        with unhurried(server), pytest.raises(DeliveryError) as caught:
+            send(pool)
 
     assert f"{caught.value}".endswith(hint)
     assert caught.value.smtp_code == (421 if isinstance(fault, bytes) else None)
@@ -360,14 +374,16 @@ def test_tls_on_the_wrong_port() -> None:
     with ScriptedServer() as server:
         pool = ConnectionPool(server.settings(use_ssl=True))
 
-        with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
-            connection.send(make_envelope())
+        with pytest.raises(DeliveryError) as caught:
+            send(pool)
 
     assert caught.value.stage == "TLS"
     assert "465 is usual for MAIL_USE_SSL, 587 for MAIL_USE_TLS" in f"{caught.value}"
 
 
-def test_a_greeting_that_is_cut_off_inside_of_tls() -> None:
+def test_a_greeting_that_is_cut_off_inside_of_tls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With MAIL_USE_SSL on, the advice is not to set it."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -375,11 +391,12 @@ def test_a_greeting_that_is_cut_off_inside_of_tls() -> None:
 
     with ScriptedServer(tls=context, implicit=True) as server:
         server.fail(Stage.GREETING, *[Fault.DROP] * 20)
-        settings = server.settings(use_ssl=True, tls_verify=False, timeout=0.5)
+        settings = server.settings(use_ssl=True, tls_verify=False, timeout=5.0)
         pool = ConnectionPool(settings)
+        Clock(monkeypatch)
 
-        with pytest.raises(DeliveryError) as caught, pool.connection() as connection:
-            connection.send(make_envelope())
+        with pytest.raises(DeliveryError) as caught:
+            send(pool)
 
     assert f"{caught.value}".endswith(" failed at the greeting: the server closed it.")
 
@@ -486,13 +503,17 @@ def test_an_error_of_several_messages() -> None:
 @pytest.mark.parametrize("fault", [Fault.DROP, Fault.PERMANENT, b"421 enough\r\n"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_short_traceback(
-    caplog: pytest.LogCaptureFixture, fault: Fault | bytes, number: int
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Fault | bytes,
+    number: int,
 ) -> None:
     """Of ours the traceback has the delivering function, and nothing below it."""
     with ScriptedServer(user=USER) as server:
         server.fail(Stage.AUTH, *[fault] * 20)
         user = {"MAIL_USERNAME": USER[0], "MAIL_PASSWORD": USER[1]}
-        app, mail = make_app(server, APITASK_MAIL_TIMEOUT=0.3, **user)
+        app, mail = make_app(server, **user)
+        Clock(monkeypatch)
 
         with app.test_request_context(), mail.connect() as connection:
             for _ in range(number):

@@ -746,12 +746,20 @@ def test_shutdown(make_app: AppFactory) -> None:
     assert calls.done == ["kept"]
 
 
-def test_deadline(make_app: AppFactory) -> None:
+def test_deadline(make_app: AppFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wait for deferred tasks has the usual deadline."""
     app, calls = make_app(APITASK_TIMEOUT=0.05), Calls()
-    released = threading.Event()
+    begun, released = threading.Event(), threading.Event()
+    join = TaskScope._join
+
+    def join_late(scope: TaskScope, timeout: float | None) -> int:
+        assert begun.wait(PATIENCE)
+        return join(scope, timeout)
+
+    monkeypatch.setattr(TaskScope, "_join", join_late)
 
     def hold_up() -> None:
+        begun.set()
         assert released.wait(PATIENCE)
 
     @app.get("/")
@@ -773,16 +781,18 @@ def test_deadline_before_a_stream(
     Nor does what it defers then wait for anything.
     """
     app, calls = make_app(APITASK_TIMEOUT=0.05), Calls()
-    released = threading.Event()
+    begun, released = threading.Event(), threading.Event()
     futures: list[concurrent.futures.Future[None]] = []
 
     def hold_up() -> None:
+        begun.set()
         assert released.wait(PATIENCE)
         calls.put_off()
 
     @app.get("/")
     def page() -> Response:
         futures.append(run(hold_up))
+        assert begun.wait(PATIENCE)
         return Response(iter(["a", "b"]))
 
     with app.app_context():
@@ -801,9 +811,10 @@ def test_stream_that_fails_after_a_deadline(
 ) -> None:
     """A task that was given up before a stream still waits for the stream's success."""
     app, calls = make_app(APITASK_TIMEOUT=0.05), Calls()
-    released, deferred = threading.Event(), threading.Event()
+    begun, released, deferred = (threading.Event() for _ in range(3))
 
     def hold_up() -> None:
+        begun.set()
         assert released.wait(PATIENCE)
         calls.put_off()
         deferred.set()
@@ -817,6 +828,7 @@ def test_stream_that_fails_after_a_deadline(
     @app.get("/")
     def page() -> Response:
         run(hold_up)
+        assert begun.wait(PATIENCE)
         return Response(stream())
 
     with app.app_context():

@@ -81,6 +81,8 @@ def test_stack_of_a_task_of_the_standard_library(
     @app.get("/")
     def index() -> str:
         run(gate.opened.wait, PATIENCE)
+        # It is in that function, and waits.
+        wait_until(lambda: bool(gate.opened._cond._waiters))  # type: ignore[attr-defined]
         return "ok"
 
     first, _ = report(app, caplog)
@@ -130,6 +132,8 @@ def test_stack_of_a_mail(
 ) -> None:
     """That of a mail begins where the delivery does."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE)
+        connections: list[socket.socket] = []
         app = make_app(
             APITASK_TIMEOUT=DEADLINE,
             APITASK_MAIL_BACKGROUND=True,
@@ -142,13 +146,13 @@ def test_stack_of_a_mail(
         @app.get("/")
         def index() -> str:
             mail.send_message("hi", sender="a@x.org", recipients=["b@x.org"])
+            connections.append(silent.accept()[0])
             return "ok"
 
         first, _ = report(app, caplog)
         # It is let go, and finds nobody when it tries again.
-        connection, _ = silent.accept()
         silent.close()
-        connection.close()
+        connections[0].close()
         wait_until(lambda: not app.extensions["apitask"].pool._busy)
 
     assert first.startswith("'flask_mail.send':\n")

@@ -154,7 +154,7 @@ def test_record_of_a_task_at_its_deadline(
 ) -> None:
     """A task that has not begun at the deadline counts as dropped."""
     app, gate = make_app(APITASK_MAX_WORKERS=1, APITASK_TIMEOUT=0.05), Gate()
-    answer(app, lambda: [run(gate), run(half, 1)])
+    answer(app, lambda: [run(gate), gate.begun.wait(PATIENCE), run(half, 1)])
 
     with record_tasks() as tasks:
         app.test_client().get("/")

@@ -1,0 +1,88 @@
+"""What keeps tests of timeouts independent of how busy the machine is."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import sys
+import threading
+import time
+import typing as t
+
+from smtp_servers import PATIENCE
+
+from flask_apitask.mail import stream
+
+if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
+    import pytest
+    from smtp_servers import ScriptedServer
+
+
+class Clock:
+    """The time of the modules that send: it passes when they sleep or a test says so.
+
+    Sockets, locks and dates still go by the real one.
+    """
+
+    time = staticmethod(time.time)
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = time.monotonic()
+        self.slept: list[float] = []
+        self.asked = threading.Event()
+
+        for name, module in list(sys.modules.items()):
+            if name.startswith("flask_apitask.mail.") and hasattr(module, "time"):
+                monkeypatch.setattr(module, "time", self)
+
+    def monotonic(self) -> float:
+        """Return the time."""
+        self.asked.set()
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        """Be later by that, at once."""
+        self.slept.append(seconds)
+        self.pass_by(seconds)
+
+    def pass_by(self, seconds: float) -> None:
+        """Let time pass."""
+        self._now += seconds
+
+
+@contextlib.contextmanager
+def unhurried(server: ScriptedServer | None = None) -> cabc.Iterator[list[float]]:
+    """Let a server take its time for each reply, and nobody wait once it is silent.
+
+    A wait that is in vain ends as soon as the server plays :attr:`Fault.SILENCE`, as if
+    its time was over. The list has how long each of them was to be.
+    """
+    in_vain: list[float] = []
+    read_line = stream.SMTPStream._read_line
+
+    def read(self: stream.SMTPStream, deadline: float) -> bytes:
+        began = stream.time.monotonic()  # type: ignore[attr-defined]
+        until = time.monotonic() + PATIENCE
+
+        while not (self._received or _has_answered(self.sock)):
+            if server is not None and self.sock.getsockname() in server.silent_to:
+                in_vain.append(deadline - began)
+                return read_line(self, 0.0)
+
+            assert time.monotonic() < until, "the server is silent"
+
+        return read_line(self, began + PATIENCE)
+
+    stream.SMTPStream._read_line = read  # type: ignore[method-assign]
+
+    try:
+        yield in_vain
+    finally:
+        stream.SMTPStream._read_line = read_line  # type: ignore[method-assign]
+
+
+def _has_answered(sock: t.Any) -> bool:
+    pending = getattr(sock, "pending", int)
+    return bool(pending() or select.select([sock], [], [], 0.01)[0])
