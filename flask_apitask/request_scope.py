@@ -160,28 +160,33 @@ class RequestScope:
             scope, self._scope = self._scope, None
             deferred, self._deferred = self._deferred, ()
 
-        now: tuple[TaskScope, ...] = () if scope is None else (scope,)
+        own: tuple[TaskScope, ...] = () if scope is None else (scope,)
         closing = None if self.closing is None else self._find_closing(self.closing)
-        is_later = closing is not None and (closing.answers_first or closing.is_stream)
 
-        if scope is not None and (self.failure is not None or not is_later):
+        if scope is not None and (self.failure or not (closing and closing.settles)):
             scope.settle(self.failure)
 
         if closing is None:
-            now = deferred + now
+            self._wait(deferred + own)
         elif closing.answers_first:
-            closing.add(*deferred, *now)
-            now = ()
+            closing.add(*deferred, *own)
         else:
             closing.add(*deferred)
+            is_sent = False
 
-        try:
-            raised = end_all(now)
-            self.raised = self.raised or raised
-        finally:
-            # A task may have deferred another one, or may do so until the stream ends.
-            if closing is not None and closing.is_stream:
-                closing.add(*now, waited_for=True)
+            try:
+                self._wait(own)
+                is_sent = self.raised is None
+            finally:
+                # A task may have deferred another one, or may do so until the close.
+                closing.add(*own, waited_for=True)
+
+                if not is_sent:
+                    closing.close("no response was sent")
+
+    def _wait(self, scopes: tuple[TaskScope, ...]) -> None:
+        raised = end_all(scopes)
+        self.raised = self.raised or raised
 
     def take_raised(self) -> BaseException | None:
         """Return the exception that the end of the request is to raise; forget it."""
