@@ -99,15 +99,15 @@ class HoldingQueue(TaskQueue):
         if self._forked:
             return
 
-        lacking = 0
+        needed = 0
 
         with self._lock:
             for future in futures:
                 if self._take_held(future):
                     future.held = False
-                    lacking += self._add(future)
+                    needed = max(needed, self._add(future))
 
-        self._request_threads(lacking)
+        self._request_threads(needed)
 
     def let_go(self, future: TaskFuture[t.Any]) -> bool:
         """Stop holding a task, for the caller to run it; return whether it was held."""

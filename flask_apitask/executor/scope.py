@@ -78,11 +78,11 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
             if self._closed:
                 raise _refusal(task)
 
-            lacking = self._add(future)
+            needed = self._add(future)
 
         try:
-            if lacking:
-                self._request_threads(lacking)
+            if needed:
+                self._request_threads(needed)
 
             return future
         finally:
