@@ -956,7 +956,7 @@ def test_upload_that_the_view_has_opened_before(
 def test_uploads_of_a_request_that_is_not_closed(
     make_app: AppFactory, size: int
 ) -> None:
-    """A teardown function that raises keeps no upload, though the request stays open."""
+    """A teardown function that raises does not keep the uploads of its request."""
     app = make_app()
     files: list[weakref.ref[object]] = []
 
