@@ -6,8 +6,8 @@ import typing as t
 
 from . import routes
 from .api import current_scope
+from .api import find_task_scope
 from .api import warn_without_apitask
-from .context import current_frame
 from .context import find_app_context
 from .context import find_request_context
 from .executor.future import TaskFuture
@@ -92,7 +92,7 @@ def run_on_commit(
     if routes.router is not None:
         task, args, kwargs = routes.router(task, args, kwargs)
 
-    own, task_scope = current_scope(), _find_task_scope()
+    own, task_scope = current_scope(), find_task_scope()
     scope, future = own or task_scope, None
 
     if scope is not None:
@@ -243,19 +243,6 @@ def _end_transaction(session: orm.Session, transaction: orm.SessionTransaction) 
     """
     if transaction.nested or transaction.parent is None:
         session.info[_KEY].end(transaction, session.get_nested_transaction())
-
-
-def _find_task_scope() -> TaskScope | None:
-    """Return the scope of the calling task, while that scope still exists."""
-    context, frame = find_app_context(), current_frame.get()
-
-    if context is None or frame is None or frame.task_of is None:
-        return None
-
-    request_context = find_request_context()
-    request = request_context and request_context.request
-    is_here = frame.app is context.app and frame.request is request
-    return frame.task_of() if is_here else None
 
 
 def _make_runner(scope: TaskScope | None) -> Runner:
