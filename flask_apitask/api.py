@@ -10,6 +10,7 @@ from . import request_scope
 from . import routes
 from .block_scope import Block
 from .block_scope import read_limits
+from .calling import call_observed
 from .config import read_wait
 from .context import current_frame
 from .context import find_app_context
@@ -20,8 +21,7 @@ from .executor.future import TaskFuture
 from .executor.runner import Runner
 from .executor.task import make_callable
 from .log import log_once
-from .runner import call_observed
-from .runner import PlainRunner
+from .task_runner import PlainRunner
 from .watching import watch
 
 if t.TYPE_CHECKING:

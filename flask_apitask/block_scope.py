@@ -15,7 +15,7 @@ from .context import Frame
 from .context import is_in_task
 from .context import walk_frames
 from .outcome import find_failure
-from .runner import TaskRunner
+from .task_runner import TaskRunner
 from .watching import watch_responses
 
 if t.TYPE_CHECKING:

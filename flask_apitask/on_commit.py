@@ -8,6 +8,7 @@ from . import routes
 from .api import current_scope
 from .api import find_task_scope
 from .api import warn_without_apitask
+from .calling import call_observed
 from .context import find_app_context
 from .context import find_request_context
 from .executor.future import TaskFuture
@@ -15,8 +16,7 @@ from .executor.runner import Runner
 from .executor.task import make_callable
 from .executor.task import task_name
 from .log import log
-from .runner import call_observed
-from .runner import TaskRunner
+from .task_runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc

@@ -14,7 +14,7 @@ from .context import MERGED
 from .context import mix_in
 from .outcome import find_failure
 from .own_session import OwnSessions
-from .runner import TaskRunner
+from .task_runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import weakref

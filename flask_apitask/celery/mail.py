@@ -11,6 +11,8 @@ from celery.exceptions import Reject
 from celery.exceptions import Retry
 from celery.exceptions import TaskPredicate
 
+from ..calling import call_observed
+from ..calling import HandsOver
 from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
 from ..mail.envelope import Envelope
@@ -18,8 +20,6 @@ from ..mail.replies import Reply
 from ..mail.replies import show
 from ..mail.settings import is_suppressed
 from ..mail.stream import ConnectionLost
-from ..runner import call_observed
-from ..runner import HandsOver
 from ..task_log import log_failure
 from .state import find_celery
 from .state import find_state
@@ -30,8 +30,8 @@ if t.TYPE_CHECKING:
     import celery
     from flask import Flask
 
+    from ..calling import Call
     from ..mail.sending import Batch
-    from ..runner import Call
     from .state import CeleryState
 
 MAIL: t.Final = "flask_mail.send"
@@ -81,7 +81,7 @@ class MailHandover(HandsOver):
             # Not at the top: this import changes how email encodes any text.
             from ..mail.flask_mail import deliver
 
-            call._replace(args=(pool, left, before)).of(deliver)
+            call._replace(args=(pool, left, before)).run_here(deliver)
 
     def _publish(self, app: Flask, envelope: Envelope, submitted: float) -> bool:
         if len(envelope.content) > self._state.config.celery_mail_size:

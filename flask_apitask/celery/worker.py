@@ -9,6 +9,7 @@ from types import FunctionType
 from celery import shared_task
 from celery.exceptions import TaskPredicate
 
+from ..calling import call_observed
 from ..context import current_frame
 from ..context import find_app_context
 from ..context import find_request_context
@@ -16,7 +17,6 @@ from ..context import Frame
 from ..executor.task import all_names
 from ..executor.task import find_named
 from ..executor.task import naming_checks
-from ..runner import call_observed
 from ..task_log import log_failure
 from .state import find_submitted
 

@@ -7,9 +7,9 @@ import typing as t
 import flask_mail
 from flask import current_app
 
+from ..calling import notify
 from ..context import find_app_context
 from ..executor.task import task
-from ..runner import notify
 from . import sending
 from .changes import find_change
 from .changes import use_change

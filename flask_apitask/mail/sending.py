@@ -11,12 +11,12 @@ from ..api import current_scope
 from ..api import find_holder
 from ..api import run
 from ..api import warn_without_apitask
+from ..calling import HandsOver
 from ..config import is_true
 from ..config import refuse
 from ..exceptions import DeliveryError
 from ..executor.pool import threads_enabled
 from ..on_success import run_on_success
-from ..runner import HandsOver
 from .announcing import Outbox
 from .pool import find_pool
 from .settings import read_settings
