@@ -277,18 +277,15 @@ class ThreadPool:
 
     def _count(self) -> int:
         """Count the threads that ``size`` limits. Needs the lock."""
-        abandoned = min(len(self._abandoned), self._size)
-        return len(self._busy) + len(self._idle) - abandoned
+        counted = len(self._busy) + len(self._idle)
+        return counted - min(len(self._abandoned), self._size)
 
     def _give_up(self, worker: Worker, error: BaseException) -> bool:
         """Forget a worker that could not be woken; return whether its start failed."""
         with self._lock:
             worker.scope = None
             self._busy.discard(worker)
-
-            if worker in self._idle:
-                self._idle.remove(worker)
-
+            self._idle = [other for other in self._idle if other is not worker]
             self._settled.notify_all()
 
         # If the thread runs after all, it ends.

@@ -241,7 +241,7 @@ class TaskQueue:
     def _request_threads(
         self, most: int, *, renew: bool = False, serves: bool = False
     ) -> None:
-        """Request threads for queued tasks. If there are none, run the tasks here.
+        """Request threads for queued tasks. If there are none at all, run them here.
 
         :param most: The number of threads to be on their way, at most.
         :param renew: Repeat the requests that are in the pool's queue: now the pool
@@ -275,20 +275,24 @@ class TaskQueue:
             self._request_threads(most, renew=True, serves=serves)
             raise
 
-        if lacking:
-            this = threading.get_ident()
-
-            with self._lock:
-                self._requested = max(0, self._requested - lacking)
-                others = any(future.thread != this for future in self._running)
-                alone = not (serves or others or self._requested)
-
-            if alone:
-                self.serve("inline")
+        if lacking and self._is_alone(lacking) and not serves:
+            self.serve("inline")
 
         # The scope may have ended before these requests could be withdrawn.
         if self._closed:
             self._drop_requests()
+
+    def _is_alone(self, refused: int) -> bool:
+        """Return whether no other thread serves the queue or is on its way.
+
+        :param refused: The number of threads that can't be started.
+        """
+        this = threading.get_ident()
+
+        with self._lock:
+            self._requested = max(0, self._requested - refused)
+            others = any(future.thread != this for future in self._running)
+            return not others and not self._requested
 
     def _drop_requests(self) -> None:
         """Withdraw useless requests, which would keep the scope's objects alive."""
