@@ -14,6 +14,7 @@ from .context import task_locals
 if t.TYPE_CHECKING:
     import typing_extensions as te
 
+# An attribute of a shared file: the lock that guards its own position, the view's.
 _LOCK: t.Final = "_flask_apitask_lock"
 
 
@@ -112,7 +113,6 @@ def share_files(files: t.Any) -> None:
         # An app may have Werkzeug write uploads to files of its own. Leave those alone,
         # and closed ones.
         if isinstance(stream, tempfile.SpooledTemporaryFile) and not stream.closed:
-            # Guards the file's own position, which is the view's.
             vars(stream).setdefault(_LOCK, threading.Lock())
             mix_in(stream, SharedFile)
 
