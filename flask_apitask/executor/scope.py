@@ -152,7 +152,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
         if cancel_futures:
             self._cancel_queued()
-            self._drop_held("its scope was shut down", for_success=True)
+            self.drop("its scope was shut down", *(self._held or ()))
 
         if wait:
             self._join(None)
@@ -172,8 +172,8 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
             # A fast path: most scopes hold no deferred tasks.
             if self._held:
-                reason = "its scope ended before the commit"
-                self._drop_held(reason, for_success=False)
+                held = self._find_held(for_success=False)
+                self.drop("its scope ended before the commit", *held)
 
             if self._join(self._timeout) and self._timeout is not None:
                 self._give_up(self._timeout)
