@@ -248,11 +248,8 @@ def end_leftovers(error: BaseException | None = None) -> None:
     """
     # Keep this cheap: the app context of each task calls it too.
     for scope in getattr(find_app_context(), _LEFTOVERS, ()):
-        if scope.ended:
-            continue
-
         # An app context may end within a request that goes on.
-        if scope is not getattr(find_request_context(), _SCOPE, None):
+        if not (scope.ended or scope is getattr(find_request_context(), _SCOPE, None)):
             scope.note(sys.exc_info()[1] or error)
             scope.end()
 

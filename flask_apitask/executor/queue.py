@@ -66,6 +66,9 @@ class TaskQueue:
         looks for waiting threads.
     4.  *Fork.* The child has tasks that run in the parent, and its copy of the lock may
         stay locked for ever. So a fork is checked for before the lock is taken.
+    5.  *Interrupted request.* A Ctrl-C hits after a thread was counted as requested,
+        and before it was, so that others wait for it in vain. So the count is made
+        anew then.
     """
 
     def __init__(
