@@ -24,6 +24,7 @@ if t.TYPE_CHECKING:
     import sqlalchemy.orm as orm
 
     from .executor.runner import How
+    from .executor.runner import Work
     from .executor.scope import TaskScope
     from .executor.task import Task
 
@@ -265,14 +266,8 @@ def _make_runner(scope: TaskScope | None) -> Runner:
 class _LoggingRunner(Runner):
     """Calls a task and logs what it raises, where there is no :class:`ApiTask`."""
 
-    def run(
-        self,
-        task: t.Any,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-        submitted: float,
-        how: How,
-    ) -> t.Any:
+    def run(self, work: Work, how: How) -> t.Any:
+        task, args, kwargs, submitted = work
         context = find_app_context()
         app = None if context is None else context.app
 

@@ -40,6 +40,7 @@ if t.TYPE_CHECKING:
     from .executor.pool import ThreadPool
     from .executor.runner import How
     from .executor.runner import TimeoutReport
+    from .executor.runner import Work
 
     Fn = cabc.Callable[..., t.Any]
 
@@ -58,15 +59,10 @@ class PlainRunner(Runner):
         except BaseException as error:
             log_callback(self._app, callback, error)
 
-    def drop(
-        self,
-        task: Fn,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-        submitted: float,
-        reason: str | None = None,
-    ) -> None:
+    def drop(self, work: Work, reason: str | None = None) -> None:
         """Log that a task was dropped, and send the signal."""
+        task, args, kwargs, submitted = work
+
         if reason is not None:
             log_drop(self._app, task, reason)
 
@@ -110,14 +106,8 @@ class TaskRunner(PlainRunner):
         self._frame.task_of = weakref.ref(scope)
         return scope
 
-    def run(
-        self,
-        task: Fn,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-        submitted: float,
-        how: How,
-    ) -> t.Any:
+    def run(self, work: Work, how: How) -> t.Any:
+        task, args, kwargs, submitted = work
         app, started = self._app, time.monotonic()
 
         if self._shared is not None:

@@ -17,7 +17,7 @@ from .task import task_name
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from .future import Work
+    from .runner import Work
 
 
 P = t.ParamSpec("P")
