@@ -10,6 +10,7 @@ from . import request_scope
 from . import routes
 from .block_scope import Block
 from .block_scope import read_limits
+from .calling import call_observed
 from .config import read_wait
 from .context import current_frame
 from .context import find_app_context
@@ -20,8 +21,7 @@ from .executor.future import TaskFuture
 from .executor.runner import Runner
 from .executor.task import make_callable
 from .log import log_once
-from .runner import call_observed
-from .runner import PlainRunner
+from .task_runner import PlainRunner
 from .watching import watch
 
 if t.TYPE_CHECKING:
@@ -29,6 +29,7 @@ if t.TYPE_CHECKING:
 
     from flask import Flask
 
+    from .context import Frame
     from .executor.scope import TaskScope
     from .executor.task import Task
     from .request_scope import AppState
@@ -266,7 +267,24 @@ def _check_view(view: t.Any) -> None:
 
 def find_holder() -> TaskScope | None:
     """Return the scope whose success starts a task: inside a task, the task's own."""
-    return _find_scope(holds=True)
+    app_context = find_app_context()
+
+    if app_context is not None and "apitask" in app_context.app.extensions:
+        watch(app_context.app)
+
+    return find_task_scope() or _find_scope(holds=True)
+
+
+def find_task_scope() -> TaskScope | None:
+    """Return the scope of the task that the caller is in, while that scope exists."""
+    app_context = find_app_context()
+    app = None if app_context is None else app_context.app
+    frame = _find_frame(app, find_request_context())
+
+    if frame is None or frame.task_of is None or frame.app is not app:
+        return None
+
+    return frame.task_of()
 
 
 def _find_scope(*, holds: bool = False) -> TaskScope | None:
@@ -282,21 +300,13 @@ def _find_scope(*, holds: bool = False) -> TaskScope | None:
         return None
 
     app: Flask = app_context.app
-
-    if holds and "apitask" in app.extensions:
-        watch(app)
-
     request_context = find_request_context()
-    request = request_context and request_context.request
 
-    # The innermost frame of this request and this app counts.
-    for frame in walk_frames() if current_frame.get() else ():
-        if request is None or frame.request is request:
-            if holds and frame.task_of is not None and frame.app is app:
-                return frame.task_of()
+    # A fast path: most callers are neither in a task nor in a block.
+    frame = _find_frame(app, request_context) if current_frame.get() else None
 
-            if frame.scope is None or frame.app is app:
-                return frame.scope
+    if frame is not None:
+        return frame.scope
 
     if request_context is None or request_context.app is not app:
         return None
@@ -307,8 +317,17 @@ def _find_scope(*, holds: bool = False) -> TaskScope | None:
         return None
 
     scope = request_scope.find_request_scope(request_context)
+    open_scope = scope.open_holding if holds else scope.open
+    return open_scope(app_context, request_context)
 
-    if holds:
-        return scope.open_holding(app_context, request_context)
 
-    return scope.open(app_context, request_context)
+def _find_frame(app: Flask | None, request_context: t.Any) -> Frame | None:
+    """Return the innermost frame that counts in the current request."""
+    request = request_context and request_context.request
+
+    for frame in walk_frames():
+        if request is None or frame.request is request:
+            if frame.scope is None or frame.app is app:
+                return frame
+
+    return None

@@ -15,7 +15,7 @@ from .context import Frame
 from .context import is_in_task
 from .context import walk_frames
 from .outcome import find_failure
-from .runner import TaskRunner
+from .task_runner import TaskRunner
 from .watching import watch_responses
 
 if t.TYPE_CHECKING:
@@ -88,18 +88,15 @@ class Block:
         if frame in walk_frames():
             current_frame.set(frame.parent)
 
-        context = find_request_context()
+        context = find_request_context() if self._at_close else None
 
         # A function called by a task has nothing to do with the response.
-        if not self._at_close or context is None or is_in_task(context.request):
-            return True
+        if context and context.app is frame.app and not is_in_task(context.request):
+            watch_responses(frame.app)
+            request_scope.find_request_scope(context).defer(self._scope)
+            return False
 
-        if context.app is not frame.app:
-            return True
-
-        watch_responses(frame.app)
-        request_scope.find_request_scope(context).defer(self._scope)
-        return False
+        return True
 
 
 def read_limits(

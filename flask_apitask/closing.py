@@ -34,6 +34,11 @@ class Closing:
         self._scopes: dict[TaskScope, bool] = {}
         self._closed = False
 
+    @property
+    def settles(self) -> bool:
+        """Whether only the close tells if the request has succeeded."""
+        return self.answers_first or self.is_stream
+
     def add(self, *scopes: TaskScope, waited_for: bool = False) -> None:
         """End scopes at the close, or now if the response is already closed.
 

@@ -104,27 +104,14 @@ class ApiTask:
             )
 
         config = Config.from_mapping(app.config)
-
         _warn_of_mistakes(app)
-        reroute = None
-
-        if config.mail_background:
-            # Here, so that other apps don't pay for the import.
-            from .mail import find_reroute
-
-            reroute = find_reroute()
-
-        use_celery = _find_use_celery() if config.uses_celery else None
-
+        set_ups = _find_set_ups(config)
         # First: if Flask refuses them because the app has served a request, nothing
         # else has been changed.
         _add_hooks(app, config)
 
-        if reroute is not None:
-            reroute(app, config)
-
-        if use_celery is not None:
-            use_celery(app, config)
+        for set_up in set_ups:
+            set_up(app, config)
 
         state = request_scope.AppState(config, ThreadPool(config.pool_size))
         app.extensions["apitask"] = state
@@ -132,7 +119,7 @@ class ApiTask:
         request_started.connect(_warn_of_late_keys, app)
         request_started.disconnect(_warn_of_missing)
 
-        if reroute is not None and config.mail_start == "success":
+        if config.mail_background and config.mail_start == "success":
             watch(app)
 
         if config.enabled and config.wait == "close":
@@ -182,16 +169,27 @@ def _warn_of_mistakes(app: Flask) -> None:
         log_once(app, mistake, "%s", mistake)
 
 
-def _find_use_celery() -> cabc.Callable[[Flask, Config], None]:
-    try:
-        from .celery import use_celery
-    except ImportError as error:
-        if error.name != "celery":
-            raise
+def _find_set_ups(config: Config) -> list[cabc.Callable[[Flask, Config], None]]:
+    """Return what sets an app up for mail and Celery, imported only if it uses them."""
+    set_ups: list[cabc.Callable[[Flask, Config], None]] = []
 
-        raise RuntimeError(
-            "APITASK_ROUTES sends tasks to Celery, but Celery is not installed. Install"
-            ' it with: pip install "flask-apitask[celery]"'
-        ) from error
+    if config.mail_background:
+        from .mail import find_reroute
 
-    return use_celery
+        set_ups.append(find_reroute())
+
+    if config.uses_celery:
+        try:
+            from .celery import use_celery
+        except ImportError as error:
+            if error.name != "celery":
+                raise
+
+            raise RuntimeError(
+                "APITASK_ROUTES sends tasks to Celery, but Celery is not installed."
+                ' Install it with: pip install "flask-apitask[celery]"'
+            ) from error
+
+        set_ups.append(use_celery)
+
+    return set_ups

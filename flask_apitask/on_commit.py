@@ -6,8 +6,9 @@ import typing as t
 
 from . import routes
 from .api import current_scope
+from .api import find_task_scope
 from .api import warn_without_apitask
-from .context import current_frame
+from .calling import call_observed
 from .context import find_app_context
 from .context import find_request_context
 from .executor.future import TaskFuture
@@ -15,8 +16,7 @@ from .executor.runner import Runner
 from .executor.task import make_callable
 from .executor.task import task_name
 from .log import log
-from .runner import call_observed
-from .runner import TaskRunner
+from .task_runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -24,6 +24,7 @@ if t.TYPE_CHECKING:
     import sqlalchemy.orm as orm
 
     from .executor.runner import How
+    from .executor.runner import Work
     from .executor.scope import TaskScope
     from .executor.task import Task
 
@@ -92,7 +93,7 @@ def run_on_commit(
     if routes.router is not None:
         task, args, kwargs = routes.router(task, args, kwargs)
 
-    own, task_scope = current_scope(), _find_task_scope()
+    own, task_scope = current_scope(), find_task_scope()
     scope, future = own or task_scope, None
 
     if scope is not None:
@@ -245,19 +246,6 @@ def _end_transaction(session: orm.Session, transaction: orm.SessionTransaction) 
         session.info[_KEY].end(transaction, session.get_nested_transaction())
 
 
-def _find_task_scope() -> TaskScope | None:
-    """Return the scope of the calling task, while that scope still exists."""
-    context, frame = find_app_context(), current_frame.get()
-
-    if context is None or frame is None or frame.task_of is None:
-        return None
-
-    request_context = find_request_context()
-    request = request_context and request_context.request
-    is_here = frame.app is context.app and frame.request is request
-    return frame.task_of() if is_here else None
-
-
 def _make_runner(scope: TaskScope | None) -> Runner:
     """Return the runner for a task that no scope holds.
 
@@ -278,14 +266,8 @@ def _make_runner(scope: TaskScope | None) -> Runner:
 class _LoggingRunner(Runner):
     """Calls a task and logs what it raises, where there is no :class:`ApiTask`."""
 
-    def run(
-        self,
-        task: t.Any,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-        submitted: float,
-        how: How,
-    ) -> t.Any:
+    def run(self, work: Work, how: How) -> t.Any:
+        task, args, kwargs, submitted = work
         context = find_app_context()
         app = None if context is None else context.app
 

@@ -14,7 +14,7 @@ from .context import MERGED
 from .context import mix_in
 from .outcome import find_failure
 from .own_session import OwnSessions
-from .runner import TaskRunner
+from .task_runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import weakref
@@ -160,28 +160,33 @@ class RequestScope:
             scope, self._scope = self._scope, None
             deferred, self._deferred = self._deferred, ()
 
-        now: tuple[TaskScope, ...] = () if scope is None else (scope,)
+        own: tuple[TaskScope, ...] = () if scope is None else (scope,)
         closing = None if self.closing is None else self._find_closing(self.closing)
-        is_later = closing is not None and (closing.answers_first or closing.is_stream)
 
-        if scope is not None and (self.failure is not None or not is_later):
+        if scope is not None and (self.failure or not (closing and closing.settles)):
             scope.settle(self.failure)
 
         if closing is None:
-            now = deferred + now
+            self._wait(deferred + own)
         elif closing.answers_first:
-            closing.add(*deferred, *now)
-            now = ()
+            closing.add(*deferred, *own)
         else:
             closing.add(*deferred)
+            is_sent = False
 
-        try:
-            raised = end_all(now)
-            self.raised = self.raised or raised
-        finally:
-            # A task may have deferred another one, or may do so until the stream ends.
-            if closing is not None and closing.is_stream:
-                closing.add(*now, waited_for=True)
+            try:
+                self._wait(own)
+                is_sent = self.raised is None
+            finally:
+                # A task may have deferred another one, or may do so until the close.
+                closing.add(*own, waited_for=True)
+
+                if not is_sent:
+                    closing.close("no response was sent")
+
+    def _wait(self, scopes: tuple[TaskScope, ...]) -> None:
+        raised = end_all(scopes)
+        self.raised = self.raised or raised
 
     def take_raised(self) -> BaseException | None:
         """Return the exception that the end of the request is to raise; forget it."""
@@ -243,11 +248,8 @@ def end_leftovers(error: BaseException | None = None) -> None:
     """
     # Keep this cheap: the app context of each task calls it too.
     for scope in getattr(find_app_context(), _LEFTOVERS, ()):
-        if scope.ended:
-            continue
-
         # An app context may end within a request that goes on.
-        if scope is not getattr(find_request_context(), _SCOPE, None):
+        if not (scope.ended or scope is getattr(find_request_context(), _SCOPE, None)):
             scope.note(sys.exc_info()[1] or error)
             scope.end()
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import threading
 import typing as t
@@ -14,6 +13,7 @@ from .context import task_locals
 from .executor.task import look_up
 from .shared_uploads import close_files
 from .shared_uploads import share_files
+from .shared_uploads import SharedBytes
 from .shared_uploads import SharedFile
 
 if t.TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _share_stream(request: Request, stream: object) -> None:
     kept = vars(request)
 
     if hasattr(request, "_cached_data") and not isinstance(stream, SharedFile):
-        stream = SharedFile(io.BytesIO(Request.get_data(request)))
+        stream = SharedBytes(Request.get_data(request))
         stream.seek(0, os.SEEK_END)
 
     if isinstance(stream, SharedFile):

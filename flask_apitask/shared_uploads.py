@@ -14,11 +14,8 @@ from .context import task_locals
 if t.TYPE_CHECKING:
     import typing_extensions as te
 
-# The methods to replace on the file that Werkzeug made, which others may already hold.
-_METHODS: t.Final = (
-    *("close", "read", "read1", "readinto", "readline", "readlines"),
-    *("seek", "tell", "truncate", "write"),
-)
+# An attribute of a shared file: the lock that guards its own position, the view's.
+_LOCK: t.Final = "_flask_apitask_lock"
 
 
 def _at_own_position(name: str) -> t.Any:
@@ -30,76 +27,46 @@ def _at_own_position(name: str) -> t.Any:
     return method
 
 
-class SharedFile(io.BufferedIOBase):
-    """An upload in which each task has its own position, which is 0 at first.
+class SharedFile:
+    """A file in which each task has its own position, which is 0 at first.
 
-    In all else it behaves like the file behind it: the one that Werkzeug made for the
-    upload, or that of a cached body. Only :meth:`close` does nothing.
+    In all else it behaves like the file that this class is mixed into, which others may
+    already hold. But only the end of the request closes it: a text wrapper around it
+    would close it for everybody.
     """
 
-    def __init__(self, file: t.Any) -> None:
-        self._file = file
-        # Guards the file's own position, which is the view's.
-        self._lock = threading.Lock()
-
     def _call(self, name: str, *args: t.Any) -> t.Any:
-        file, task = self._file, task_locals.get()
-        # The class's methods: share_files() replaces those of the object.
-        kind = type(file)
+        file: t.Any = super()
+        task = task_locals.get()
 
-        with self._lock:
+        with vars(self)[_LOCK]:
             if task is None:
-                return getattr(kind, name)(file, *args)
+                return getattr(file, name)(*args)
 
-            position = kind.tell(file)
-            kind.seek(file, task.get(self, 0))
+            position = file.tell()
+            file.seek(task.get(self, 0))
 
             try:
-                return getattr(kind, name)(file, *args)
+                return getattr(file, name)(*args)
             finally:
-                task[self] = kind.tell(file)
-                kind.seek(file, position)
+                task[self] = file.tell()
+                file.seek(position)
 
     read: t.Any = _at_own_position("read")
+    # An upload has no read1() before Python 3.11.
     read1: t.Any = _at_own_position("read")
+    readinto: t.Any = _at_own_position("readinto")
     readline: t.Any = _at_own_position("readline")
+    readlines: t.Any = _at_own_position("readlines")
     tell: t.Any = _at_own_position("tell")
     truncate: t.Any = _at_own_position("truncate")
     write: t.Any = _at_own_position("write")
+    writelines: t.Any = _at_own_position("writelines")
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        # The file's seek() returns nothing before Python 3.11.
+        # That of an upload returns nothing before Python 3.11.
         self._call("seek", offset, whence)
         return t.cast("int", self.tell())
-
-    def fileno(self) -> int:
-        return t.cast("int", self._file.fileno())
-
-    def close(self) -> None:
-        """Do nothing: a text wrapper around the upload would close it for everybody."""
-
-    def close_for_all(self) -> None:
-        # The file's methods refer to this object: break that reference cycle.
-        for name in _METHODS:
-            vars(self._file).pop(name, None)
-
-        self._file.close()
-        super().close()
-
-    def readable(self) -> bool:
-        return True
-
-    seekable: t.Any = readable
-    writable: t.Any = readable
-
-    def __getattr__(self, name: str) -> t.Any:
-        return getattr(self._file, name)
-
-
-class ByLines:
-    """A file that is iterated over with ``readline()``, even one set on the object."""
-
-    readline: t.Any
 
     def __iter__(self) -> te.Self:
         return self
@@ -112,6 +79,31 @@ class ByLines:
 
         return line
 
+    def readable(self) -> bool:
+        return True
+
+    seekable: t.Any = readable
+    writable: t.Any = readable
+
+    def close(self, *error: object) -> None:
+        """Do nothing."""
+
+    __exit__: t.Any = close
+
+    def close_for_all(self) -> None:
+        file: t.Any = super()
+        file.close()
+
+    __del__: t.Any = close_for_all
+
+
+class SharedBytes(SharedFile, io.BytesIO):
+    """A file of data in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        vars(self)[_LOCK] = threading.Lock()
+
 
 def share_files(files: t.Any) -> None:
     """Let several tasks read the same uploads."""
@@ -121,10 +113,8 @@ def share_files(files: t.Any) -> None:
         # An app may have Werkzeug write uploads to files of its own. Leave those alone,
         # and closed ones.
         if isinstance(stream, tempfile.SpooledTemporaryFile) and not stream.closed:
-            upload.stream = shared = SharedFile(stream)
-            # The view may already hold the file, or a text wrapper around it.
-            mix_in(stream, ByLines)
-            vars(stream).update((name, getattr(shared, name)) for name in _METHODS)
+            vars(stream).setdefault(_LOCK, threading.Lock())
+            mix_in(stream, SharedFile)
 
 
 def close_files(files: t.Any) -> None:

@@ -29,6 +29,7 @@ from wsgi_servers import serve
 
 from flask_apitask import open_scope
 from flask_apitask import run
+from flask_apitask.context import MERGED
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -947,6 +948,34 @@ def test_upload_that_the_view_has_opened_before(
 
     body = make_multipart(content)
     assert post(app, Wire(body), MULTIPART, len(body)).data == b"ok"
+
+
+@pytest.mark.skipif(MERGED, reason="Flask closes each request, since 3.2")
+@pytest.mark.usefixtures("without_gc")
+@pytest.mark.parametrize("size", [100, 600_000])
+def test_uploads_of_a_request_that_is_not_closed(
+    make_app: AppFactory, size: int
+) -> None:
+    """A teardown function that raises does not keep the uploads of its request."""
+    app = make_app()
+    files: list[weakref.ref[object]] = []
+
+    @app.post("/")
+    def index() -> str:
+        assert len(run(request.files["file"].read).result(PATIENCE)) == size
+        files.append(weakref.ref(request.files["file"].stream))
+        return "ok"
+
+    def refuse(error: BaseException | None) -> None:
+        raise LookupError
+
+    app.teardown_request(refuse)
+    body = make_multipart(bytes(size))
+
+    with pytest.raises(LookupError):
+        post(app, Wire(body), MULTIPART, len(body))
+
+    assert files[0]() is None
 
 
 def test_upload_that_was_closed_before_the_first_task(make_app: AppFactory) -> None:

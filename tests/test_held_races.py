@@ -7,6 +7,7 @@ import pytest
 from interleaving import explore
 from interleaving import Schedule
 
+from flask_apitask.closing import Closing
 from flask_apitask.executor.pool import ThreadPool
 from flask_apitask.executor.scope import TaskScope
 
@@ -143,6 +144,45 @@ def test_few_meet_the_end(
 
         for name in others.split():
             schedule.spawn(functools.partial(call, name))
+
+        def check() -> None:
+            assert not scope._held
+            assert caplog.messages == []
+            assert late == []
+            assert all(future is None or future.done() for future in futures)
+
+        return check
+
+    explore(set_up, SEEDS)
+
+
+@pytest.mark.parametrize("failure", [None, "the stream failed"])
+@pytest.mark.parametrize("size", [0, 1])
+def test_the_end_of_a_stream(
+    caplog: pytest.LogCaptureFixture, size: int, failure: str | None
+) -> None:
+    """A task deferred while a stream ends is waited for once more, if it starts."""
+
+    def set_up(schedule: Schedule) -> cabc.Callable[[], None]:
+        scope, closing = TaskScope(ThreadPool(size), 1), Closing(False, is_stream=True)
+        ended: list[bool] = []
+        late: list[bool] = []
+        futures: list[TaskFuture[t.Any] | None] = []
+
+        # As the end of the request does, before the stream.
+        scope.end()
+        closing.add(scope, waited_for=True)
+
+        def hold() -> None:
+            task = functools.partial(late.extend, ended)
+            futures.append(scope.hold(task, (), {}, for_success=True))
+
+        def close() -> None:
+            closing.close(failure)
+            ended.append(True)
+
+        schedule.spawn(hold)
+        schedule.spawn(close)
 
         def check() -> None:
             assert not scope._held

@@ -28,7 +28,7 @@ from flask_apitask import task_finished
 from flask_apitask import task_started
 from flask_apitask.executor.runner import TimeoutReport
 from flask_apitask.log import PACKAGE
-from flask_apitask.runner import TaskRunner
+from flask_apitask.task_runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc

@@ -534,6 +534,52 @@ def test_tasks_of_tasks_of_a_stream(
     assert calls.futures[0].cancelled() == fails
 
 
+@pytest.mark.parametrize("cause", ["interrupt", "propagate"])
+def test_stream_that_is_never_sent(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, cause: str
+) -> None:
+    """If the wait before a stream raises, no response is sent, so nothing is pending.
+
+    What is still deferred is dropped, and the scopes of functions are ended.
+    """
+    app, calls = make_app(APITASK_PROPAGATE=cause == "propagate"), Calls()
+    caplog.set_level(logging.INFO)
+    begun, released = threading.Event(), threading.Event()
+
+    def interrupt() -> t.NoReturn:
+        released.set()
+        raise KeyboardInterrupt
+
+    def put_off_late() -> None:
+        begun.set()
+        assert released.wait(PATIENCE)
+        calls.put_off("late")
+
+    @app.get("/")
+    def page() -> Response:
+        scoped(wait="close")(run)(calls.note, "left")
+        calls.put_off("early")
+
+        if cause == "propagate":
+            run(fail, Broken())
+        else:
+            run(put_off_late)
+            assert begun.wait(PATIENCE)
+            t.cast("t.Any", current_scope()).end = interrupt
+
+        return Response(iter(["a"]))
+
+    # Flask 3.2 collects whatever a teardown raises.
+    with pytest.raises(BaseException, match=r"^$|Errors during"):
+        get(app)
+
+    assert concurrent.futures.wait(calls.futures, PATIENCE).not_done == set()
+    assert calls.done == ["left"]
+    wait_until(lambda: len(calls.futures) == (2 if cause == "interrupt" else 1))
+    assert all(future.cancelled() for future in calls.futures)
+    assert set(reasons(caplog)) - {""} == {"no response was sent"}
+
+
 def test_file(make_app: AppFactory) -> None:
     """A file is left to the server, which may have its own way to send it."""
     app, calls = make_app(), Calls()

@@ -34,7 +34,7 @@ from flask_apitask import wait
 from flask_apitask.context import find_request_context
 from flask_apitask.context import is_pushed_again
 from flask_apitask.context import MERGED
-from flask_apitask.runner import TaskRunner
+from flask_apitask.task_runner import TaskRunner
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc

@@ -35,8 +35,8 @@ from flask_apitask.executor.scope import TaskScope
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from flask_apitask.executor.future import Work
     from flask_apitask.executor.runner import How
+    from flask_apitask.executor.runner import Work
     from flask_apitask.executor.worker import Worker
 
 WORK: Work = (bool, (), {}, 0.0)

@@ -6,11 +6,11 @@ from celery import states
 from celery.result import EagerResult
 from celery.utils import uuid
 
+from ..calling import HandsOver
 from ..executor.task import find_named
 from ..executor.task import make_callable
 from ..executor.task import task_name
 from ..log import log_once
-from ..runner import HandsOver
 from .arguments import copy_arguments
 from .state import find_celery
 from .state import find_state
@@ -21,7 +21,7 @@ if t.TYPE_CHECKING:
 
     import celery.result
 
-    from ..runner import Call
+    from ..calling import Call
     from .state import CeleryState
 
 
@@ -44,7 +44,7 @@ class Handover(HandsOver):
         if published is not None:
             return published
 
-        result = call.of(self.__wrapped__)
+        result = call.run_here(self.__wrapped__)
         return EagerResult(uuid(), result, states.SUCCESS, name=self.task_name)
 
 

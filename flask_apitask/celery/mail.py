@@ -12,6 +12,8 @@ from celery.exceptions import Reject
 from celery.exceptions import Retry
 from celery.exceptions import TaskPredicate
 
+from ..calling import call_observed
+from ..calling import HandsOver
 from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
 from ..mail.envelope import Envelope
@@ -22,8 +24,6 @@ from ..mail.sending import EXTENSIONS
 from ..mail.sending import log_silenced
 from ..mail.settings import is_suppressed
 from ..mail.stream import ConnectionLost
-from ..runner import call_observed
-from ..runner import HandsOver
 from ..task_log import log_failure
 from .state import find_celery
 from .state import find_state
@@ -35,9 +35,9 @@ if t.TYPE_CHECKING:
     import celery
     from flask import Flask
 
+    from ..calling import Call
     from ..mail.sending import Batch
     from ..mail.sending import ReroutedMail
-    from ..runner import Call
     from .state import CeleryState
 
 # Maximum seconds between two attempts. Brokers limit how long a worker may hold a task
@@ -92,7 +92,7 @@ class MailHandover(HandsOver):
             return None
 
         call = call._replace(args=(pool, left, before, fail_silently))
-        error: DeliveryError | None = call.of(deliveries[self.task_name])
+        error: DeliveryError | None = call.run_here(deliveries[self.task_name])
         return error
 
     def _publish(self, call: Call, envelope: Envelope, fail_silently: bool) -> bool:

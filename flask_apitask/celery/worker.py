@@ -9,6 +9,7 @@ from types import FunctionType
 from celery import shared_task
 from celery.exceptions import TaskPredicate
 
+from ..calling import call_observed
 from ..context import current_frame
 from ..context import find_app_context
 from ..context import find_request_context
@@ -18,7 +19,6 @@ from ..executor.task import find_named
 from ..executor.task import naming_checks
 from ..mail.sending import EXTENSIONS
 from ..routes import is_for_celery
-from ..runner import call_observed
 from ..task_log import log_failure
 from .state import find_submitted
 from .state import raises_to_caller

@@ -12,13 +12,10 @@ if t.TYPE_CHECKING:
     from .queue import TaskQueue
     from .runner import How
     from .runner import Runner
+    from .runner import Work
 
 T = t.TypeVar("T")
 Callback: t.TypeAlias = "cabc.Callable[[concurrent.futures.Future[t.Any]], object]"
-# A task, its arguments, and when it was submitted, in seconds of time.monotonic().
-Work: t.TypeAlias = (
-    "tuple[cabc.Callable[..., t.Any], tuple[t.Any, ...], dict[str, t.Any], float]"
-)
 
 _NO_WAIT: t.Final = contextlib.nullcontext()
 
@@ -113,12 +110,12 @@ class TaskFuture(concurrent.futures.Future[T]):
             work, self._work, self._scope = self._work, None, None
 
             if work is not None:
-                run(self._runner.drop, *work)
+                run(self._runner.drop, work)
 
             return
 
         try:
-            result = run(self._runner.run, *self._work, how)
+            result = run(self._runner.run, self._work, how)
         except BaseException as error:
             self._work = self._scope = None
             self.set_exception(error)
@@ -143,7 +140,7 @@ class TaskFuture(concurrent.futures.Future[T]):
         # This notifies those that wait for the future.
         self.run("inline")
         run: t.Any = self._context.run
-        run(self._runner.drop, *work, *reasons)
+        run(self._runner.drop, work, *reasons)
 
     @property
     def task(self) -> t.Any:

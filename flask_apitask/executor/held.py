@@ -30,8 +30,7 @@ class HoldingQueue(TaskQueue):
     @property
     def awaits_success(self) -> bool:
         """Whether there are tasks that wait for the success of the scope."""
-        held = self._held
-        return held is not None and any(tuple(held.values()))
+        return bool(self._find_held(for_success=True))
 
     def hold(
         self,
@@ -82,10 +81,11 @@ class HoldingQueue(TaskQueue):
             if not self._settled:
                 self._settled, self._failure = True, failure
 
-            if not self._held:
-                return False
+        # A fast path: most scopes hold no deferred tasks.
+        if not self._held:
+            return False
 
-            futures = [future for future, success in self._held.items() if success]
+        futures = self._find_held(for_success=True)
 
         if self._failure is not None:
             self.drop(self._failure, *futures)
@@ -99,15 +99,15 @@ class HoldingQueue(TaskQueue):
         if self._forked:
             return
 
-        lacking = 0
+        needed = 0
 
         with self._lock:
             for future in futures:
                 if self._take_held(future):
                     future.held = False
-                    lacking += self._add(future)
+                    needed = max(needed, self._add(future))
 
-        self._request_threads(lacking)
+        self._request_threads(needed)
 
     def let_go(self, future: TaskFuture[t.Any]) -> bool:
         """Stop holding a task, for the caller to run it; return whether it was held."""
@@ -128,16 +128,11 @@ class HoldingQueue(TaskQueue):
         for future in held:
             future.drop(reason)
 
-    def _drop_held(self, reason: str, *, for_success: bool) -> None:
-        """Drop the tasks that wait for a commit, or all held ones. The scope is closed.
-
-        :param for_success: Drop the tasks that wait for the scope's success too.
-        """
-        with self._lock:
-            held = tuple((self._held or {}).items())
-
-        futures = (future for future, success in held if for_success or not success)
-        self.drop(reason, *futures)
+    def _find_held(self, *, for_success: bool) -> list[TaskFuture[t.Any]]:
+        """Return the tasks that wait for the scope's success, or those for a commit."""
+        # A copy, made in one step: this may be called without the lock.
+        held = tuple((self._held or {}).items())
+        return [future for future, success in held if success is for_success]
 
     def _take_held(self, future: TaskFuture[t.Any]) -> bool:
         """Release a task; return whether it was held. Needs the lock."""

@@ -46,9 +46,10 @@ class ThreadPool:
         lock.
     2.  *Fork.* The child has none of the threads, and its copy of the lock may stay
         locked for ever. So the pool is reset in the child before anything else runs.
-    3.  *Interrupted start.* A Ctrl-C hits :meth:`threading.Thread.start`, and nobody
-        knows whether the thread will run. So the worker is given up: if the thread
-        does run, it notices and ends. It does nothing until its start has succeeded.
+    3.  *Interrupted request.* A Ctrl-C hits after a worker was chosen, maybe in
+        :meth:`threading.Thread.start`, so that nobody knows whether the thread will
+        run. So the worker is given up: if the thread does run, it notices and ends. It
+        does nothing until it is woken, and that is the last step.
 
     :param size: Maximum number of threads, with the exceptions above.
     """
@@ -78,38 +79,43 @@ class ThreadPool:
         self._warned: set[str] = set()
         self._closed = False
 
-    def request(self, scope: TaskQueue) -> bool:
+    def request(self, scope: TaskQueue | None) -> bool:
         """Let a thread serve a scope as soon as one is free.
 
         If none is free and a thread waits for the scope, start an extra one.
 
+        :param scope: Without one, wake a thread for those that are queued.
         :return: ``False`` if no thread can be started, so none will come.
         """
-        with self._lock:
-            if self._closed:
-                self._refusal = "the process is about to exit."
-                return False
+        worker: Worker | None = None
 
-            worker = self._find_worker()
+        try:
+            with self._lock:
+                if self._closed:
+                    self._refusal = "the process is about to exit."
+                    return False
 
-            if worker is None:
-                self._waiting.append(scope)
+                worker = self._find_worker() or self._queue(scope)
 
-                # Look only after queueing: a thread that begins to wait counts itself
-                # before it looks at the queue.
-                waiters = scope.waiters
-                serving = [worker for worker in self._busy if worker.scope is scope]
+                if worker is None:
+                    return scope is not None
 
-                if waiters <= sum(worker.extra for worker in serving):
-                    return True
-
-                self._waiting.pop()
-                worker = Worker(extra=True)
+                worker.scope = scope
                 self._busy.add(worker)
+                # If there is one, it is this one.
+                del self._idle[-1:]
 
-            worker.scope = scope
+            if not worker.ident:
+                self._start(worker)
+        except BaseException as error:
+            if worker is None or not self._give_up(worker, error):
+                raise
 
-        return self._wake(worker)
+            return False
+
+        # The last step, so that an interrupt comes either before it or after it.
+        worker.awake.release()
+        return True
 
     def withdraw(self, scope: TaskQueue) -> int:
         """Drop a scope's queued requests, and return how many there were."""
@@ -143,14 +149,10 @@ class ThreadPool:
 
     def replace_abandoned(self) -> None:
         """Let other threads take the places of abandoned ones."""
-        while True:
-            with self._lock:
-                # The new thread only takes a scope off the queue once it runs. Until
-                # then, a thread that begins to wait still finds its scope there.
-                other = self._find_worker() if self._waiting else None
-
-            if other is None or not self._wake(other):
-                return
+        # The new thread only takes a scope off the queue once it runs. Until then, a
+        # thread that begins to wait still finds its scope there.
+        while self._waiting and self.request(None):
+            pass
 
     def close(self, started: float) -> None:
         """Refuse further requests and wait for the busy threads: the process exits.
@@ -250,44 +252,46 @@ class ThreadPool:
             return None, True
 
     def _find_worker(self) -> Worker | None:
-        """Return an idle or new worker, marked busy, or ``None``. Needs the lock."""
+        """Return an idle or new worker, or ``None``. Needs the lock."""
         if self._idle:
-            worker = self._idle.pop()
-        elif self._closed or self._count() >= self._size:
-            return None
-        else:
-            worker = Worker()
+            return self._idle[-1]
 
-        self._busy.add(worker)
-        return worker
+        return Worker() if self._count() < self._size else None
+
+    def _queue(self, scope: TaskQueue | None) -> Worker | None:
+        """Queue a scope, or return an extra worker for it. Needs the lock."""
+        if scope is None:
+            return None
+
+        self._waiting.append(scope)
+        # Look only after queueing: a thread that begins to wait counts itself before it
+        # looks at the queue.
+        waiters = scope.waiters
+        serving = [worker for worker in self._busy if worker.scope is scope]
+
+        if waiters <= sum(worker.extra for worker in serving):
+            return None
+
+        self._waiting.pop()
+        return Worker(extra=True)
 
     def _count(self) -> int:
         """Count the threads that ``size`` limits. Needs the lock."""
-        abandoned = min(len(self._abandoned), self._size)
-        return len(self._busy) + len(self._idle) - abandoned
+        counted = len(self._busy) + len(self._idle)
+        return counted - min(len(self._abandoned), self._size)
 
-    def _wake(self, worker: Worker) -> bool:
-        """Wake a worker, starting its thread if it is new. Return whether it comes."""
-        try:
-            if not worker.ident:
-                self._start(worker)
-        except BaseException as error:
-            with self._lock:
-                worker.scope = None
-                self._busy.discard(worker)
-                self._settled.notify_all()
+    def _give_up(self, worker: Worker, error: BaseException) -> bool:
+        """Forget a worker that could not be woken; return whether its start failed."""
+        with self._lock:
+            worker.scope = None
+            self._busy.discard(worker)
+            self._idle = [other for other in self._idle if other is not worker]
+            self._settled.notify_all()
 
-            # If the thread runs after all, it ends.
-            worker.awake.release()
-
-            if not isinstance(error, RuntimeError):
-                raise
-
-            self._refusal = str(error)
-            return False
-
+        # If the thread runs after all, it ends.
         worker.awake.release()
-        return True
+        self._refusal = str(error)
+        return isinstance(error, RuntimeError)
 
     def _start(self, worker: Worker) -> None:
         """Start a worker's thread.

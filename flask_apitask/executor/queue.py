@@ -66,6 +66,9 @@ class TaskQueue:
         looks for waiting threads.
     4.  *Fork.* The child has tasks that run in the parent, and its copy of the lock may
         stay locked for ever. So a fork is checked for before the lock is taken.
+    5.  *Interrupted request.* A Ctrl-C hits after a thread was counted as requested,
+        and before it was, so that others wait for it in vain. So the count is made
+        anew then.
     """
 
     def __init__(
@@ -102,14 +105,17 @@ class TaskQueue:
         return self._generation != self._pool.generation
 
     def _add(self, future: TaskFuture[t.Any]) -> int:
-        """Queue a task, and return how many threads to request. Needs the lock."""
+        """Queue a task, and return how many threads it may need. Needs the lock."""
         self._submitted = future.index = self._submitted + 1
         self._unfinished += 1
         self._queue.append(future)
+
+        if not self._pool.tasks_are_small:
+            return self._max_workers
+
         # By the time that a second thread is awake, the first one may have done all
         # small tasks. If not, the first one requests the second.
-        waits = self._requested and self._pool.tasks_are_small
-        return 0 if waits else self._claim_threads(self._max_workers)
+        return 0 if self._requested else 1
 
     @contextlib.contextmanager
     def waiting(self) -> cabc.Iterator[None]:
@@ -120,28 +126,12 @@ class TaskQueue:
 
         with self._lock:
             self.waiters += 1
-            lacking = self._claim_threads(1)
 
         try:
-            self._expedite(lacking)
+            self._request_threads(1, renew=True)
             yield
         finally:
             self._stop_waiting()
-
-    def _wait_for(self, future: TaskFuture[t.Any]) -> bool:
-        """Queue a future that counts as waited for until :meth:`_stop_waiting`.
-
-        :return: ``False`` if the scope is closed, and nothing was queued.
-        """
-        with self._lock:
-            if self._closed:
-                return False
-
-            self.waiters += 1
-            lacking = self._add(future)
-
-        self._expedite(lacking)
-        return True
 
     def _stop_waiting(self) -> None:
         with self._lock:
@@ -154,16 +144,17 @@ class TaskQueue:
         is work left, because waking a thread may take longer than a task.
         """
         with self._lock:
-            self._requested -= how == "thread"
+            if how == "thread" and self._requested:
+                self._requested -= 1
+
             future = self._next()
-            calls = how == "thread" and self._head_start is None
-            lacking = self._claim_threads(1) if calls else 0
+            calls = how == "thread" and self._queue and self._head_start is None
 
         if future is None:
             return
 
-        if lacking:
-            self._request_threads(lacking, serves=True)
+        if calls:
+            self._request_threads(1, serves=True)
 
         if how == "inline":
             self._pool.warn()
@@ -213,22 +204,20 @@ class TaskQueue:
             barrier = _Barrier(self._submitted, self._unfinished)
             self._barriers.append(barrier)
             self.waiters += 1
-            lacking = self._claim_threads(1)
 
             if len(self._queue) > 1 and self._pool.tasks_are_small:
                 self._head_start = barrier
 
         try:
-            self._expedite(lacking)
+            self._request_threads(1, renew=True)
 
             if self._head_start is barrier:
                 barrier.sleep(_HEAD_START)
 
                 with self._lock:
                     self._head_start = None
-                    lacking = self._claim_threads(self._max_workers)
 
-                self._request_threads(lacking)
+                self._request_threads(self._max_workers)
 
             barrier.sleep(timeout)
             return barrier.remaining
@@ -237,53 +226,61 @@ class TaskQueue:
                 self.waiters -= 1
                 self._barriers.remove(barrier)
 
-    def _expedite(self, lacking: int) -> None:
-        """Request threads, and leave no request in the pool's queue during the wait."""
-        # Queued requests are made again: now the pool sees that a thread waits.
-        if lacking := lacking or self._pool.withdraw(self):
-            self._request_threads(lacking)
+    def _request_threads(
+        self, most: int, *, renew: bool = False, serves: bool = False
+    ) -> None:
+        """Request threads for queued tasks. If there are none at all, run them here.
 
-    def _claim_threads(self, most: int) -> int:
-        """Count more threads as requested, and return how many. Needs the lock."""
-        if not self._queue:
-            return 0
-
-        free = self._max_workers - len(self._running)
-        lacking = min(most, len(self._queue), free) - self._requested
-
-        if lacking <= 0:
-            return 0
-
-        self._requested += lacking
-        return lacking
-
-    def _request_threads(self, count: int, *, serves: bool = False) -> None:
-        """Request claimed threads. If there are none at all, run the tasks here.
-
+        :param most: The number of threads to be on their way, at most.
+        :param renew: Repeat the requests that are in the pool's queue: now the pool
+            sees that a thread waits.
         :param serves: The caller serves the queue anyway.
         """
-        try:
-            while count and self._pool.request(self):
-                count -= 1
-        except BaseException:
-            # A Ctrl-C, for example. Other threads may rely on these requests.
-            self._request_threads(count, serves=serves)
-            raise
+        lacking = 0
 
-        if count:
-            this = threading.get_ident()
+        try:
+            withdrawn = self._pool.withdraw(self) if renew else 0
 
             with self._lock:
-                self._requested -= count
-                others = any(future.thread != this for future in self._running)
-                alone = not (serves or others or self._requested)
+                if withdrawn:
+                    most = max(most, self._requested)
+                    self._requested = max(0, self._requested - withdrawn)
 
-            if alone:
-                self.serve("inline")
+                free = self._max_workers - len(self._running)
+                wanted = min(most, len(self._queue), free)
+
+                if wanted > self._requested:
+                    lacking, self._requested = wanted - self._requested, wanted
+
+            while lacking and self._pool.request(self):
+                lacking -= 1
+        except BaseException:
+            # A Ctrl-C, for example. Other threads may rely on these requests, and which
+            # of them have been made is not known.
+            with self._lock:
+                self._requested = 0
+
+            self._request_threads(most, renew=True, serves=serves)
+            raise
+
+        if lacking and self._is_alone(lacking) and not serves:
+            self.serve("inline")
 
         # The scope may have ended before these requests could be withdrawn.
         if self._closed:
             self._drop_requests()
+
+    def _is_alone(self, refused: int) -> bool:
+        """Return whether no other thread serves the queue or is on its way.
+
+        :param refused: The number of threads that can't be started.
+        """
+        this = threading.get_ident()
+
+        with self._lock:
+            self._requested = max(0, self._requested - refused)
+            others = any(future.thread != this for future in self._running)
+            return not others and not self._requested
 
     def _drop_requests(self) -> None:
         """Withdraw useless requests, which would keep the scope's objects alive."""

@@ -11,6 +11,10 @@ if t.TYPE_CHECKING:
     import concurrent.futures
 
 How = t.Literal["thread", "inline", "celery"]
+# A task, its arguments, and when it was submitted, in seconds of time.monotonic().
+Work: t.TypeAlias = (
+    "tuple[cabc.Callable[..., t.Any], tuple[t.Any, ...], dict[str, t.Any], float]"
+)
 
 _logger = logging.getLogger("flask_apitask")
 
@@ -41,18 +45,9 @@ class Runner:
     copy_context: cabc.Callable[[], contextvars.Context]
     copy_context = staticmethod(contextvars.copy_context)
 
-    def run(
-        self,
-        task: cabc.Callable[..., t.Any],
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-        submitted: float,
-        how: How,
-    ) -> t.Any:
-        """Call a task, on its thread and with its context variables.
-
-        :param submitted: Seconds of :func:`time.monotonic`.
-        """
+    def run(self, work: Work, how: How) -> t.Any:
+        """Call a task, on its thread and with its context variables."""
+        task, args, kwargs, _ = work
         return task(*args, **kwargs)
 
     def call_back(
@@ -66,20 +61,13 @@ class Runner:
         except BaseException as error:
             log(_logger, logging.ERROR, "A done callback failed.", error=error)
 
-    def drop(
-        self,
-        task: cabc.Callable[..., t.Any],
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-        submitted: float,
-        reason: str | None = None,
-    ) -> None:
+    def drop(self, work: Work, reason: str | None = None) -> None:
         """Report that a task will never run. Called with its context variables.
 
         :param reason: A clause; ``None`` if the future was cancelled.
         """
         if reason is not None:
-            log(_logger, logging.INFO, "%r was dropped: %s.", task, reason)
+            log(_logger, logging.INFO, "%r was dropped: %s.", work[0], reason)
 
     def report(self, report: TimeoutReport) -> None:
         """Report what a scope left behind, in the thread that waited. Never raises."""

@@ -17,7 +17,7 @@ from .task import task_name
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from .future import Work
+    from .runner import Work
 
 
 P = t.ParamSpec("P")
@@ -78,11 +78,11 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
             if self._closed:
                 raise _refusal(task)
 
-            lacking = self._add(future)
+            needed = self._add(future)
 
         try:
-            if lacking:
-                self._request_threads(lacking)
+            if needed:
+                self._request_threads(needed)
 
             return future
         finally:
@@ -98,9 +98,22 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
         :return: ``False`` if the scope has ended, so the function is not called.
         """
+        if self._forked:
+            return False
+
         work: Work = self._call_back, (fn, *args), {}, time.monotonic()
         future: TaskFuture[None] = TaskFuture(Runner(), self, work)
-        return not self._forked and self._wait_for(future)
+
+        with self._lock:
+            if self._closed:
+                return False
+
+            # Until _call_back() has returned.
+            self.waiters += 1
+            self._add(future)
+
+        self._request_threads(1, renew=True)
+        return True
 
     def _call_back(self, fn: cabc.Callable[..., object], *args: t.Any) -> None:
         try:
@@ -139,7 +152,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
         if cancel_futures:
             self._cancel_queued()
-            self._drop_held("its scope was shut down", for_success=True)
+            self.drop("its scope was shut down", *(self._held or ()))
 
         if wait:
             self._join(None)
@@ -159,8 +172,8 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
             # A fast path: most scopes hold no deferred tasks.
             if self._held:
-                reason = "its scope ended before the commit"
-                self._drop_held(reason, for_success=False)
+                held = self._find_held(for_success=False)
+                self.drop("its scope ended before the commit", *held)
 
             if self._join(self._timeout) and self._timeout is not None:
                 self._give_up(self._timeout)

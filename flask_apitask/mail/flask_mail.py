@@ -8,8 +8,8 @@ import typing as t
 import flask_mail
 from flask import current_app
 
+from ..calling import notify
 from ..context import find_app_context
-from ..runner import notify
 from .changes import find_change
 from .changes import use_change
 from .rendering import check

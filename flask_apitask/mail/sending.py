@@ -31,9 +31,9 @@ if t.TYPE_CHECKING:
 
     from flask import Flask
 
+    from ..calling import HandsOver
     from ..config import Config
     from ..executor.future import TaskFuture
-    from ..runner import HandsOver
     from .delivery import PooledConnection
     from .envelope import Envelope
     from .pool import ConnectionPool

@@ -1,19 +1,14 @@
 from __future__ import annotations
 
-import abc
-import contextvars
-import inspect
-import logging
 import threading
 import time
 import typing as t
 import weakref
-from types import AsyncGeneratorType
-from types import CoroutineType
-from types import GeneratorType
 
-from flask import current_app
-
+from .calling import call_observed
+from .calling import LAZY
+from .calling import notify
+from .calling import run_body
 from .context import current_frame
 from .context import Frame
 from .context import task_context
@@ -21,8 +16,6 @@ from .context import task_locals
 from .executor.runner import Runner
 from .executor.scope import TaskScope
 from .executor.task import task_name
-from .log import find_logger
-from .log import log
 from .own_g import find_copier
 from .own_session import find_changes
 from .shared_body import share_body
@@ -34,14 +27,12 @@ from .task_log import log_callback
 from .task_log import log_drop
 from .task_log import log_failure
 from .task_log import log_timeout
-from .task_log import warn_of_generator
 from .task_log import warn_of_session
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
     import concurrent.futures
 
-    import blinker
     from flask import Flask
     from flask import Request
 
@@ -49,12 +40,9 @@ if t.TYPE_CHECKING:
     from .executor.pool import ThreadPool
     from .executor.runner import How
     from .executor.runner import TimeoutReport
+    from .executor.runner import Work
 
     Fn = cabc.Callable[..., t.Any]
-
-
-# The types of what a call returns when the function's body has not run yet.
-_LAZY: t.Final = (CoroutineType, GeneratorType, AsyncGeneratorType)
 
 
 class PlainRunner(Runner):
@@ -71,15 +59,10 @@ class PlainRunner(Runner):
         except BaseException as error:
             log_callback(self._app, callback, error)
 
-    def drop(
-        self,
-        task: Fn,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-        submitted: float,
-        reason: str | None = None,
-    ) -> None:
+    def drop(self, work: Work, reason: str | None = None) -> None:
         """Log that a task was dropped, and send the signal."""
+        task, args, kwargs, submitted = work
+
         if reason is not None:
             log_drop(self._app, task, reason)
 
@@ -87,33 +70,6 @@ class PlainRunner(Runner):
         fields |= {"args": args, "kwargs": kwargs}
         fields["reason"] = reason or "it was cancelled"
         notify(task_dropped, self._app, fields)
-
-
-class Call(t.NamedTuple):
-    """How a task is called; see :func:`call_observed`."""
-
-    app: Flask
-    how: How
-    submitted: float
-    args: tuple[t.Any, ...]
-    kwargs: dict[str, t.Any]
-
-    def of(self, task: Fn) -> t.Any:
-        """Call a task in this way, on the current thread."""
-        app, how, submitted, args, kwargs = self
-        return call_observed(app, how, submitted, task, args, kwargs)
-
-
-class HandsOver:
-    """A task that hands another one over to run elsewhere, and sends no signals."""
-
-    @abc.abstractmethod
-    def hand_over(self, call: Call) -> t.Any:
-        """Hand the task over, or run it here: ``call.of(task)``."""
-
-    def __call__(self, *args: t.Any, **kwargs: t.Any) -> t.Any:
-        app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-        return self.hand_over(Call(app, "thread", time.monotonic(), args, kwargs))
 
 
 class TaskRunner(PlainRunner):
@@ -124,9 +80,6 @@ class TaskRunner(PlainRunner):
     :param request: The request that the scope is part of, if any.
     :param copy_g: The names to copy to the task's own ``g``.
     """
-
-    copy_context: cabc.Callable[[], contextvars.Context]
-    raised: BaseException | None = None
 
     def __init__(
         self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()
@@ -153,14 +106,8 @@ class TaskRunner(PlainRunner):
         self._frame.task_of = weakref.ref(scope)
         return scope
 
-    def run(
-        self,
-        task: Fn,
-        args: tuple[t.Any, ...],
-        kwargs: dict[str, t.Any],
-        submitted: float,
-        how: How,
-    ) -> t.Any:
+    def run(self, work: Work, how: How) -> t.Any:
+        task, args, kwargs, submitted = work
         app, started = self._app, time.monotonic()
 
         if self._shared is not None:
@@ -223,120 +170,8 @@ class TaskRunner(PlainRunner):
 
             try:
                 result = fn(*args, **kwargs)
-                is_lazy = isinstance(result, _LAZY)
-                return _run_body(self._app, fn, result) if is_lazy else result
+                is_lazy = isinstance(result, LAZY)
+                return run_body(self._app, fn, result) if is_lazy else result
             finally:
                 if own and (changes := find_changes(own)):
                     warn_of_session(self._app, task, changes)
-
-
-def call_observed(
-    app: Flask | None,
-    how: How,
-    submitted: float,
-    task: Fn,
-    args: tuple[t.Any, ...],
-    kwargs: dict[str, t.Any],
-) -> t.Any:
-    """Call a task between its two signals, and run its coroutine if it is async.
-
-    :param app: The sender of the signals; without one, none are sent.
-    :param submitted: Seconds of :func:`time.monotonic`.
-    """
-    if app is not None and isinstance(task, HandsOver):
-        # The task that is handed over is observed where it runs.
-        return task.hand_over(Call(app, how, submitted, args, kwargs))
-
-    fields: dict[str, t.Any] = {}
-
-    if app is not None and (task_started.receivers or task_finished.receivers):
-        fields = {"name": task_name(task), "how": how, "submitted": submitted}
-        fields |= {"args": args, "kwargs": kwargs, "started": time.monotonic()}
-        notify(task_started, app, fields)
-        fields |= {"exception": None, "result": None}
-
-    try:
-        result = task(*args, **kwargs)
-
-        if isinstance(result, _LAZY):
-            result = _run_body(app, task, result)
-
-        fields["result"] = result
-        return result
-    except BaseException as error:
-        fields["exception"] = error
-        raise
-    finally:
-        if app is not None and "started" in fields:
-            fields["finished"] = time.monotonic()
-            notify(task_finished, app, fields)
-
-        # The exception's traceback refers to this frame: avoid a reference cycle.
-        del fields
-
-
-def notify(signal: blinker.NamedSignal, app: Flask, fields: dict[str, t.Any]) -> None:
-    """Send a signal. If a receiver raises, log that and go on."""
-    try:
-        signal.send(app, _async_wrapper=app.ensure_sync, **fields)
-    except BaseException as error:
-        log(
-            find_logger(app),
-            logging.ERROR,
-            "A receiver of the signal %r failed.",
-            signal.name,
-            error=error,
-        )
-
-
-def _run_body(app: Flask | None, task: Fn, result: t.Any) -> t.Any:
-    """Run a coroutine to its end, or warn that a generator's body has not run."""
-    if isinstance(result, CoroutineType):
-        return _run_coroutine(app, result)
-
-    # A function that is not a generator function may return a generator on purpose.
-    is_generator = inspect.isgeneratorfunction(task) or inspect.isasyncgenfunction(task)
-
-    if app is not None and is_generator:
-        warn_of_generator(app, task)
-
-    return result
-
-
-def _run_coroutine(
-    app: Flask | None, coroutine: CoroutineType[t.Any, t.Any, t.Any]
-) -> t.Any:
-    """Run a coroutine, on another thread if this one has a running event loop.
-
-    It has one where an async task or async view makes a plain call.
-    """
-    # Slow to import, and most apps have no async tasks.
-    import asyncio
-    import concurrent.futures
-
-    try:
-        run = asyncio.run if app is None else app.ensure_sync(_finish)
-
-        if not _has_event_loop():
-            return run(coroutine)
-
-        with concurrent.futures.ThreadPoolExecutor(1, "apitask-async") as executor:
-            context = contextvars.copy_context()
-            return executor.submit(context.run, run, coroutine).result()
-    finally:
-        coroutine.close()
-
-
-async def _finish(coroutine: cabc.Awaitable[t.Any]) -> t.Any:
-    return await coroutine
-
-
-def _has_event_loop() -> bool:
-    import asyncio
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-
-    return True
