@@ -310,7 +310,9 @@ class Worker(Program):
         self._starts += 1
         celery = [sys.executable, "-m", "celery", "-A", self._celery_app]
         quiet = ["--without-gossip", "--without-mingle", "--loglevel", "INFO"]
-        return [*celery, "worker", "-P", self._pool, "-c", "2", *quiet]
+        # By its name a broker tells it from its others.
+        named = ["--hostname", f"{self.folder.name}@localhost"]
+        return [*celery, "worker", "-P", self._pool, "-c", "2", *quiet, *named]
 
     def environ(self) -> dict[str, str]:
         paths = [str(_HERE), str(_HERE.parent)]

@@ -293,16 +293,17 @@ def explore(
     :param program: Adds the threads to a schedule, and returns what checks the outcome.
     :param chances: Of the schedule.
     """
-    for seed in seeds:
-        schedule = Schedule(seed, **chances)
+    with _on_one_processor():
+        for seed in seeds:
+            schedule = Schedule(seed, **chances)
 
-        try:
-            with _on_one_processor(), schedule.patched():
-                check = program(schedule)
-                schedule.run()
-                check()
-        except BaseException as error:
-            raise AssertionError(f"With the seed {seed!r}: {error}") from error
+            try:
+                with schedule.patched():
+                    check = program(schedule)
+                    schedule.run()
+                    check()
+            except BaseException as error:
+                raise AssertionError(f"With the seed {seed!r}: {error}") from error
 
 
 @contextlib.contextmanager

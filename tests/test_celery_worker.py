@@ -11,6 +11,10 @@ import uuid
 import flask_mailman  # type: ignore[import-untyped]
 import pytest
 from conftest import wait_until
+from example import Example
+from example import fetch
+from example import read_audit
+from example import WAYS
 from flask_mail import email_dispatched
 from flask_mail import Message
 from smtp_servers import Fault
@@ -22,6 +26,7 @@ from flask_apitask import run
 pytest.importorskip("celery")
 pytest.importorskip("redis")
 
+from brokers import find_port
 from brokers import Worker
 from celery_app import describe
 from celery_app import double
@@ -32,13 +37,14 @@ from celery_app import wait
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
+    import pathlib
 
     from brokers import Broker
     from celery_app import Celeries
     from flask import Flask
 
 # Seconds after which a worker that does not answer has failed.
-PATIENCE = 20.0
+PATIENCE = 30.0
 LIBRARIES = ["flask_mail", "flask_mailman"]
 
 
@@ -382,3 +388,33 @@ def test_mail_of_a_command(web: Flask, setting: Setting) -> None:
         assert run(task).result(PATIENCE) == 2
 
     assert server.connects == connects + 1
+
+
+def test_worker_of_the_example(broker: Broker, tmp_path: pathlib.Path) -> None:
+    """With a broker, a worker sends the mails and writes the audit of the example."""
+    database = tmp_path / "signup.sqlite"
+    environ = {
+        "FLASK_BROKER": broker.url,
+        "FLASK_DATABASE": str(database),
+        "FLASK_MAIL_PORT": f"{find_port()}",
+    }
+
+    with Example(**environ) as example:
+        url = example.address()
+
+        for way in WAYS:
+            answer = fetch(f"{url}/{way}/signup", {"address": f"{way}@example.org"})
+            assert answer.status == 201
+
+        # There is no worker yet.
+        assert [address for address, _ in read_audit(database)] == ["plain@example.org"]
+        # What is handed over has no bar.
+        bars = fetch(url).way("background").bars
+        assert [bar.name for bar in bars] == ["View", "Wait"]
+
+        with Worker(tmp_path, "example_app:celery", "prefork", environ) as worker:
+            wait_until(lambda: len(read_audit(database)) == 3, PATIENCE)
+            wait_until(lambda: len(fetch(url).mails) == 6, PATIENCE)
+            assert "Task signup.audit[" in worker.output()
+
+    assert "WARNING in" not in example.output

@@ -6,10 +6,6 @@ import time
 import typing as t
 
 import pytest
-from brokers import find_port
-from brokers import Worker
-from child_process import PATIENCE
-from conftest import wait_until
 from example import Example
 from example import fetch
 from example import read_audit
@@ -19,7 +15,7 @@ from mailbox_server import Mailbox
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-    from brokers import Broker
+    from example import Page
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Seconds that the example's mail server and its audit take, as its page says.
@@ -99,20 +95,28 @@ def test_response_is_timed(url: str) -> None:
         )
         assert first.faster == pytest.approx(plain.seconds / first.seconds, abs=0.051)
         ratios.append((background.faster, first.faster))
+        background_ratio, first_ratio = map(max, zip(*ratios, strict=True))
 
-    # One that the machine lets run.
-    background_ratio, first_ratio = map(max, zip(*ratios, strict=True))
-    assert 1.5 < background_ratio < first_ratio
+        # One that the machine lets run is enough.
+        if 1.5 < background_ratio < first_ratio:
+            break
+    else:
+        pytest.fail(f"{ratios}")
+
+
+@pytest.fixture(scope="module")
+def drawn(url: str) -> Page:
+    """Return the page after a sign-up in each way."""
+    for way in WAYS:
+        fetch(f"{url}/{way}/signup", {"address": "drawn@example.org"})
+
+    return fetch(url)
 
 
 @each_way
-def test_waterfall_shows_what_ran_when(url: str, way: str) -> None:
+def test_waterfall_shows_what_ran_when(drawn: Page, way: str) -> None:
     """There is a bar for each mail, the audit, the view and the wait, all to scale."""
-    for each in WAYS:
-        fetch(f"{url}/{each}/signup", {"address": "drawn@example.org"})
-
-    page = fetch(url)
-    shown = page.way(way)
+    shown = drawn.way(way)
     bars = shown.bars
     mail = "mail.send" if way == "plain" else "flask_mail.send"
     assert bars[0].name == "View"
@@ -120,7 +124,7 @@ def test_waterfall_shows_what_ran_when(url: str, way: str) -> None:
     assert [bar.name for bar in bars[1:-1]] == [mail, mail, "signup.audit"]
     assert [bar.outcome for bar in bars] == ["view", "done", "done", "done", "wait"]
     # The longest, which is as wide as the page's scale.
-    longest = page.way("plain")
+    longest = drawn.way("plain")
     scale = longest.response / longest.seconds
 
     for bar in bars:
@@ -259,37 +263,6 @@ def test_interrupt_ends_it(tmp_path: pathlib.Path, signals: int) -> None:
     assert "Traceback" not in example.output
     assert "@" not in example.output
     assert os.listdir(tmp_path) == []
-
-
-def test_worker_of_the_example(broker: Broker, tmp_path: pathlib.Path) -> None:
-    """With a broker, a worker sends the mails and writes the audit of the example."""
-    pytest.importorskip("celery")
-    database = tmp_path / "signup.sqlite"
-    environ = {
-        "FLASK_BROKER": broker.url,
-        "FLASK_DATABASE": str(database),
-        "FLASK_MAIL_PORT": f"{find_port()}",
-    }
-
-    with Example(**environ) as example:
-        url = example.address()
-
-        for way in WAYS:
-            answer = fetch(f"{url}/{way}/signup", {"address": f"{way}@example.org"})
-            assert answer.status == 201
-
-        # There is no worker yet.
-        assert [address for address, _ in read_audit(database)] == ["plain@example.org"]
-        # What is handed over has no bar.
-        bars = fetch(url).way("background").bars
-        assert [bar.name for bar in bars] == ["View", "Wait"]
-
-        with Worker(tmp_path, "example_app:celery", "prefork", environ) as worker:
-            wait_until(lambda: len(read_audit(database)) == 3, PATIENCE)
-            wait_until(lambda: len(fetch(url).mails) == 6, PATIENCE)
-            assert "Task signup.audit[" in worker.output()
-
-    assert "WARNING in" not in example.output
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -35,6 +35,12 @@ from flask_apitask.mail.pool import ConnectionPool
 TIMEOUT = 20.0
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a connection for less than a second, if another process may need it."""
+    monkeypatch.setattr(pool_module, "_SHORTLY", 0.1)
+
+
 def send(pool: ConnectionPool) -> None:
     """Send one message."""
     with pool.connection() as connection:
@@ -326,6 +332,7 @@ def test_a_server_that_is_down_is_no_limit() -> None:
         assert pool._limit == 4
 
 
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("pipelining", [True, False])
 @pytest.mark.parametrize(
     "refusal", REFUSALS[:2] + REFUSALS[5:9], ids=lambda refusal: f"{refusal}"
@@ -391,6 +398,7 @@ def test_two_processes_share_one_connection(size: str) -> None:
             assert child.returncode == 0
 
 
+@pytest.mark.usefixtures("soon")
 def test_what_is_kept_is_given_back_once_it_is_scarce() -> None:
     """A process that was refused does not keep a connection that another waits for."""
     with ScriptedServer(allowed=1) as server:
@@ -414,6 +422,7 @@ def test_what_is_kept_is_given_back_once_it_is_scarce() -> None:
     assert len(server.taken) == 3
 
 
+@pytest.mark.usefixtures("soon")
 def test_what_is_idle_already_is_given_back_as_well() -> None:
     """Once it is known that connections are scarce, none is kept for long."""
     with ScriptedServer(allowed=2) as server:
@@ -492,6 +501,7 @@ def test_other_refusals_are_the_limit_where_others_work(
     assert [record.levelno for record in caplog.records] == [logging.INFO]
 
 
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("refusal", HARD, ids=lambda refusal: f"{refusal}")
 def test_another_that_worked_is_closed_by_then(
     refusal: tuple[Stage, Fault | bytes],

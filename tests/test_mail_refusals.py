@@ -484,7 +484,8 @@ def test_an_error_of_several_messages() -> None:
                     messages.append(Message("x", [f"{name}@example.com"], "x"))
                     connection.send(messages[-1])
 
-            block = connection._block  # type: ignore[attr-defined]
+                block = connection._block  # type: ignore[attr-defined]
+
             caught.append(block._delivery.exception())
 
     (error,) = caught
