@@ -7,7 +7,7 @@ goes to a slow server of its own, unless the environment names another::
 
 Other keys can be set in the same way: ``FLASK_ADMIN``, ``FLASK_RUN_PORT``, and so on.
 
-With a broker, the mail and the audit go to a Celery worker. Start both with::
+With a broker, the mail and the audit can go to a Celery worker. Start both with::
 
     FLASK_BROKER=redis://localhost python example_app.py
     FLASK_BROKER=redis://localhost celery -A example_app worker --loglevel INFO
