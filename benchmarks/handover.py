@@ -1,7 +1,7 @@
 """Measure what a request pays to hand tasks over to Celery, at brokers that run.
 
 Give their URLs: ``python -m benchmarks.handover redis://localhost amqp://localhost``.
-What is published is not done by anybody, and is purged at the end.
+No worker runs what is published, and it is purged at the end.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def main() -> None:
 
 def print_case(url: str, doing: str, count: int, measured: dict[str, Measured]) -> None:
     """Print a row for each way."""
-    # What waits for the broker too.
+    # The one that waits for the broker, too.
     plain = statistics.median(measured["delay(), confirmed"].durations)
 
     for name, (durations, cpu) in measured.items():

@@ -266,7 +266,7 @@ def _check_view(view: t.Any) -> None:
 
 
 def find_holder() -> TaskScope | None:
-    """Return the scope whose success starts a task: inside a task, the task's own."""
+    """Return the scope whose success a task waits for: in a task, the task's own."""
     app_context = find_app_context()
 
     if app_context is not None and "apitask" in app_context.app.extensions:
@@ -322,7 +322,7 @@ def _find_scope(*, holds: bool = False) -> TaskScope | None:
 
 
 def _find_frame(app: Flask | None, request_context: t.Any) -> Frame | None:
-    """Return the innermost frame that counts in the current request."""
+    """Return the innermost frame that applies to the current request."""
     request = request_context and request_context.request
 
     for frame in walk_frames():

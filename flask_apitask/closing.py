@@ -36,7 +36,7 @@ class Closing:
 
     @property
     def settles(self) -> bool:
-        """Whether only the close tells if the request has succeeded."""
+        """Whether the success of the request is known only at the close."""
         return self.answers_first or self.is_stream
 
     def add(self, *scopes: TaskScope, waited_for: bool = False) -> None:

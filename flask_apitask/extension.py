@@ -139,7 +139,7 @@ def _add_hooks(app: Flask, config: Config) -> None:
 
 @request_started.connect
 def _warn_of_missing(app: Flask, **extra: object) -> None:
-    """Warn of background mail in an app without ApiTask, as long as no app has one."""
+    """Warn if an app without ApiTask has background mail on, while no app has one."""
     if is_true(app.config.get("APITASK_MAIL_BACKGROUND")):
         warn_without_apitask(app, "APITASK_MAIL_BACKGROUND was on")
 
@@ -170,7 +170,7 @@ def _warn_of_mistakes(app: Flask) -> None:
 
 
 def _find_set_ups(config: Config) -> list[cabc.Callable[[Flask, Config], None]]:
-    """Return what sets an app up for mail and Celery, imported only if it uses them."""
+    """Return the set-ups for mail and Celery, imported only if the app uses them."""
     set_ups: list[cabc.Callable[[Flask, Config], None]] = []
 
     if config.mail_background:

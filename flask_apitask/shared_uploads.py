@@ -14,7 +14,7 @@ from .context import task_locals
 if t.TYPE_CHECKING:
     import typing_extensions as te
 
-# An attribute of a shared file: the lock that guards its own position, the view's.
+# The attribute for the lock that guards a shared file's own position, the view's.
 _LOCK: t.Final = "_flask_apitask_lock"
 
 
@@ -30,9 +30,9 @@ def _at_own_position(name: str) -> t.Any:
 class SharedFile:
     """A file in which each task has its own position, which is 0 at first.
 
-    In all else it behaves like the file that this class is mixed into, which others may
-    already hold. But only the end of the request closes it: a text wrapper around it
-    would close it for everybody.
+    Otherwise it behaves like the file that this class is mixed into, which others may
+    already hold. But :meth:`close` does nothing, because a text wrapper would close the
+    file for everybody. The end of the request closes it.
     """
 
     def _call(self, name: str, *args: t.Any) -> t.Any:
@@ -64,7 +64,7 @@ class SharedFile:
     writelines: t.Any = _at_own_position("writelines")
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        # That of an upload returns nothing before Python 3.11.
+        # An upload's seek() returns nothing before Python 3.11.
         self._call("seek", offset, whence)
         return t.cast("int", self.tell())
 
@@ -98,7 +98,7 @@ class SharedFile:
 
 
 class SharedBytes(SharedFile, io.BytesIO):
-    """A file of data in memory."""
+    """Data in memory, as a shared file."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)

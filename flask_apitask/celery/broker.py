@@ -31,12 +31,13 @@ class Broker:
 
     Each message is published over a connection from a Kombu pool. It is not Celery's
     own pool: here, the broker confirms each message (with publisher confirms on
-    RabbitMQ; on Redis, every reply is a confirmation), and each operation of a socket
-    has a timeout.
+    RabbitMQ; on Redis, every reply is a confirmation), and each socket operation has a
+    timeout.
 
     That is enough for a kept connection, which needs one reply. A new one needs a
-    dozen, so another thread uses it, and is left behind when the time is over. It keeps
-    its place in the Kombu pool, so only as many are left behind as that allows.
+    dozen, so it is used on another thread, which is left behind when the time is up.
+    The connection keeps its place in the Kombu pool, whose limit is therefore also the
+    limit for threads left behind.
 
     A forked child makes a broker of its own, and leaves its parent's connections alone.
 
@@ -49,7 +50,7 @@ class Broker:
         time, under the lock, warns.
 
     :param timeout: Seconds that a publication may take.
-    :param threads: Where to find those other threads.
+    :param threads: The pool of those other threads.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ def _publish_in_time(
     """Publish over a new connection, on another thread.
 
     :param stack: Gives the connection back to its pool.
-    :raises Exception: This failed, or is not done in time.
+    :raises Exception: Publishing failed, or was not done in time.
     """
     scope = TaskScope(threads, 1, timeout, _Publisher())
     future = scope.submit(_use, stack, connection, publish)
@@ -216,12 +217,12 @@ def _use(
             raise
 
 
-# The process's exit does not wait for one that was left behind.
+# At exit, the process does not wait for a thread that was left behind.
 _use.exit_grace = 0.0  # type: ignore[attr-defined]
 
 
 class _Publisher(Runner):
-    """Does not report what is left behind, because the task runs in its request."""
+    """Reports no thread that is left behind, as the task then runs in its request."""
 
     def report(self, report: TimeoutReport) -> None:
         pass

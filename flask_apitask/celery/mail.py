@@ -46,7 +46,7 @@ _LONGEST: t.Final = 600.0
 
 
 def find_handover(name: str) -> MailHandover | None:
-    """Return what hands a library's mail over, if the caller's mail goes to Celery.
+    """Return the task that hands a library's mail over to Celery, if it goes there.
 
     :param name: The name of the task that delivers the library's mail.
     :raises RuntimeError: There is no Celery app.
@@ -61,7 +61,7 @@ def find_handover(name: str) -> MailHandover | None:
 
 
 class MailHandover(HandsOver):
-    """A task that hands a batch over to Celery, and delivers the rest itself."""
+    """A task that hands messages over to Celery, and delivers all others itself."""
 
     exit_grace = None
 
@@ -123,7 +123,7 @@ def publish(
     submitted: float,
     **options: t.Any,
 ) -> bool:
-    """Publish a message for a worker; tell whether that was confirmed."""
+    """Publish a message for a worker; return whether the broker confirmed it."""
     content = base64.b64encode(envelope.content).decode()
     payload = {**vars(envelope), "content": content, "fail_silently": fail_silently}
     # What events and monitors show in place of the addresses.
@@ -170,7 +170,7 @@ for _name in EXTENSIONS:
 
 
 class _Attempt(t.NamedTuple):
-    """An attempt of a worker to deliver a message."""
+    """A worker's attempt to deliver a message."""
 
     task: celery.Task
     app: Flask
@@ -197,7 +197,7 @@ class _Attempt(t.NamedTuple):
             raise
 
     def log(self, error: Exception) -> None:
-        """Log the one record about a message that is not delivered."""
+        """Log that a message was not delivered."""
         if self.fail_silently and isinstance(error, DeliveryError):
             log_silenced(error)
         else:

@@ -17,8 +17,8 @@ if t.TYPE_CHECKING:
 
     from ..config import Config
 
-# The headers that tell an eager task when it was submitted, and whether what it raises
-# is raised to the caller too.
+# The headers that tell an eager task when it was submitted, and whether its exception
+# reaches the caller.
 _SUBMITTED: t.Final = "apitask_submitted"
 _RAISES: t.Final = "apitask_raises"
 _PICKLE: t.Final = {"pickle", "application/x-python-serialize"}
@@ -118,7 +118,7 @@ def find_submitted(task: celery.Task, started: float) -> float:
 
 
 def raises_to_caller(task: celery.Task) -> bool:
-    """Tell whether what a task raises gets to its caller, who logs it."""
+    """Tell whether a task's exception reaches its caller, which then logs it."""
     raises: bool = _find_header(task, _RAISES, False)
     return raises
 

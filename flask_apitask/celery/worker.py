@@ -32,8 +32,8 @@ if t.TYPE_CHECKING:
     from ..config import Routes
 
 _NO_CONTEXT: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-# The apps that have routes to Celery. (A value that referred to a Celery app would keep
-# its key alive.)
+# The routes of the apps that have some to Celery. No value may refer to the app that is
+# its key, not even by way of a Celery app, or the app would stay alive.
 _apps: weakref.WeakKeyDictionary[Flask, Routes] = weakref.WeakKeyDictionary()
 # The names that Celery knows. It binds each to all its apps, even those made later. The
 # tasks for mail are defined elsewhere.

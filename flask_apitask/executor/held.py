@@ -129,7 +129,7 @@ class HoldingQueue(TaskQueue):
             future.drop(reason)
 
     def _find_held(self, *, for_success: bool) -> list[TaskFuture[t.Any]]:
-        """Return the tasks that wait for the scope's success, or those for a commit."""
+        """Return the tasks that wait for the scope's success, or for a commit."""
         # A copy, made in one step: this may be called without the lock.
         held = tuple((self._held or {}).items())
         return [future for future, success in held if success is for_success]

@@ -63,7 +63,7 @@ def format_stack(frame: FrameType | None) -> str:
     """Format the stack of a thread, from the task's own first line on.
 
     A thread that has not begun the task or has already left it has no such stack, nor
-    does an async task, whose thread waits for an event loop, or a function in C.
+    does an async task, whose thread waits for an event loop, or a C function.
     """
     stack = [] if frame is None else [frame for frame, _ in traceback.walk_stack(frame)]
 

@@ -46,10 +46,10 @@ class ThreadPool:
         lock.
     2.  *Fork.* The child has none of the threads, and its copy of the lock may stay
         locked for ever. So the pool is reset in the child before anything else runs.
-    3.  *Interrupted request.* A Ctrl-C hits after a worker was chosen, maybe in
-        :meth:`threading.Thread.start`, so that nobody knows whether the thread will
-        run. So the worker is given up: if the thread does run, it notices and ends. It
-        does nothing until it is woken, and that is the last step.
+    3.  *Interrupted request.* A Ctrl-C hits after a worker was chosen, perhaps in
+        :meth:`threading.Thread.start`, so nobody knows whether the thread will run. So
+        the worker is given up: if its thread does run, it notices and ends. A worker
+        does nothing until it is woken, which is the last step.
 
     :param size: Maximum number of threads, with the exceptions above.
     """
@@ -84,7 +84,7 @@ class ThreadPool:
 
         If none is free and a thread waits for the scope, start an extra one.
 
-        :param scope: Without one, wake a thread for those that are queued.
+        :param scope: ``None`` to wake a thread for the scopes that are queued.
         :return: ``False`` if no thread can be started, so none will come.
         """
         worker: Worker | None = None
@@ -102,7 +102,7 @@ class ThreadPool:
 
                 worker.scope = scope
                 self._busy.add(worker)
-                # If there is one, it is this one.
+                # If a worker is idle, the last one is the one chosen.
                 del self._idle[-1:]
 
             if not worker.ident:

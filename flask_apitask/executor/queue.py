@@ -67,8 +67,8 @@ class TaskQueue:
     4.  *Fork.* The child has tasks that run in the parent, and its copy of the lock may
         stay locked for ever. So a fork is checked for before the lock is taken.
     5.  *Interrupted request.* A Ctrl-C hits after a thread was counted as requested,
-        and before it was, so that others wait for it in vain. So the count is made
-        anew then.
+        but before it was requested, so others would wait for it in vain. So the count
+        is reset, and the requests are made again.
     """
 
     def __init__(
@@ -229,9 +229,9 @@ class TaskQueue:
     def _request_threads(
         self, most: int, *, renew: bool = False, serves: bool = False
     ) -> None:
-        """Request threads for queued tasks. If there are none at all, run them here.
+        """Request threads for queued tasks. If none can be had, run the tasks here.
 
-        :param most: The number of threads to be on their way, at most.
+        :param most: Maximum number of threads on their way.
         :param renew: Repeat the requests that are in the pool's queue: now the pool
             sees that a thread waits.
         :param serves: The caller serves the queue anyway.
@@ -255,8 +255,8 @@ class TaskQueue:
             while lacking and self._pool.request(self):
                 lacking -= 1
         except BaseException:
-            # A Ctrl-C, for example. Other threads may rely on these requests, and which
-            # of them have been made is not known.
+            # A Ctrl-C, for example. Other threads may rely on these requests, and it is
+            # not known which of them have been made.
             with self._lock:
                 self._requested = 0
 

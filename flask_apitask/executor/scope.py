@@ -108,7 +108,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
             if self._closed:
                 return False
 
-            # Until _call_back() has returned.
+            # Counts as a waiter until _call_back() has returned.
             self.waiters += 1
             self._add(future)
 

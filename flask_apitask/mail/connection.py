@@ -24,7 +24,7 @@ _QUIT_TIMEOUT = 1.0
 class SMTPConnection(SMTPStream):
     """Greets a mail server, switches to TLS, logs in, and in the end says ``QUIT``."""
 
-    # The thread that uses this connection is opening it.
+    # Whether the thread that uses this connection is opening it.
     opening = False
     # No reply is due and no transaction is open: any command may follow.
     _in_order = False
@@ -35,7 +35,7 @@ class SMTPConnection(SMTPStream):
 
     @property
     def let_in(self) -> bool:
-        """Whether the server was ready for messages, and the connection is open."""
+        """Whether the connection is open, and the server was ready for messages."""
         return self.sock is not None and not self.opening
 
     def open(self) -> None:

@@ -77,7 +77,7 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
         return connect if name == "connect" else value
 
     if inspect.iscoroutinefunction(value):
-        # The view awaits what it returns.
+        # The view awaits the coroutine.
         return value
 
     scope = rerouted.find_scope()

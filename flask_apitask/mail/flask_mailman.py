@@ -89,7 +89,7 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
 
     @property
     def server(self) -> t.Any:
-        """The host's name, as in ``app.extensions["mailman"]``."""
+        """The host, under its name in ``app.extensions["mailman"]``."""
         return self.host
 
     def open(self) -> bool:

@@ -39,7 +39,7 @@ def find_reroute() -> cabc.Callable[[Flask, Config], None]:
 
 
 def _find_seam(library: str) -> cabc.Callable[[], None] | None:
-    """Return what reroutes a library, or ``None`` if that is not installed."""
+    """Return the function that reroutes a library, ``None`` if it isn't installed."""
     try:
         module = importlib.import_module(f".{library}", __package__)
     except ImportError as error:

@@ -116,7 +116,7 @@ class ConnectionPool:
 
                 if self._idle:
                     session = self._idle.pop()[1]
-                    # While it was idle, there was nothing to be heard from the server.
+                    # The server had nothing to say while the connection was idle.
                     self._heard_at = time.monotonic()
                 else:
                     session = SMTPSession(self.settings)
@@ -267,7 +267,7 @@ class ConnectionPool:
 
     @property
     def closes_at(self) -> float:
-        """When the next idle connection is to be closed, infinity without one."""
+        """When the next idle connection is to be closed; infinity if none is idle."""
         return self._idle[0][0] if self._idle else math.inf
 
     def __repr__(self) -> str:
@@ -286,7 +286,7 @@ def find_pool(pools: Pools, settings: SMTPSettings, **options: t.Any) -> Connect
 
 
 def _after_fork() -> None:
-    """Leave the connections to the parent process, in a forked child."""
+    """In a forked child, leave the connections to the parent process."""
     for pool in list(_pools):
         for session in [*pool._in_use, *(session for _, session in pool._idle)]:
             session.close()

@@ -17,7 +17,7 @@ if t.TYPE_CHECKING:
 class Reaper:
     """Closes idle connections in time, on one thread for all pools of the process.
 
-    The thread is started for the first idle connection. It ends when it wakes, and no
+    The thread is started for the first idle connection. It ends when it wakes and no
     connection is idle any more.
     """
 
@@ -26,20 +26,20 @@ class Reaper:
         self.reset()
 
     def reset(self) -> None:
-        """Start afresh in a forked child: the thread is not there, the lock may be."""
+        """Start afresh in a forked child: the thread is gone, the lock may be held."""
         # Guards everything here and the state of all pools. It is held for list
         # operations and to start a thread, never during I/O.
         self.lock = threading.Lock()
-        # Those with idle connections. Only this set keeps them alive.
+        # The pools with idle connections. Only this set keeps them alive.
         self.pools: set[ConnectionPool] = set()
         self.thread: threading.Thread | None = None
         self._wakes_at = 0.0
-        # What the thread sleeps on: a queue, to which even code run by the garbage
-        # collector may write.
+        # The thread sleeps on this queue. Even code run by the garbage collector may
+        # write to it.
         self._alarm: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def watch(self, pool: ConnectionPool, closes_at: float) -> None:
-        """Close an idle connection of a pool in time. Needs the lock."""
+        """Make sure that a pool's idle connection is closed in time. Needs the lock."""
         self.pools.add(pool)
 
         if self.thread is None:
@@ -49,7 +49,7 @@ class Reaper:
             thread = threading.Thread(
                 target=self._run, args=[closes_at], name=name, daemon=True
             )
-            # A new queue, as the old one may have alarms that nobody has heard.
+            # A new queue, as the old one may hold alarms that nobody has heard.
             self._wakes_at, self._alarm = closes_at, queue.SimpleQueue()
 
             # If no thread can be started, the next connection given back tries again.
@@ -65,7 +65,7 @@ class Reaper:
         self._alarm.put(None)
 
     def end(self) -> None:
-        """Close all idle connections and have no more kept: the process exits."""
+        """Close all idle connections and keep no more of them: the process exits."""
         with self.lock:
             self.exiting = True
 

@@ -79,8 +79,8 @@ class ReroutedMail:
     def pool(self, mail: t.Any) -> ConnectionPool:
         """Return the pool for a mail library's current settings.
 
-        :param mail: The library's object in ``app.extensions``, or any other one with
-            such attributes.
+        :param mail: The library's object in ``app.extensions``, or any object with the
+            same attributes.
         :raises ValueError: The settings can't be used, or a file can't be read.
         """
         config = self.config
@@ -123,8 +123,8 @@ class MailBlock:
     message is delivered at once. Where mail goes to Celery, the task hands it over,
     with a scope or without.
 
-    :param name: The name of the task, of those in :data:`deliveries`.
-    :param mail: What has the settings, as for :meth:`ReroutedMail.pool`.
+    :param name: The name of the task, a key of :data:`deliveries`.
+    :param mail: The object that has the settings, as for :meth:`ReroutedMail.pool`.
     :param fail_silently: Log errors at INFO instead of raising them.
     :param ends: The block is sure to end. If it is not, nothing is collected: each
         message gets a task.
@@ -153,9 +153,10 @@ class MailBlock:
         self._delivery: Delivery = None
 
     def send(self, envelope: Envelope, then: Then = None) -> bool:
-        """Deliver a message, or let a task do so. Tell whether that has not failed.
+        """Deliver a message, or let a task do so.
 
         :param then: What to call once it is delivered.
+        :return: ``False`` if the delivery has failed, and ``fail_silently`` is on.
         :raises DeliveryError: Only without a scope: the message was not delivered.
         """
         self._batch.append((envelope, then))
@@ -210,8 +211,7 @@ def _make_delivery(name: str) -> Deliver:
 
         return error
 
-    # The process's exit waits for a delivery: the timeouts of its connection limit
-    # that.
+    # At exit, the process waits for a delivery, which the connection's timeouts limit.
     deliver.exit_grace = None  # type: ignore[attr-defined]
     return deliver
 
