@@ -62,10 +62,10 @@ def make_apps(url: str, count: int, work: timing.Call) -> dict[str, Flask]:
         return lambda number: plain.delay(number)
 
     ways: dict[str, cabc.Callable[[int], object]] = {
-        "task on a thread": lambda number: run(threaded, number),
+        "run(), threads": lambda number: run(threaded, number),
         "delay()": delay(False),
         "delay(), confirmed": delay(True),
-        "task to Celery": lambda number: run(routed, number),
+        "run(), Celery": lambda number: run(routed, number),
     }
     return {name: make_app(url, way, count, work) for name, way in ways.items()}
 

@@ -224,7 +224,7 @@ class RabbitMQ(Broker):
 
 
 class Road:
-    """The way to a broker and back, on which the replies may trickle.
+    """A proxy in front of a broker, which can let replies through byte by byte.
 
     :param trickle: Seconds between two bytes of a reply, once they trickle.
     """
@@ -240,7 +240,7 @@ class Road:
 
     @property
     def url(self) -> str:
-        """The broker's URL by way of this road."""
+        """The URL of the broker behind this proxy."""
         before, after = self._broker.url_parts
         return f"{before}127.0.0.1:{self._listener.getsockname()[1]}{after}"
 
@@ -310,7 +310,7 @@ class Worker(Program):
         self._starts += 1
         celery = [sys.executable, "-m", "celery", "-A", self._celery_app]
         quiet = ["--without-gossip", "--without-mingle", "--loglevel", "INFO"]
-        # By its name a broker tells it from its others.
+        # The broker tells its workers apart by their names.
         named = ["--hostname", f"{self.folder.name}@localhost"]
         return [*celery, "worker", "-P", self._pool, "-c", "2", *quiet, *named]
 

@@ -24,7 +24,7 @@ if t.TYPE_CHECKING:
 
 # Seconds after which a test that waits for another thread has failed.
 PATIENCE = 10.0
-# Seconds that a busy machine may stand still, beyond a time that is promised.
+# Seconds by which a busy machine may exceed a promised time.
 STALL = 3.0
 
 

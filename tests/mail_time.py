@@ -1,4 +1,4 @@
-"""What keeps tests of timeouts independent of how busy the machine is."""
+"""A clock and servers for tests of timeouts, however busy the machine is."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if t.TYPE_CHECKING:
 
 
 class Clock:
-    """The time of the modules that send: it passes when they sleep or a test says so.
+    """The clock of the modules that send: it moves when they sleep or a test says so.
 
-    Sockets, locks and dates still go by the real one.
+    Sockets, locks and dates still use the real one.
     """
 
     time = staticmethod(time.time)
@@ -43,21 +43,21 @@ class Clock:
         return self._now
 
     def sleep(self, seconds: float) -> None:
-        """Be later by that, at once."""
+        """Move the clock on, without waiting."""
         self.slept.append(seconds)
         self.pass_by(seconds)
 
     def pass_by(self, seconds: float) -> None:
-        """Let time pass."""
+        """Move the clock on."""
         self._now += seconds
 
 
 @contextlib.contextmanager
 def unhurried(server: ScriptedServer | None = None) -> cabc.Iterator[list[float]]:
-    """Let a server take its time for each reply, and nobody wait once it is silent.
+    """Let a server take its time for each reply, but don't wait for a silent one.
 
-    A wait that is in vain ends as soon as the server plays :attr:`Fault.SILENCE`, as if
-    its time was over. The list has how long each of them was to be.
+    A wait ends as soon as the server plays :attr:`Fault.SILENCE`, as if it had timed
+    out. The list has the timeouts of these waits.
     """
     in_vain: list[float] = []
     read_line = stream.SMTPStream._read_line

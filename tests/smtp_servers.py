@@ -122,9 +122,9 @@ class ScriptedServer:
         self.flights = 0
         self.connects = 0
         self.most_open = 0
-        # Bytes of messages taken one at a time.
+        # The number of message bytes that were read one at a time.
         self.crumbs = 0
-        # The addresses of those that wait in vain.
+        # The addresses of the clients that wait in vain.
         self.silent_to: set[object] = set()
         self._faults: dict[Stage, collections.deque[Fault | bytes | None]] = (
             collections.defaultdict(collections.deque)

@@ -51,7 +51,7 @@ CONCURRENT = [kind for kind in KINDS if KINDS[kind].concurrent]
 class Wire(io.RawIOBase):
     """What a server reads a body from, while the client still sends it.
 
-    It gives a part of the body at each read. So two readers get some of it each.
+    Each read gives a part of the body. So two readers get different parts of it.
 
     :param end: Raised in place of the end of the body.
     :param readers: Before it gives the first part, it lets so many come.

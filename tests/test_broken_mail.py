@@ -26,7 +26,7 @@ pytestmark = pytest.mark.servers
 CLIENTS: t.Final = 8
 # APITASK_MAIL_TIMEOUT, in seconds.
 TIMEOUT: t.Final = 3.0
-# Replies of a server that trickles, before it is well again.
+# Replies that trickle before the mail server is well again.
 TRICKLED: t.Final = 10
 # Seconds that the mail server takes for a message when it is not.
 DELAY: t.Final = 0.01
@@ -108,7 +108,7 @@ class Outage(t.NamedTuple):
 
 
 def wait_for_outage(trouble: Mood, mail_server: MailServer, server: Server) -> None:
-    """Wait until the trouble has cost a mail, or what it costs where it costs none."""
+    """Wait until the trouble has made a mail fail, or the replies have trickled."""
 
     def has_struck() -> bool:
         if trouble is Mood.TRICKLES:

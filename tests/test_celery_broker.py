@@ -197,17 +197,17 @@ def test_broker_that_trickles(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A new connection that gets byte after byte holds a task for the timeout only.
+    """A new connection on which replies trickle holds a task up for the timeout only.
 
-    The threads left behind are as many as there may be connections, and are used again
-    after that.
+    There are as many threads left behind as connections are allowed, and they are used
+    again afterwards.
     """
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
 
     timeout = TIMEOUT / 2
 
-    # The timeout of a socket is half of that of the broker.
+    # A socket's timeout is half of the broker's.
     with Road(broker, trickle=0.4 * timeout) as road:
         app = celeries.make(
             road.url, CELERY={"broker_pool_limit": 1}, APITASK_CELERY_TIMEOUT=timeout

@@ -44,8 +44,8 @@ REQUESTS: t.Final = int(os.environ.get("APITASK_LEDGER_REQUESTS", "60"))
 CLIENTS: t.Final = 2
 # Seconds that the mail server takes for a message.
 DELAY: t.Final = 0.01
-# Seconds without any mail after which no more will come. They are far more than it
-# takes Redis to give out anew what a killed worker had.
+# Seconds without any mail after which no more will come: far longer than it takes Redis
+# to give out again the messages of a killed worker.
 PATIENCE: t.Final = 20.0
 # Seconds without the killed ones.
 OUTAGE: t.Final = 0.2

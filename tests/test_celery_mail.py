@@ -203,7 +203,7 @@ def test_connection_with_settings_of_its_own(
                     "x", "x", None, ["ada@example.com"], connection=connection
                 )
 
-            # It tells of the broker that is down.
+            # A WARNING reports that the broker is down.
             assert len(caplog.records) == warnings
 
         app.extensions.pop("apitask_mail")

@@ -308,7 +308,7 @@ def test_eager_failure(
 
 
 def test_eager_retries(celeries: Celeries, name: str) -> None:
-    """What is raised to try again is not raised at the end of the request."""
+    """The exception that asks for a retry is not raised at the end of the request."""
     app = celeries.make(CELERY=EAGER, APITASK_PROPAGATE=True)
     attempts = []
 

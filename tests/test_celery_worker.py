@@ -308,7 +308,7 @@ def test_mail_is_not_tried_again(
 
 
 def test_mail_fails_silently(web: Flask, setting: Setting) -> None:
-    """A mail of Flask-Mailman that may fail silently is tried again, with no ERROR."""
+    """Flask-Mailman's mail with ``fail_silently`` is tried again, with no ERROR."""
     server = setting.server
     server.fail(Stage.MAIL, Fault.TEMPORARY, Fault.PERMANENT)
     message_id = send_by_mailman(web, "ada", fail_silently=True)
@@ -406,9 +406,9 @@ def test_worker_of_the_example(broker: Broker, tmp_path: pathlib.Path) -> None:
             answer = fetch(f"{url}/{way}/signup", {"address": f"{way}@example.org"})
             assert answer.status == 201
 
-        # There is no worker yet.
+        # There is no worker yet, so only plain Flask-Mail's sign-up has its audit.
         assert [address for address, _ in read_audit(database)] == ["plain@example.org"]
-        # What is handed over has no bar.
+        # A task that was handed over has no bar.
         bars = fetch(url).way("background").bars
         assert [bar.name for bar in bars] == ["View", "Wait"]
 

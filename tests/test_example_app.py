@@ -97,7 +97,7 @@ def test_response_is_timed(url: str) -> None:
         ratios.append((background.faster, first.faster))
         background_ratio, first_ratio = map(max, zip(*ratios, strict=True))
 
-        # One that the machine lets run is enough.
+        # One run that the machine did not disturb is enough.
         if 1.5 < background_ratio < first_ratio:
             break
     else:

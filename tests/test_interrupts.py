@@ -28,12 +28,13 @@ FOLDER = str(pathlib.Path(pool_module.__file__).parent)
 def interrupt(number: int, fn: cabc.Callable[[], object]) -> bool:
     """Call a function, and raise KeyboardInterrupt at a point of the executor's code.
 
-    Python calls signal handlers where a function begins, and where one written in C has
-    returned; in loops too, but each of ours calls something. From Python 3.14 on, also
-    where ``with`` has entered a lock: then nothing can release it, so that is left out.
+    Python calls signal handlers where a function begins and where a C function has
+    returned; in loops too, but each of our loops calls something. Python 3.14 also does
+    so just after ``with`` has acquired a lock. Nothing could release the lock then, so
+    these points are left out.
 
-    :param number: Which of these points, from 1.
-    :return: Whether there are so many.
+    :param number: The number of this point, from 1.
+    :return: Whether there are that many points.
     """
     points = itertools.count(1)
 
@@ -74,7 +75,7 @@ def make_pool(size: int, idle: int) -> ThreadPool:
 
 
 def interrupt_scope(number: int, pool: ThreadPool, tasks: int) -> bool:
-    """Interrupt the use of a scope, and check that all can go on."""
+    """Interrupt the use of a scope, and check that everything still works."""
     done: list[int] = []
     futures: list[TaskFuture[None]] = []
     scope = make_scope(2, pool)
@@ -88,7 +89,7 @@ def interrupt_scope(number: int, pool: ThreadPool, tasks: int) -> bool:
     interrupted = interrupt(number, use)
     in_time(scope.end)
     assert all(future.done() for future in futures)
-    # A task may have been submitted though its call was interrupted.
+    # A task may have been submitted although the call was interrupted.
     assert len(futures) <= len(done) <= tasks
 
     with make_scope(2, pool) as following:

@@ -522,7 +522,7 @@ def test_a_connection_is_entered_again(
 def test_a_change_that_is_async(
     inbox: Mailbox, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The view awaits it, as if we were not there."""
+    """The view awaits a changed ``send()`` that is async, as without ApiTask."""
 
     class AsyncMail(Mail):
         async def send(self, message: Message) -> str:  # type: ignore[override]

@@ -91,7 +91,7 @@ def play(case: Case, certificates: Certificates, *, pipelining: bool) -> str:
             outcome, message_id = outcome_of(pool)
 
             if case.stage is Stage.QUIT:
-                # Nothing depends on it but the time that this takes.
+                # The reply to QUIT only affects how long this takes.
                 pool.close_idle()
                 pool = ConnectionPool(settings)
 

@@ -822,7 +822,7 @@ def test_app_that_goes_takes_its_idle_connections_along(inbox: Mailbox) -> None:
 def test_send_outside_the_block_is_refused(
     make_mail_app: MailAppFactory, inbox: Mailbox, *, suppress: bool
 ) -> None:
-    """What is sent before or after a connect() block is refused, and not forgotten."""
+    """A message sent before or after a connect() block is refused, not forgotten."""
     app, mail = make_mail_app(MAIL_SUPPRESS_SEND=suppress)
 
     for context in (app.app_context(), app.test_request_context()):

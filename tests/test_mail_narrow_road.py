@@ -31,7 +31,7 @@ from flask_apitask.mail import pool as pool_module
 from flask_apitask.mail.envelope import SMTPSettings
 from flask_apitask.mail.pool import ConnectionPool
 
-# Seconds of timeout, by a clock that passes as a test says.
+# The timeout in seconds, by a clock that the tests move on.
 TIMEOUT = 20.0
 
 
@@ -77,7 +77,7 @@ class Slow(ScriptedServer):
 
 
 def look_again(pool: ConnectionPool) -> None:
-    """Have the thread that is first in line see what time it is."""
+    """Have the thread that is first in line look at the clock."""
     turn = pool._waiting[0]
 
     with turn:
@@ -141,7 +141,7 @@ def test_waiting_ends_when_the_server_is_silent(
             futures = [executor.submit(send, pool) for _ in range(6)]
             wait_until(lambda: "in_use=1 idle=0 waiting=5" in f"{pool!r}")
             (session,) = pool._in_use
-            # What it has sent is gone, and it has begun to wait for the reply.
+            # It has sent the message, and has begun to wait for the reply.
             wait_until(lambda: session._stage == "end of message")
             clock.pass_by(TIMEOUT)
             look_again(pool)
@@ -210,7 +210,7 @@ def test_a_lifted_limit_wakes_a_waiting_thread(how: str) -> None:
         if how == "widen":
             pool.widen()
         else:
-            # No other one works.
+            # No other connection works.
             assert not pool.narrow(first, certain=True, scarce=False)
 
         pool.release(third.result(PATIENCE))
@@ -413,7 +413,7 @@ def test_what_is_kept_is_given_back_once_it_is_scarce() -> None:
                 connection.close()
                 waiting.result(PATIENCE)
 
-        # Not in the half of the timeout for which it is kept otherwise.
+        # Otherwise it would be kept for half of the timeout.
         soon = time.monotonic() + pool_module._SHORTLY
         assert all(due <= soon for due, _ in first._idle)
         send(second)
@@ -488,7 +488,7 @@ def test_other_refusals_are_the_limit_where_others_work(
     ):
         pool = ConnectionPool(server.settings(), size=4)
 
-        # They have to work by then.
+        # By then, these two have to work.
         with pool.connection() as first, pool.connection() as second:
             first.send(make_envelope())
             second.send(make_envelope())

@@ -31,7 +31,7 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
     import pathlib
 
-# Seconds until something that is to happen by itself.
+# Seconds until something that happens by itself.
 SHORT = 0.3
 
 
@@ -392,7 +392,7 @@ def test_idle_connections_are_closed(server: ScriptedServer, pools: Pools) -> No
         holder.end()
 
     assert "idle=3" in f"{pool!r}"
-    # They are due with the one that is used now.
+    # They are due at the same time as the one that is used now.
     pool.keepalive = SHORT
     began = time.monotonic()
     send(pool)
@@ -432,7 +432,7 @@ def test_the_reaper_ends_as_a_connection_comes_back(
 def test_one_thread_for_many_messages(
     pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a connection is used again and again, no thread is started anew."""
+    """While a connection is used again and again, no other thread is started."""
     pool = pools()
     looked = threading.Event()
     close_idle = ConnectionPool.close_idle
@@ -445,7 +445,7 @@ def test_one_thread_for_many_messages(
     send(pool)
     session = pool.acquire()
     thread = reaper.thread
-    # It would find nothing to close, and end.
+    # If it looked now, it would find nothing to close, and end.
     assert not looked.wait(SHORT)
     pool.release(session)
     assert reaper.thread is thread
@@ -557,7 +557,7 @@ def test_a_busy_server_is_asked_again(
         with pytest.raises(ConnectionLost) as caught:
             connection.send(make_envelope())
 
-    # The last time when the timeout is over.
+    # The last attempt comes when the timeout is over.
     assert clock.slept == pytest.approx([0.1, 0.2, 0.4, 0.8, 1, 1, 1, 0.5])
     assert server.connects == 3 + 9
     assert f"{caught.value}" == (

@@ -44,7 +44,7 @@ def refuse(
         server.fail(stage, *[answer + b"\r\n"] * 20)
         pool = ConnectionPool(server.settings(timeout=5.0, **settings))
 
-        # Which is asked again, if it refuses for now.
+        # A server that refuses temporarily is tried again.
         with pytest.MonkeyPatch.context() as patch:
             Clock(patch)
 

@@ -61,7 +61,7 @@ def make_app(inbox: Mailbox) -> cabc.Iterator[cabc.Callable[..., Flask]]:
             SECRET_KEY="secret",
             SECURITY_CHANGEABLE=True,
             SECURITY_CONFIRMABLE=True,
-            # What it hashes in tokens by default is meant to take a second.
+            # The default hash for tokens takes a second, on purpose.
             SECURITY_DEPRECATED_HASHING_SCHEMES=[],
             SECURITY_HASHING_SCHEMES=["hex_md5"],
             SECURITY_EMAIL_VALIDATOR_ARGS={"check_deliverability": False},

@@ -36,7 +36,7 @@ if t.TYPE_CHECKING:
     import collections.abc as cabc
 
 USER = ("me@example.com", "secret")
-# Seconds of timeout, for what is to run into it, and for what is not.
+# Timeouts in seconds: one that is to run out, and one that is not.
 SHORT, TIMEOUT = 0.3, 20.0
 
 
@@ -493,7 +493,7 @@ def test_a_trickle_is_not_a_reply(octets: bytes) -> None:
         error = fail_to_send(server.settings())
         assert time.monotonic() - began >= SHORT
 
-    # Ten come in that time.
+    # Ten bytes arrive in that time.
     assert server.sent < 20
     assert "failed at the greeting: it took more than 0.3 s" in f"{error}"
 

@@ -540,7 +540,7 @@ def test_stream_that_is_never_sent(
 ) -> None:
     """If the wait before a stream raises, no response is sent, so nothing is pending.
 
-    What is still deferred is dropped, and the scopes of functions are ended.
+    Tasks that are still deferred are dropped, and the scopes of functions are ended.
     """
     app, calls = make_app(APITASK_PROPAGATE=cause == "propagate"), Calls()
     caplog.set_level(logging.INFO)

@@ -133,9 +133,9 @@ def read(client: http.client.HTTPConnection) -> Answer:
 
 
 def is_silent(connection: socket.socket, expected: bool = True) -> bool:
-    """Tell whether nothing comes from a server, not even the end of the connection.
+    """Tell whether a server sends nothing, not even the end of the connection.
 
-    :param expected: What a test expects. An answer that is to come may take its time.
+    :param expected: The result that a test expects. An expected answer may take longer.
     """
     seconds = MOMENT if expected else PATIENCE
     return not select.select([connection], [], [], seconds)[0]

@@ -126,7 +126,7 @@ def test_apitask_that_is_forgotten(caplog: pytest.LogCaptureFixture) -> None:
     serve_with_flag("shop", "true")
     serve_with_flag("off", "no")
     serve_with_flag("unset", None)
-    # Requests don't pay for this any longer.
+    # From here on, requests don't pay for the check.
     ApiTask(Flask("last"))
     serve_with_flag("late", "true")
     what = "APITASK_MAIL_BACKGROUND was on"

@@ -193,7 +193,7 @@ def serve(
             server.connect()
             yield server
         except Exception:
-            # pytest shows it beside the failure, which may be the server's.
+            # pytest shows this next to the failure, whose cause may be the server.
             _logger.error("Workers: %s\n%s", server.workers(), server.output())
             raise
         finally:
