@@ -128,9 +128,9 @@ def warn_without_apitask(app: Flask, what: str = "run() was called") -> None:
 def wait(timeout: float | None = None) -> None:
     """Block until the tasks submitted to the current scope so far are done.
 
-    You can start more tasks afterwards. What a task raises goes to its future and to
-    the log, and is not raised here. Does nothing where there is no scope. Don't call it
-    at the end of a view: the request waits anyway.
+    You can start more tasks afterwards. If a task fails, its exception goes to its
+    future and to the log, and is not raised here. Does nothing where there is no scope.
+    Don't call it at the end of a view: the request waits anyway.
 
     :param timeout: Maximum seconds to wait; ``None`` waits indefinitely.
     :raises TimeoutError: Some tasks are not done yet; they keep running.

@@ -77,8 +77,8 @@ def run_on_commit(
     its future is cancelled and one INFO record says why.
 
     Where there is no scope, and in a task, ``commit()`` itself calls the task, after
-    committing. What the task raises is logged and kept in its future. ``commit()`` does
-    not raise it, as the commit has succeeded.
+    committing. If the task raises, the exception is logged and kept in its future.
+    ``commit()`` does not raise it, as the commit has succeeded.
 
     :param session: A :class:`sqlalchemy.orm.Session`, or a
         :class:`~sqlalchemy.orm.scoped_session` such as Flask-SQLAlchemy's

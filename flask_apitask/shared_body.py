@@ -87,7 +87,7 @@ class BodyLock:
         # while the client sends, so each body has its own.
         self._lock = threading.RLock()
         self._error: BaseException | None = None
-        # What reads the stream directly: None for the view, or the locals of a task.
+        # The reader of the stream itself: None for the view, or the locals of a task.
         self._taker: object = task_locals.get() if is_taken else _NOBODY
         # Whether Werkzeug itself is asking for the stream.
         self._is_reading = False

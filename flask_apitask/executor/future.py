@@ -77,7 +77,7 @@ class TaskFuture(concurrent.futures.Future[T]):
         """Call a function with this future once the task is done.
 
         It runs where a task may run, in its own app context, with the task's request
-        and context variables. What it raises is logged.
+        and context variables. If it raises, that is logged.
         """
         runner, context = self._runner, self._context
         super().add_done_callback(

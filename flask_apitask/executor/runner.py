@@ -39,7 +39,7 @@ class TimeoutReport(t.NamedTuple):
 class Runner:
     """How a scope calls its tasks. This base class does nothing but call them."""
 
-    # What a task has raised and the end of the scope is to raise.
+    # The exception of a task that the end of the scope is to raise.
     raised: BaseException | None = None
     # Copies the context variables of the thread that starts a task, for the task.
     copy_context: cabc.Callable[[], contextvars.Context]
