@@ -32,6 +32,7 @@ from .task_log import warn_of_session
 if t.TYPE_CHECKING:
     import collections.abc as cabc
     import concurrent.futures
+    import contextvars
 
     from flask import Flask
     from flask import Request
@@ -80,6 +81,9 @@ class TaskRunner(PlainRunner):
     :param request: The request that the scope is part of, if any.
     :param copy_g: The names to copy to the task's own ``g``.
     """
+
+    copy_context: cabc.Callable[[], contextvars.Context]
+    raised: BaseException | None
 
     def __init__(
         self, app: Flask, request: Request | None, copy_g: tuple[str, ...] = ()

@@ -133,6 +133,21 @@ class TaskQueue:
         finally:
             self._stop_waiting()
 
+    def _wait_for(self, future: TaskFuture[t.Any]) -> bool:
+        """Queue a future that counts as waited for until :meth:`_stop_waiting`.
+
+        :return: ``False`` if the scope is closed, and nothing was queued.
+        """
+        with self._lock:
+            if self._closed:
+                return False
+
+            self.waiters += 1
+            self._add(future)
+
+        self._request_threads(1, renew=True)
+        return True
+
     def _stop_waiting(self) -> None:
         with self._lock:
             self.waiters -= 1

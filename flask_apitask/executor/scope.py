@@ -98,22 +98,9 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
         :return: ``False`` if the scope has ended, so the function is not called.
         """
-        if self._forked:
-            return False
-
         work: Work = self._call_back, (fn, *args), {}, time.monotonic()
         future: TaskFuture[None] = TaskFuture(Runner(), self, work)
-
-        with self._lock:
-            if self._closed:
-                return False
-
-            # Counts as a waiter until _call_back() has returned.
-            self.waiters += 1
-            self._add(future)
-
-        self._request_threads(1, renew=True)
-        return True
+        return not self._forked and self._wait_for(future)
 
     def _call_back(self, fn: cabc.Callable[..., object], *args: t.Any) -> None:
         try:
