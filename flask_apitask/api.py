@@ -317,8 +317,8 @@ def _find_scope(*, holds: bool = False) -> TaskScope | None:
         return None
 
     scope = request_scope.find_request_scope(request_context)
-    open_scope = scope.open_holding if holds else scope.open
-    return open_scope(app_context, request_context)
+    make = scope.open_holding if holds else scope.open
+    return make(app_context, request_context)
 
 
 def _find_frame(app: Flask | None, request_context: t.Any) -> Frame | None:

@@ -55,13 +55,19 @@ class SharedFile:
     read: t.Any = _at_own_position("read")
     # An upload has no read1() before Python 3.11.
     read1: t.Any = _at_own_position("read")
-    readinto: t.Any = _at_own_position("readinto")
     readline: t.Any = _at_own_position("readline")
     readlines: t.Any = _at_own_position("readlines")
     tell: t.Any = _at_own_position("tell")
     truncate: t.Any = _at_own_position("truncate")
     write: t.Any = _at_own_position("write")
     writelines: t.Any = _at_own_position("writelines")
+
+    def readinto(self, buffer: t.Any) -> int:
+        # An upload has no readinto() before Python 3.11.
+        view = memoryview(buffer).cast("B")
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         # An upload's seek() returns nothing before Python 3.11.

@@ -827,6 +827,15 @@ def seek(upload: FileStorage) -> list[object]:
     return [*moves, upload.stream.readable(), upload.stream.seekable()]
 
 
+def read_buffered(stream: t.Any) -> bytes:
+    """Read from the start of a file, as one does who wants larger pieces of it."""
+    stream.seek(0)
+    buffered = io.BufferedReader(stream)
+    content = b"".join(buffered)
+    buffered.detach()
+    return content
+
+
 @pytest.mark.parametrize(
     ("read", "found"),
     [
@@ -835,8 +844,9 @@ def seek(upload: FileStorage) -> list[object]:
         (seek, [13, 13, b"third\n", True, True]),
         (lambda upload: upload.stream.readline(3), b"fir"),
         (lambda upload: upload.stream.mode, "rb+"),
+        (lambda upload: read_buffered(upload.stream), LINES),
     ],
-    ids=["lines", "save", "seek", "readline", "mode"],
+    ids=["lines", "save", "seek", "readline", "mode", "buffered"],
 )
 def test_upload_is_a_file(
     make_app: AppFactory, read: cabc.Callable[[FileStorage], object], found: object

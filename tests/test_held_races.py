@@ -4,8 +4,11 @@ import functools
 import typing as t
 
 import pytest
+from conftest import PATIENCE
 from interleaving import explore
 from interleaving import Schedule
+from late_threads import in_time
+from scopes import Gate
 
 from flask_apitask.closing import Closing
 from flask_apitask.executor.pool import ThreadPool
@@ -193,3 +196,45 @@ def test_the_end_of_a_stream(
         return check
 
     explore(set_up, SEEDS)
+
+
+def test_a_request_that_is_withdrawn_is_not_on_its_way() -> None:
+    """A task that starts once its scope is closed is served, however busy the pool."""
+    pool = ThreadPool(1)
+    pool.tasks_are_small = False
+    first, last = Gate(), Gate()
+    before, scope, after = (TaskScope(pool, 2) for _ in range(3))
+    before.submit(first)
+    done = [scope.submit(bool)]
+    after.submit(last)
+    # The scope has queued twice, but the thread does both tasks when it comes first.
+    done.append(scope.submit(bool))
+    held = scope.hold(bool, (), {}, for_success=True)
+    assert held is not None
+    first.opened.set()
+    assert last.begun.wait(PATIENCE)
+    assert all(future.done() for future in done)
+    scope.shutdown(wait=False)
+    assert scope.settle(None)
+    in_time(scope.end)
+    assert held.result(0) is False
+    last.opened.set()
+    before.end()
+    after.end()
+
+
+def test_a_commit_while_others_are_cancelled() -> None:
+    """A task that it starts is not taken for one of them, and gets a thread."""
+    pool, gate = ThreadPool(1), Gate()
+    before, scope = TaskScope(pool, 1), TaskScope(pool, 1)
+    before.submit(gate)
+    held = scope.hold(bool, (), {}, for_success=False)
+    assert held is not None
+    queued = scope.submit(bool)
+    queued.add_done_callback(lambda _: scope.start(held))
+    scope.shutdown(wait=False, cancel_futures=True)
+    assert queued.cancelled()
+    gate.opened.set()
+    in_time(scope.end)
+    assert held.result(0) is False
+    before.end()

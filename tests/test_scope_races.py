@@ -90,7 +90,7 @@ class Recorded:
         assert self.most <= self.cap
         # Else one that is lacking later is taken for one that has been requested.
         queued = self.pool._waiting.count(self.scope)
-        assert self.scope.closed or self.scope._requested <= queued
+        assert 0 <= self.scope._requested <= queued
         assert self.scope.waiters == 0
 
 

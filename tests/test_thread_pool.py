@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import math
@@ -254,6 +255,44 @@ def test_refusal_is_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     expect(pool)
     monkeypatch.undo()
     request(pool).wait()
+
+
+def test_any_error_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that can't be started for want of memory is not asked for again."""
+
+    def refuse(thread: threading.Thread) -> t.NoReturn:
+        raise MemoryError
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    pool = ThreadPool(1)
+
+    with make_scope(1, pool) as scope:
+        future = scope.submit(threading.get_ident)
+        assert future.result(0) == threading.get_ident()
+
+    assert pool._refusal == "MemoryError()"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_scope_that_queued_behind_a_thread_that_never_came(
+    error: type[BaseException],
+) -> None:
+    """Another thread is asked to come in its place."""
+    pool = ThreadPool(1)
+    queued: list[Calling] = []
+
+    def fail_once(worker: object) -> t.NoReturn:
+        del pool._start
+        queued.append(request(pool))
+        raise error("can't start new thread")
+
+    pool._start = fail_once  # type: ignore[method-assign]
+
+    with contextlib.suppress(KeyboardInterrupt):
+        assert not pool.request(t.cast("t.Any", Calling()))
+
+    queued[0].wait()
+    expect(pool, idle=1)
 
 
 def test_each_cause_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -30,7 +30,7 @@ class HoldingQueue(TaskQueue):
     @property
     def awaits_success(self) -> bool:
         """Whether there are tasks that wait for the success of the scope."""
-        return bool(self._find_held(for_success=True))
+        return bool(self._find_held(True))
 
     def hold(
         self,
@@ -85,7 +85,7 @@ class HoldingQueue(TaskQueue):
         if not self._held:
             return False
 
-        futures = self._find_held(for_success=True)
+        futures = self._find_held(True)
 
         if self._failure is not None:
             self.drop(self._failure, *futures)
@@ -128,11 +128,14 @@ class HoldingQueue(TaskQueue):
         for future in held:
             future.drop(reason)
 
-    def _find_held(self, *, for_success: bool) -> list[TaskFuture[t.Any]]:
-        """Return the tasks that wait for the scope's success, or for a commit."""
-        # A copy, made in one step: this may be called without the lock.
-        held = tuple((self._held or {}).items())
-        return [future for future, success in held if success is for_success]
+    def _find_held(self, *for_success: bool) -> list[TaskFuture[t.Any]]:
+        """Return the tasks that wait for the scope's success, or for a commit.
+
+        :param for_success: Which of the two, or both.
+        """
+        with self._lock:
+            held = (self._held or {}).items()
+            return [future for future, success in held if success in for_success]
 
     def _take_held(self, future: TaskFuture[t.Any]) -> bool:
         """Release a task; return whether it was held. Needs the lock."""

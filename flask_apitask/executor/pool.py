@@ -85,7 +85,8 @@ class ThreadPool:
         If none is free and a thread waits for the scope, start an extra one.
 
         :param scope: ``None`` to wake a thread for the scopes that are queued.
-        :return: ``False`` if no thread can be started, so none will come.
+        :return: ``False`` if no thread can be started, so none will come. Without a
+            scope, also if none is free.
         """
         worker: Worker | None = None
 
@@ -108,9 +109,17 @@ class ThreadPool:
             if not worker.ident:
                 self._start(worker)
         except BaseException as error:
-            if worker is None or not self._give_up(worker, error):
+            if worker is not None:
+                self._give_up(worker)
+
+                # Others may have queued because this worker was to come.
+                if scope is not None and self._waiting:
+                    self.request(None)
+
+            if not isinstance(error, Exception):
                 raise
 
+            self._refusal = str(error) or repr(error)
             return False
 
         # The last step, so that an interrupt comes either before it or after it.
@@ -280,8 +289,8 @@ class ThreadPool:
         counted = len(self._busy) + len(self._idle)
         return counted - min(len(self._abandoned), self._size)
 
-    def _give_up(self, worker: Worker, error: BaseException) -> bool:
-        """Forget a worker that could not be woken; return whether its start failed."""
+    def _give_up(self, worker: Worker) -> None:
+        """Forget a worker that could not be woken."""
         with self._lock:
             worker.scope = None
             self._busy.discard(worker)
@@ -290,8 +299,6 @@ class ThreadPool:
 
         # If the thread runs after all, it ends.
         worker.awake.release()
-        self._refusal = str(error)
-        return isinstance(error, RuntimeError)
 
     def _start(self, worker: Worker) -> None:
         """Start a worker's thread.

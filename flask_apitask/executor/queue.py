@@ -300,20 +300,16 @@ class TaskQueue:
     def _drop_requests(self) -> None:
         """Withdraw useless requests, which would keep the scope's objects alive."""
         if self._requested and not self._queue:
-            self._pool.withdraw(self)
+            withdrawn = self._pool.withdraw(self)
+
+            # Or a task that is started later would take one for being on its way.
+            with self._lock:
+                self._requested = max(0, self._requested - withdrawn)
 
     def _next(self, done: TaskFuture[t.Any] | None = None) -> TaskFuture[t.Any] | None:
         """Give back the slot of a task, and take the next one. Needs the lock."""
         if done is not None:
-            self._running.remove(done)
-            self._unfinished -= 1
-
-            for barrier in self._barriers:
-                if done.index <= barrier.last:
-                    barrier.remaining -= 1
-
-                    if not barrier.remaining:
-                        barrier.lock.release()
+            self._give_back(done)
 
         if not self._queue or len(self._running) >= self._max_workers:
             return None
@@ -322,6 +318,18 @@ class TaskQueue:
         future.thread = threading.get_ident()
         self._running.add(future)
         return future
+
+    def _give_back(self, done: TaskFuture[t.Any]) -> None:
+        """Give back the slot of a task that is done. Needs the lock."""
+        self._running.remove(done)
+        self._unfinished -= 1
+
+        for barrier in self._barriers:
+            if done.index <= barrier.last:
+                barrier.remaining -= 1
+
+                if not barrier.remaining:
+                    barrier.lock.release()
 
     def _leave_to_parent(self) -> None:
         """Forget all tasks: one of them has forked, and this is the child.
@@ -340,7 +348,7 @@ class TaskQueue:
         with self._lock:
             queued = list(self._queue)
             self._queue.clear()
-            # They still count as unfinished until _next() below.
+            # They still count as unfinished until _give_back() below.
             self._running.update(queued)
 
         names = [task_name(future.task) for future in queued if not future.cancelled()]
@@ -350,6 +358,10 @@ class TaskQueue:
             self._run(future, "inline")
 
             with self._lock:
-                self._next(future)
+                self._give_back(future)
+
+        # A commit may have started others meanwhile.
+        if self._queue:
+            self._request_threads(self._max_workers)
 
         return names

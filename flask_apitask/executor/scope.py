@@ -139,7 +139,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
         if cancel_futures:
             self._cancel_queued()
-            self.drop("its scope was shut down", *(self._held or ()))
+            self.drop("its scope was shut down", *self._find_held(True, False))
 
         if wait:
             self._join(None)
@@ -159,7 +159,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
 
             # A fast path: most scopes hold no deferred tasks.
             if self._held:
-                held = self._find_held(for_success=False)
+                held = self._find_held(False)
                 self.drop("its scope ended before the commit", *held)
 
             if self._join(self._timeout) and self._timeout is not None:
