@@ -105,11 +105,14 @@ class ConnectionPool:
         turn = threading.Condition(reaper.lock)
 
         with reaper.lock:
-            self._waiting.append(turn)
-
+            # In the same try as its removal: a turn that was left in line by an
+            # interrupt would hold up all behind it.
             try:
+                self._waiting.append(turn)
+
                 while self._waiting[0] is not turn:
-                    turn.wait()
+                    # An interrupt may come before the wake-up, so look again anyway.
+                    turn.wait(self.settings.timeout)
 
                 while not self._has_room():
                     turn.wait(self._time_left(began))
@@ -124,7 +127,9 @@ class ConnectionPool:
                 self._in_use.add(session)
                 return session
             finally:
-                self._waiting.remove(turn)
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+
                 self._wake_next()
 
     def _has_room(self) -> bool:
