@@ -39,8 +39,10 @@ class Clock:
 
     def monotonic(self) -> float:
         """Return the time."""
+        now = self._now
+        # As soon as this is set, a test may let time pass.
         self.asked.set()
-        return self._now
+        return now
 
     def sleep(self, seconds: float) -> None:
         """Be later by that, at once."""
@@ -54,10 +56,10 @@ class Clock:
 
 @contextlib.contextmanager
 def unhurried(server: ScriptedServer | None = None) -> cabc.Iterator[list[float]]:
-    """Let a server take its time for each reply, and nobody wait once it is silent.
+    """Let a server take its time for a reply, but don't wait for one that never comes.
 
-    A wait that is in vain ends as soon as the server plays :attr:`Fault.SILENCE`, as if
-    its time was over. The list has how long each of them was to be.
+    When the server plays :attr:`Fault.SILENCE`, the wait ends at once, as if its time
+    was over. The list has how long each such wait was to be.
     """
     in_vain: list[float] = []
     read_line = stream.SMTPStream._read_line
