@@ -495,7 +495,7 @@ def test_a_block_is_one_task_in_order(
 def test_a_connection_is_entered_again(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each message is sent once, even in a block within another, or after it."""
+    """Each message is sent once, even in a block within another."""
     app, mail = make_app(inbox, monkeypatch, "connect() to another")
 
     def send(connection: flask_mail.Connection, subject: str) -> None:
@@ -510,13 +510,38 @@ def test_a_connection_is_entered_again(
 
         wait()
         assert sent == ["one", "two"]
-        send(connection, "three")
-        assert sent == ["one", "two", "three"]
 
         with connection:
-            send(connection, "four")
+            send(connection, "three")
 
-    assert sent == ["one", "two", "three", "four"]
+    assert sent == ["one", "two", "three"]
+
+
+def test_a_block_has_ended(inbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection behind it may be closed, and would lose what it is given."""
+    app, mail = make_app(inbox, monkeypatch, "connect() of a subclass")
+    receivers = mock.Mock()
+
+    with (
+        flask_mail.email_dispatched.connected_to(receivers),
+        app.test_request_context(),
+    ):
+        message = Message("one", ["ada@example.org"], body="text")
+
+        with mail.connect() as connection:
+            send = connection.send
+
+            with connection:
+                connection.send(message)
+
+            for late in (connection.send, send):
+                with pytest.raises(RuntimeError, match="Send inside the block"):
+                    late(message)
+
+        wait()
+
+    assert sent == ["one"]
+    assert receivers.call_count == 1
 
 
 def test_a_change_that_is_async(

@@ -11,6 +11,7 @@ from flask import current_app
 from ..calling import notify
 from ..context import find_app_context
 from .changes import find_change
+from .changes import OUTSIDE
 from .changes import use_change
 from .rendering import check
 from .rendering import render
@@ -128,10 +129,7 @@ class BackgroundConnection:
         :raises DeliveryError: Only without a scope: the message was not delivered.
         """
         if not self._is_open:
-            raise RuntimeError(
-                "Outside its 'with mail.connect()' block, this connection sends"
-                " nothing. Send inside the block."
-            )
+            raise RuntimeError(OUTSIDE)
 
         check(message, envelope_from)
         self.num_emails += 1
