@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -566,6 +567,62 @@ def test_a_change_that_is_async(
     assert app.test_client().get("/").text == "sent"
     assert sent == ["one"]
     assert not caplog.records
+
+
+def test_a_connection_that_is_async(inbox: Mailbox) -> None:
+    """It is theirs too, whether they send over it or the view does."""
+
+    class Connection:
+        async def send(self, message: Message) -> None:
+            sent.append(str(message.subject))
+
+    class AsyncMail(Mail):
+        @contextlib.asynccontextmanager
+        async def connect(self) -> cabc.AsyncIterator[Connection]:  # type: ignore[override]
+            yield Connection()
+
+        async def send(self, message: Message) -> None:  # type: ignore[override]
+            async with self.connect() as connection:
+                await connection.send(message)
+
+    app = Flask(__name__)
+    app.config.update(MAIL_DEFAULT_SENDER="a@x.org", APITASK_MAIL_BACKGROUND=True)
+    mail = AsyncMail(app)
+    ApiTask(app)
+
+    @app.get("/")
+    async def index() -> str:
+        await mail.send(Message("one", ["ada@example.org"], body="text"))
+
+        async with mail.connect() as connection:
+            await connection.send(Message("two", ["ada@example.org"], body="text"))
+
+        return "sent"
+
+    assert app.test_client().get("/").text == "sent"
+    assert sent == ["one", "two"]
+
+
+def test_a_change_that_has_every_attribute(inbox: Mailbox) -> None:
+    """Such an object has code below it for ever, and is called like any other."""
+
+    class Endless:
+        def __getattr__(self, name: str) -> Endless:
+            return Endless()
+
+        def __call__(self, message: Message) -> None:
+            note(message.subject)
+
+    app = Flask(__name__)
+    app.config.update(MAIL_DEFAULT_SENDER="a@x.org", APITASK_MAIL_BACKGROUND=True)
+    mail = Mail(app)
+    ApiTask(app)
+    mail.send = Endless()  # type: ignore[method-assign]
+
+    with app.test_request_context():
+        mail.send(Message("one", ["ada@example.org"], body="text"))
+
+    assert sent == ["one"]
 
 
 def test_what_is_not_used_in_a_block_is_theirs(

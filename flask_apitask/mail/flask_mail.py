@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import time
@@ -77,12 +78,23 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
         # Flask-Mail's own send() will look up connect() in turn.
         return connect if name == "connect" else value
 
-    if inspect.iscoroutinefunction(value):
-        # The view awaits what it returns.
+    if _is_async(value):
+        # The view awaits what it returns, or uses it in an "async with" block.
         return value
 
     scope = rerouted.find_scope()
     return use_change(app, change, name, value, rerouted.start if scope else None)
+
+
+def _is_async(method: t.Any) -> bool:
+    if inspect.iscoroutinefunction(method):
+        return True
+
+    # Below @asynccontextmanager is a generator. A proxy may unwrap to itself for ever.
+    with contextlib.suppress(ValueError):
+        return inspect.isasyncgenfunction(inspect.unwrap(method))
+
+    return False
 
 
 class BackgroundConnection:
