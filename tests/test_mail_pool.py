@@ -380,6 +380,27 @@ def test_an_interrupt_in_line(pools: Pools, joined: bool) -> None:
     assert "in_use=0 idle=0 waiting=0" in f"{pool!r}"
 
 
+def test_an_interrupt_once_there_is_a_place(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place is not lost with a thread that is interrupted as it leaves with it."""
+
+    def interrupt() -> None:
+        assert "in_use=1" in f"{pool!r}"
+        raise Interrupted
+
+    pool = pools(size=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_wake_next", interrupt)
+
+        # Not with raises(), which keeps what the traceback refers to.
+        with contextlib.suppress(Interrupted):
+            pool.acquire()
+
+    assert "in_use=0" in f"{pool!r}"
+
+
 def test_a_lost_wake_up(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     """If an interrupt comes before the next is woken, it looks once per timeout."""
     Clock(monkeypatch)

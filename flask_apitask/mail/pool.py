@@ -76,8 +76,9 @@ class ConnectionPool:
         # What each thread in line sleeps on. Places are not handed over, as one would
         # be lost with an interrupted wait. The first in line is woken and takes one.
         self._waiting: collections.deque[threading.Condition] = collections.deque()
-        # Each session has a place, open or not: len(in_use) + len(idle) <= size.
-        self._in_use: set[SMTPSession] = set()
+        # Each session has a place, open or not: len(in_use) + len(idle) <= size. If an
+        # interrupt keeps one from getting to whoever would give it back, it is dropped.
+        self._in_use: weakref.WeakSet[SMTPSession] = weakref.WeakSet()
         # With the time at which to close each, soonest first.
         self._idle: collections.deque[tuple[float, SMTPSession]] = collections.deque()
         # The server's limit, as far as is known, and when to try one more.
