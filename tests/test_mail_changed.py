@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -495,7 +496,7 @@ def test_a_block_is_one_task_in_order(
 def test_a_connection_is_entered_again(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each message is sent once, even in a block within another, or after it."""
+    """Each message is sent once, even in a block within another."""
     app, mail = make_app(inbox, monkeypatch, "connect() to another")
 
     def send(connection: flask_mail.Connection, subject: str) -> None:
@@ -510,13 +511,38 @@ def test_a_connection_is_entered_again(
 
         wait()
         assert sent == ["one", "two"]
-        send(connection, "three")
-        assert sent == ["one", "two", "three"]
 
         with connection:
-            send(connection, "four")
+            send(connection, "three")
 
-    assert sent == ["one", "two", "three", "four"]
+    assert sent == ["one", "two", "three"]
+
+
+def test_a_block_has_ended(inbox: Mailbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection behind it may be closed, and would lose what it is given."""
+    app, mail = make_app(inbox, monkeypatch, "connect() of a subclass")
+    receivers = mock.Mock()
+
+    with (
+        flask_mail.email_dispatched.connected_to(receivers),
+        app.test_request_context(),
+    ):
+        message = Message("one", ["ada@example.org"], body="text")
+
+        with mail.connect() as connection:
+            send = connection.send
+
+            with connection:
+                connection.send(message)
+
+            for late in (connection.send, send):
+                with pytest.raises(RuntimeError, match="Send inside the block"):
+                    late(message)
+
+        wait()
+
+    assert sent == ["one"]
+    assert receivers.call_count == 1
 
 
 def test_a_change_that_is_async(
@@ -541,6 +567,62 @@ def test_a_change_that_is_async(
     assert app.test_client().get("/").text == "sent"
     assert sent == ["one"]
     assert not caplog.records
+
+
+def test_a_connection_that_is_async(inbox: Mailbox) -> None:
+    """It is theirs too, whether they send over it or the view does."""
+
+    class Connection:
+        async def send(self, message: Message) -> None:
+            sent.append(str(message.subject))
+
+    class AsyncMail(Mail):
+        @contextlib.asynccontextmanager
+        async def connect(self) -> cabc.AsyncIterator[Connection]:  # type: ignore[override]
+            yield Connection()
+
+        async def send(self, message: Message) -> None:  # type: ignore[override]
+            async with self.connect() as connection:
+                await connection.send(message)
+
+    app = Flask(__name__)
+    app.config.update(MAIL_DEFAULT_SENDER="a@x.org", APITASK_MAIL_BACKGROUND=True)
+    mail = AsyncMail(app)
+    ApiTask(app)
+
+    @app.get("/")
+    async def index() -> str:
+        await mail.send(Message("one", ["ada@example.org"], body="text"))
+
+        async with mail.connect() as connection:
+            await connection.send(Message("two", ["ada@example.org"], body="text"))
+
+        return "sent"
+
+    assert app.test_client().get("/").text == "sent"
+    assert sent == ["one", "two"]
+
+
+def test_a_change_that_has_every_attribute(inbox: Mailbox) -> None:
+    """Such an object has code below it for ever, and is called like any other."""
+
+    class Endless:
+        def __getattr__(self, name: str) -> Endless:
+            return Endless()
+
+        def __call__(self, message: Message) -> None:
+            note(message.subject)
+
+    app = Flask(__name__)
+    app.config.update(MAIL_DEFAULT_SENDER="a@x.org", APITASK_MAIL_BACKGROUND=True)
+    mail = Mail(app)
+    ApiTask(app)
+    mail.send = Endless()  # type: ignore[method-assign]
+
+    with app.test_request_context():
+        mail.send(Message("one", ["ada@example.org"], body="text"))
+
+    assert sent == ["one"]
 
 
 def test_what_is_not_used_in_a_block_is_theirs(

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import typing as t
-from unittest import mock
 
 import pytest
 from conftest import wait_until
@@ -103,28 +102,54 @@ def test_waiting_is_no_error_while_a_message_is_read(
 ) -> None:
     """A large message that takes longer than the timeout keeps others waiting."""
     clock = Clock(monkeypatch)
+    looks = threading.Semaphore(0)
+    rounds: list[float] = []
 
-    with ScriptedServer(buffer=65_536) as server:
+    class Reads(ScriptedServer):
+        def _serve(self, peer: t.Any) -> None:
+            def receive() -> None:
+                type(peer).receive(peer)
+
+                # Whether the other side could send more, since this reads the message.
+                is_heard = session.heard_at == clock.monotonic()
+
+                if len(peer.received) > 65_536 and is_heard and len(rounds) < 4:
+                    rounds.append(clock.monotonic())
+                    clock.pass_by(TIMEOUT * 0.6)
+                    look_again(pool)
+                    assert looks.acquire(timeout=PATIENCE)
+
+            peer.receive = receive
+            super()._serve(peer)
+
+    def look(began: float) -> float:
+        try:
+            return time_left(began)
+        finally:
+            looks.release()
+
+    with (
+        Reads(buffer=65_536) as server,
+        concurrent.futures.ThreadPoolExecutor(1) as executor,
+    ):
         pool = ConnectionPool(server.settings(timeout=TIMEOUT), size=1)
         session = pool.acquire()
+        session.open()
+        session.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        time_left = pool._time_left
+        monkeypatch.setattr(pool, "_time_left", look)
+        waiting = executor.submit(send, pool)
+        assert looks.acquire(timeout=PATIENCE)
 
-        with (
-            mock.patch.object(pool, "_time_left", wraps=pool._time_left) as looks,
-            concurrent.futures.ThreadPoolExecutor(1) as executor,
-        ):
-            waiting = executor.submit(send, pool)
-
-            for count in range(1, 5):
-                wait_until(lambda count=count: looks.call_count == count)  # type: ignore[misc]
-                # What it is sent is taken, little by little.
-                clock.pass_by(TIMEOUT * 0.6)
-                session.heard_at = clock.monotonic()
-                look_again(pool)
-
+        try:
+            session.deliver(make_envelope(body="x" * 4_000_000))
+        finally:
             pool.release(session)
-            waiting.result(PATIENCE)
 
+        waiting.result(PATIENCE)
         pool.close_idle()
+
+    assert len(rounds) == 4
 
 
 def test_waiting_ends_when_the_server_is_silent(

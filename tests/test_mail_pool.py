@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import collections
 import concurrent.futures
+import contextlib
 import os
 import socket
 import threading
@@ -356,6 +358,86 @@ def test_an_interrupted_wait(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> N
             send(pool)
 
     assert "in_use=0 idle=1 waiting=0" in f"{pool!r}"
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_an_interrupt_in_line(pools: Pools, joined: bool) -> None:
+    """Whoever is interrupted just as it joins the line doesn't stay there."""
+
+    class Line(collections.deque[threading.Condition]):
+        def append(self, turn: threading.Condition) -> None:
+            if joined:
+                super().append(turn)
+
+            raise Interrupted
+
+    pool = pools()
+    pool._waiting = Line()
+
+    with pytest.raises(Interrupted):
+        pool.acquire()
+
+    assert "in_use=0 idle=0 waiting=0" in f"{pool!r}"
+
+
+def test_an_interrupt_once_there_is_a_place(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A place is not lost with a thread that is interrupted as it leaves with it."""
+
+    def interrupt() -> None:
+        assert "in_use=1" in f"{pool!r}"
+        raise Interrupted
+
+    pool = pools(size=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_wake_next", interrupt)
+
+        # Not with raises(), which keeps what the traceback refers to.
+        with contextlib.suppress(Interrupted):
+            pool.acquire()
+
+    assert "in_use=0" in f"{pool!r}"
+
+
+def test_a_lost_wake_up(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If an interrupt comes before the next is woken, it looks once per timeout."""
+    Clock(monkeypatch)
+    pool = pools(size=2, timeout=SHORT)
+    sessions = [pool.acquire(), pool.acquire()]
+    wait = threading.Condition.wait
+    behind: list[float | None] = []
+
+    def note(self: threading.Condition, timeout: float | None = None) -> bool:
+        if self in pool._waiting and self is not pool._waiting[0]:
+            behind.append(timeout)
+
+        return wait(self, timeout)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(2) as executor,
+        contextlib.ExitStack() as stack,
+    ):
+        # However this goes, nobody waits for ever.
+        for session in sessions:
+            stack.callback(pool.release, session)
+
+        patch = stack.enter_context(monkeypatch.context())
+        patch.setattr(threading.Condition, "wait", note)
+        patch.setattr(pool, "_wake_next", lambda: None)
+        first = executor.submit(pool.acquire)
+        wait_for_line(pool, 1)
+        second = executor.submit(pool.acquire)
+        wait_until(lambda: len(behind) == 2)
+
+        for session in sessions:
+            pool.release(session)
+
+        for waiting in (first, second):
+            pool.release(waiting.result(PATIENCE))
+
+    assert set(behind) == {SHORT}
 
 
 def test_an_interrupted_release(

@@ -31,6 +31,13 @@ if t.TYPE_CHECKING:
     Start: t.TypeAlias = cabc.Callable[..., t.Any]
 
 
+# The error of a connection that is used after its block, or before it.
+OUTSIDE = (
+    "Outside its 'with mail.connect()' block, this connection sends nothing."
+    " Send inside the block."
+)
+
+
 class Change:
     """Other code in place of parts of Flask-Mail, which must still be there to send.
 
@@ -138,6 +145,7 @@ class RecordedConnection:
         self._change = change
         self._connect = connect
         self._calls: list[Call] | None = None
+        self._has_ended = False
 
     def __enter__(self) -> te.Self:
         # A block may be within another one of the same connection.
@@ -146,6 +154,7 @@ class RecordedConnection:
 
     def __exit__(self, *_: object) -> None:
         calls, self._calls = self._calls, None
+        self._has_ended = True
 
         if calls:
             self._start(_replay, self._change, self._connect, calls)
@@ -154,16 +163,19 @@ class RecordedConnection:
         if name.startswith("__"):
             raise AttributeError(name)
 
-        if self._calls is None:
-            # Outside a block, there is no end at which to send: call it directly.
+        if self._calls is None and not self._has_ended:
+            # Without a block, there is no end at which to send: call it directly.
             return getattr(self._connect(), name)
 
         return functools.partial(self._record, name)
 
     def _record(self, name: str, /, *args: t.Any, **kwargs: t.Any) -> None:
+        if self._calls is None:
+            raise RuntimeError(OUTSIDE)
+
         frozen = {key: _freeze(value) for key, value in kwargs.items()}
         call = name, [*map(_freeze, args)], frozen
-        t.cast("list[Call]", self._calls).append(call)
+        self._calls.append(call)
         self.num_emails += name in {"send", "send_message"}
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import time
@@ -11,6 +12,7 @@ from flask import current_app
 from ..calling import notify
 from ..context import find_app_context
 from .changes import find_change
+from .changes import OUTSIDE
 from .changes import use_change
 from .rendering import check
 from .rendering import render
@@ -76,12 +78,23 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
         # Flask-Mail's own send() will look up connect() in turn.
         return connect if name == "connect" else value
 
-    if inspect.iscoroutinefunction(value):
-        # The view awaits the coroutine.
+    if _is_async(value):
+        # The view awaits what it returns, or uses it in an "async with" block.
         return value
 
     scope = rerouted.find_scope()
     return use_change(app, change, name, value, rerouted.start if scope else None)
+
+
+def _is_async(method: t.Any) -> bool:
+    if inspect.iscoroutinefunction(method):
+        return True
+
+    # Below @asynccontextmanager is a generator. A proxy may unwrap to itself for ever.
+    with contextlib.suppress(ValueError):
+        return inspect.isasyncgenfunction(inspect.unwrap(method))
+
+    return False
 
 
 class BackgroundConnection:
@@ -128,10 +141,7 @@ class BackgroundConnection:
         :raises DeliveryError: Only without a scope: the message was not delivered.
         """
         if not self._is_open:
-            raise RuntimeError(
-                "Outside its 'with mail.connect()' block, this connection sends"
-                " nothing. Send inside the block."
-            )
+            raise RuntimeError(OUTSIDE)
 
         check(message, envelope_from)
         self.num_emails += 1

@@ -76,8 +76,9 @@ class ConnectionPool:
         # What each thread in line sleeps on. Places are not handed over, as one would
         # be lost with an interrupted wait. The first in line is woken and takes one.
         self._waiting: collections.deque[threading.Condition] = collections.deque()
-        # Each session has a place, open or not: len(in_use) + len(idle) <= size.
-        self._in_use: set[SMTPSession] = set()
+        # Each session has a place, open or not: len(in_use) + len(idle) <= size. If an
+        # interrupt keeps one from getting to whoever would give it back, it is dropped.
+        self._in_use: weakref.WeakSet[SMTPSession] = weakref.WeakSet()
         # With the time at which to close each, soonest first.
         self._idle: collections.deque[tuple[float, SMTPSession]] = collections.deque()
         # The server's limit, as far as is known, and when to try one more.
@@ -105,11 +106,14 @@ class ConnectionPool:
         turn = threading.Condition(reaper.lock)
 
         with reaper.lock:
-            self._waiting.append(turn)
-
+            # In the same try as its removal: a turn that was left in line by an
+            # interrupt would hold up all behind it.
             try:
+                self._waiting.append(turn)
+
                 while self._waiting[0] is not turn:
-                    turn.wait()
+                    # An interrupt may come before the wake-up, so look again anyway.
+                    turn.wait(self.settings.timeout)
 
                 while not self._has_room():
                     turn.wait(self._time_left(began))
@@ -124,7 +128,9 @@ class ConnectionPool:
                 self._in_use.add(session)
                 return session
             finally:
-                self._waiting.remove(turn)
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+
                 self._wake_next()
 
     def _has_room(self) -> bool:
