@@ -21,11 +21,11 @@ pytest.importorskip("celery")
 pytest.importorskip("redis")
 
 from brokers import Road
-from celery import Task
 from celery.result import AsyncResult
 from celery.result import EagerResult
 from celery_app import double
 from celery_app import fail
+from kombu.transport.memory import Transport
 from redis import Redis
 
 import flask_apitask.celery.broker as broker_module
@@ -77,6 +77,15 @@ def find_task(app: Flask, number: str) -> dict[str, t.Any]:
                 assert message.content_type == "application/json"
                 queue.close()
                 return {**message.headers, "payload": message.payload}
+
+
+def purge(app: Flask) -> int:
+    """Take all messages from the queue, and return how many there were."""
+    with app.extensions["celery"].connection_for_read() as connection:
+        queue = connection.SimpleQueue("celery")
+        count: int = queue.consumer.purge()
+        queue.close()
+        return count
 
 
 def test_published_task(celeries: Celeries, broker: Broker) -> None:
@@ -173,13 +182,14 @@ def test_broker_that_hangs(
         wait_for_confirmation(app)
         caplog.clear()
 
-    apply = mock.patch.object(
-        Task, "apply_async", autospec=True, side_effect=Task.apply_async
+    publish = broker_module.Broker._publish
+    watched = mock.patch.object(
+        broker_module.Broker, "_publish", autospec=True, side_effect=publish
     )
     broker.signal(signal.SIGSTOP)
 
     try:
-        with apply as tries:
+        with watched as tries:
             first, seconds = hand_over(app)
             second, _ = hand_over(app)
     finally:
@@ -200,7 +210,7 @@ def test_broker_that_trickles(
     """A new connection that gets byte after byte holds a task for the timeout only.
 
     The threads left behind are as many as there may be connections, and are used again
-    after that.
+    after that. They publish nothing that has run here.
     """
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
@@ -213,7 +223,7 @@ def test_broker_that_trickles(
             road.url, CELERY={"broker_pool_limit": 1}, APITASK_CELERY_TIMEOUT=timeout
         )
         pool = app.extensions["apitask"].pool
-
+        purge(app)
         road.trickles.set()
 
         for _ in range(3):
@@ -224,11 +234,41 @@ def test_broker_that_trickles(
             assert len(pool._abandoned) <= 1
 
         road.trickles.clear()
-        wait_until(lambda: not isinstance(hand_over(app)[0], EagerResult))
         wait_until(lambda: not pool._abandoned)
+        wait_for_confirmation(app)
+        assert purge(app) == 1
 
     _, back = find_warnings(caplog)
     assert back == "Celery's broker is back."
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_connection_that_takes_too_long(
+    celeries: Celeries, declared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread left behind does not publish what its request has done."""
+    monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
+    existing = {"exchange": "celery", "routing_key": "celery"}
+    routes = {"task_routes": {} if declared else {"report.*": existing}}
+    app = celeries.make(CELERY=routes, APITASK_CELERY_TIMEOUT=0.2)
+    purge(app)
+    answered, connect = threading.Event(), Transport.establish_connection
+
+    def connect_late(self: Transport) -> t.Any:
+        assert answered.wait(PATIENCE)
+        return connect(self)  # type: ignore[no-untyped-call]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transport, "establish_connection", connect_late)
+        result, _ = hand_over(app)
+        assert isinstance(result, EagerResult)
+
+        answered.set()
+        wait_until(lambda: not app.extensions["apitask"].pool._abandoned)
+
+    assert purge(app) == 0
+    wait_for_confirmation(app)
+    assert purge(app) == 1
 
 
 def test_connection_that_gets_no_thread(

@@ -8,6 +8,7 @@ import time
 import typing as t
 
 from celery.utils import uuid
+from kombu.messaging import Producer
 
 from ..executor.runner import Runner
 from ..executor.scope import TaskScope
@@ -159,12 +160,12 @@ class Broker:
 
         with contextlib.ExitStack() as stack:
             acquired: t.Any = self._connections.acquire(block=True, timeout=step)
-            connection = options["connection"] = stack.enter_context(acquired)
+            connection = stack.enter_context(acquired)
             publish = functools.partial(task.apply_async, args, kwargs, **options)
 
             if connection.connected:
                 try:
-                    publish()
+                    publish(connection=connection)
                     return
                 except Exception:
                     connection.collect()
@@ -173,24 +174,26 @@ class Broker:
                     if time.monotonic() - began > step / 2:
                         raise
 
-            left = began + self._timeout - time.monotonic()
-            _publish_in_time(self._threads, left, stack.pop_all(), connection, publish)
+            ends_at = began + self._timeout
+            given_back, ends_at = stack.pop_all(), began + self._timeout
+            _publish_in_time(self._threads, given_back, connection, publish, ends_at)
 
 
 def _publish_in_time(
     threads: ThreadPool,
-    timeout: float,
     stack: contextlib.ExitStack,
     connection: t.Any,
-    publish: cabc.Callable[[], object],
+    publish: cabc.Callable[..., object],
+    ends_at: float,
 ) -> None:
     """Publish over a new connection, on another thread.
 
     :param stack: Gives the connection back to its pool.
+    :param ends_at: By the monotonic clock.
     :raises Exception: This failed, or is not done in time.
     """
-    scope = TaskScope(threads, 1, timeout, _Publisher())
-    future = scope.submit(_use, stack, connection, publish)
+    scope = TaskScope(threads, 1, ends_at - time.monotonic(), _Publisher())
+    future = scope.submit(_use, stack, connection, publish, ends_at)
     scope.end()
 
     if future.cancelled():
@@ -206,11 +209,12 @@ def _publish_in_time(
 def _use(
     stack: contextlib.ExitStack,
     connection: t.Any,
-    publish: cabc.Callable[[], object],
+    publish: cabc.Callable[..., object],
+    ends_at: float,
 ) -> None:
     with stack:
         try:
-            publish()
+            publish(producer=_PunctualProducer(connection, ends_at))
         except Exception:
             connection.collect()
             raise
@@ -218,6 +222,35 @@ def _use(
 
 # The process's exit does not wait for one that was left behind.
 _use.exit_grace = 0.0  # type: ignore[attr-defined]
+
+
+class _PunctualProducer(Producer):
+    """Opens a connection, and publishes nothing if that takes too long.
+
+    By then the task has run in its request, and must not run in a worker too.
+
+    :param ends_at: By the monotonic clock.
+    :raises TimeoutError: That is over.
+    """
+
+    def __init__(self, connection: t.Any, ends_at: float) -> None:
+        self._ends_at = ends_at
+        super().__init__(  # type: ignore[no-untyped-call]
+            connection.default_channel, auto_declare=False
+        )
+        self._check_time()
+
+    def maybe_declare(self, *args: t.Any, **options: t.Any) -> object:
+        """Declare a queue, just before something is published there."""
+        is_new: object = super().maybe_declare(  # type: ignore[no-untyped-call]
+            *args, **options
+        )
+        self._check_time()
+        return is_new
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._ends_at:
+            raise TimeoutError
 
 
 class _Publisher(Runner):
