@@ -18,7 +18,9 @@ from flask_apitask import DeliveryError
 pytest.importorskip("celery")
 
 from celery.exceptions import Reject
+from celery_app import mail
 from celery_app import mailman
+from flask_mail import Message
 
 if t.TYPE_CHECKING:
     import pathlib
@@ -208,6 +210,59 @@ def test_connection_with_settings_of_its_own(
 
         app.extensions.pop("apitask_mail")
         assert len(server.taken) == 2
+
+
+@pytest.mark.parametrize("change", [{"MAIL_SERVER": ""}, {"MAIL_PORT": "none"}])
+def test_settings_that_only_a_connection_has(
+    celeries: Celeries, change: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mail does not need settings of the app that it is not sent with."""
+    with ScriptedServer() as server:
+        app = celeries.make(NO_BROKER)
+        app.config.update(change)
+        mailman.init_app(app)
+        own = {"host": "localhost", "port": server.port}
+
+        with app.test_request_context():
+            connection = mailman.get_connection(**own)
+            mailman.send_mail(
+                "x", "x", None, ["ada@example.com"], connection=connection
+            )
+
+        app.extensions.pop("apitask_mail")
+        assert len(server.taken) == 1
+
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("library", [mail, mailman])
+def test_settings_that_are_changed(
+    celeries: Celeries, library: t.Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mail of an account that a worker does not have is sent here: one WARNING."""
+    with ScriptedServer() as server:
+        app = celeries.make(NO_BROKER, MAIL_PORT=server.port)
+        name = "mail" if library is mail else "mailman"
+        # That is none of those settings, and app.run() sets it late.
+        app.debug = True
+
+        for host in ("localhost", "localhost", "127.0.0.1"):
+            app.extensions[name].server = host
+
+            with app.test_request_context():
+                if library is mail:
+                    mail.send(Message("x", ["ada@example.com"], "x"))
+                else:
+                    mailman.send_mail("x", "x", None, ["ada@example.com"])
+
+        app.extensions.pop("apitask_mail")
+        assert len(server.taken) == 3
+
+    warned = [record for record in caplog.records if record.levelname == "WARNING"]
+    texts = [record.getMessage() for record in warned]
+    # The second one is about the broker.
+    assert [text.split()[0] for text in texts] == ["The", "Celery's"]
+    assert f"app.extensions['{name}'] are not those of app.config" in texts[0]
 
 
 @pytest.mark.parametrize("missing", ["mailman", "apitask_mail"])

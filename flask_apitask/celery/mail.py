@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import collections
 import dataclasses
+import importlib
 import random
 import time
 import typing as t
@@ -16,6 +17,7 @@ from ..calling import call_observed
 from ..calling import HandsOver
 from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
+from ..log import log_once
 from ..mail.envelope import Envelope
 from ..mail.replies import Reply
 from ..mail.replies import show
@@ -36,6 +38,7 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
     from ..calling import Call
+    from ..mail.envelope import SMTPSettings
     from ..mail.sending import Batch
     from ..mail.sending import ReroutedMail
     from .state import CeleryState
@@ -71,16 +74,14 @@ class MailHandover(HandsOver):
 
     def hand_over(self, call: Call) -> DeliveryError | None:
         pool, batch, before, fail_silently = call.args
-        rerouted, mail = _find_mail(call.app, self.task_name)
-        # A worker has the settings of the app, not those of a single connection.
-        has_settings = pool is rerouted.pool(mail)
+        is_configured = _is_configured(call.app, self.task_name, pool.settings)
         told = []
         left: Batch = collections.deque()
 
         while batch:
             envelope, then = batch.popleft()
 
-            if not (has_settings and self._publish(call, envelope, fail_silently)):
+            if not (is_configured and self._publish(call, envelope, fail_silently)):
                 left.append((envelope, then))
             elif then is not None:
                 told.append(then)
@@ -113,6 +114,36 @@ def _find_mail(app: Flask, name: str) -> tuple[ReroutedMail, t.Any]:
             f" has no app.extensions[{error}]. Set APITASK_MAIL_BACKGROUND and call"
             " Mail(app) there as well."
         ) from None
+
+
+def _is_configured(app: Flask, name: str, settings: SMTPSettings) -> bool:
+    """Tell whether a mail's settings are those of the configuration, as in a worker."""
+    rerouted, mail = _find_mail(app, name)
+    library = importlib.import_module(name.partition(".")[0])
+
+    try:
+        configured = rerouted.settings(library.Mail().init_mail(app.config))
+
+        # A worker has its own app.debug.
+        if settings == dataclasses.replace(configured, debug=settings.debug):
+            return True
+
+        is_changed = settings == rerouted.settings(mail)
+    except ValueError:
+        # These are of no use, unlike those of this mail.
+        return False
+
+    if is_changed:
+        log_once(
+            app,
+            f"mail_settings_{name}",
+            "The mail settings in app.extensions[%r] are not those of app.config, which"
+            " a worker has. So mail sent with them stays on threads, although"
+            " APITASK_ROUTES sends it to Celery.",
+            EXTENSIONS[name],
+        )
+
+    return False
 
 
 def publish(

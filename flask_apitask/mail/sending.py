@@ -36,6 +36,7 @@ if t.TYPE_CHECKING:
     from ..executor.future import TaskFuture
     from .delivery import PooledConnection
     from .envelope import Envelope
+    from .envelope import SMTPSettings
     from .pool import ConnectionPool
     from .pool import Pools
 
@@ -76,11 +77,20 @@ class ReroutedMail:
         # Finds the task that hands a library's mail over to Celery, if it goes there.
         self.find_handover: cabc.Callable[[str], HandsOver | None] = lambda name: None
 
-    def pool(self, mail: t.Any) -> ConnectionPool:
-        """Return the pool for a mail library's current settings.
+    def settings(self, mail: t.Any) -> SMTPSettings:
+        """Return a mail library's current settings.
 
         :param mail: The library's object in ``app.extensions``, or any other one with
             such attributes.
+        :raises ValueError: A value is not allowed.
+        """
+        names = (name for name in _SETTINGS if hasattr(mail, name))
+        keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in names}
+        return read_settings(keys, self.config)
+
+    def pool(self, mail: t.Any) -> ConnectionPool:
+        """Return the pool for a mail library's current settings.
+
         :raises ValueError: The settings can't be used, or a file can't be read.
         """
         config = self.config
@@ -90,9 +100,7 @@ class ReroutedMail:
             # server.
             raise refuse("MAIL_SERVER", mail.server, "the name of a mail server")
 
-        names = (name for name in _SETTINGS if hasattr(mail, name))
-        keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in names}
-        settings = read_settings(keys, config)
+        settings = self.settings(mail)
         settings.tls_context()
         return find_pool(
             self._pools,
