@@ -20,6 +20,7 @@ pytest.importorskip("celery")
 from celery.exceptions import Reject
 from celery_app import mail
 from celery_app import mailman
+from flask_mail import email_dispatched
 from flask_mail import Message
 
 if t.TYPE_CHECKING:
@@ -148,6 +149,47 @@ def test_mail_in_eager_mode(
         app.extensions.pop("apitask_mail")
         assert len(server.taken) == 1
 
+    assert len(find_errors(caplog)) == 1
+
+
+def test_block_in_eager_mode(
+    celeries: Celeries, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mail that fails does not stop the others of its block, and is not announced."""
+    told: list[str] = []
+
+    with ScriptedServer() as server:
+        app = celeries.make(
+            NO_BROKER,
+            CELERY={"task_always_eager": True},
+            APITASK_PROPAGATE=True,
+            APITASK_CELERY_MAIL_SIZE=2000,
+            MAIL_PORT=server.port,
+        )
+        server.fail(Stage.RCPT, None, Fault.PERMANENT, None, Fault.PERMANENT)
+
+        @app.get("/")
+        def view() -> str:
+            with mail.connect() as connection:
+                # The one that is too large is sent last.
+                for text in ("1", "2", 4000 * "3", "4"):
+                    connection.send(Message(text[0], ["ada@example.com"], text))
+
+            return "sent"
+
+        def tell(app: Flask, message: Message) -> None:
+            told.append(str(message.subject))
+
+        with (
+            email_dispatched.connected_to(tell),
+            pytest.raises(DeliveryError, match="2 of 4 messages were not delivered"),
+        ):
+            app.test_client().get("/")
+
+        app.extensions.pop("apitask_mail")
+        assert len(server.taken) == 2
+
+    assert told == ["1", "4"]
     assert len(find_errors(caplog)) == 1
 
 

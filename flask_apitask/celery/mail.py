@@ -23,6 +23,7 @@ from ..mail.replies import Reply
 from ..mail.replies import show
 from ..mail.sending import deliveries
 from ..mail.sending import EXTENSIONS
+from ..mail.sending import join_failures
 from ..mail.sending import log_silenced
 from ..mail.settings import is_suppressed
 from ..mail.stream import ConnectionLost
@@ -75,26 +76,39 @@ class MailHandover(HandsOver):
     def hand_over(self, call: Call) -> DeliveryError | None:
         pool, batch, before, fail_silently = call.args
         is_configured = _is_configured(call.app, self.task_name, pool.settings)
-        told = []
+        count, told = len(batch), []
+        failures: list[DeliveryError] = []
         left: Batch = collections.deque()
 
         while batch:
             envelope, then = batch.popleft()
 
-            if not (is_configured and self._publish(call, envelope, fail_silently)):
-                left.append((envelope, then))
-            elif then is not None:
-                told.append(then)
+            try:
+                if not (is_configured and self._publish(call, envelope, fail_silently)):
+                    left.append((envelope, then))
+                elif then is not None:
+                    told.append(then)
+            except DeliveryError as error:
+                # It was sent here, with task_always_eager and APITASK_PROPAGATE.
+                failures.append(error.with_traceback(None))
 
         for then in told:
             then()
 
-        if not left:
-            return None
+        silenced: DeliveryError | None = None
 
-        call = call._replace(args=(pool, left, before, fail_silently))
-        error: DeliveryError | None = call.run_here(deliveries[self.task_name])
-        return error
+        if left:
+            call = call._replace(args=(pool, left, before, fail_silently))
+
+            try:
+                silenced = call.run_here(deliveries[self.task_name])
+            except DeliveryError as error:
+                failures.append(error)
+
+        if failed := join_failures(failures, count):
+            raise failed
+
+        return silenced
 
     def _publish(self, call: Call, envelope: Envelope, fail_silently: bool) -> bool:
         if len(envelope.content) > self._state.config.celery_mail_size:

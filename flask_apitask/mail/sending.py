@@ -251,6 +251,14 @@ def _deliver(
     with pool.connection() as connection:
         failures = _deliver_all(connection, batch, give_up)
 
+    return join_failures(failures, count)
+
+
+def join_failures(failures: list[DeliveryError], count: int) -> DeliveryError | None:
+    """Return one error for those of a batch, if there are any.
+
+    :param count: How many messages there were.
+    """
     if len(failures) < 2:
         return failures[0] if failures else None
 
