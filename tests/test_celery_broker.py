@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import typing as t
@@ -34,6 +36,8 @@ if t.TYPE_CHECKING:
     from brokers import Broker
     from celery_app import Celeries
     from flask import Flask
+
+    from flask_apitask.executor.pool import ThreadPool
 
 # Seconds after which a broker that is silent counts as down, in these tests.
 TIMEOUT = 1.0
@@ -77,6 +81,13 @@ def find_task(app: Flask, number: str) -> dict[str, t.Any]:
                 assert message.content_type == "application/json"
                 queue.close()
                 return {**message.headers, "payload": message.payload}
+
+
+def find_threads(app: Flask) -> ThreadPool:
+    """Return the threads that use new connections."""
+    (broker,) = app.extensions["apitask_celery"]._brokers.values()
+    threads: ThreadPool = broker._threads
+    return threads
 
 
 def purge(app: Flask) -> int:
@@ -222,7 +233,6 @@ def test_broker_that_trickles(
         app = celeries.make(
             road.url, CELERY={"broker_pool_limit": 1}, APITASK_CELERY_TIMEOUT=timeout
         )
-        pool = app.extensions["apitask"].pool
         purge(app)
         road.trickles.set()
 
@@ -231,14 +241,16 @@ def test_broker_that_trickles(
             assert isinstance(result, EagerResult)
             assert result.get() == 8
             assert seconds < timeout + STALL
-            assert len(pool._abandoned) <= 1
+            assert len(find_threads(app)._abandoned) <= 1
 
         road.trickles.clear()
-        wait_until(lambda: not pool._abandoned)
+        wait_until(lambda: not find_threads(app)._abandoned)
         wait_for_confirmation(app)
         assert purge(app) == 1
 
-    _, back = find_warnings(caplog)
+    # Nothing is said of what was left behind.
+    loggers = {app.name, "flask_apitask"}
+    _, back = [r.getMessage() for r in caplog.records if r.name in loggers]
     assert back == "Celery's broker is back."
 
 
@@ -264,11 +276,66 @@ def test_connection_that_takes_too_long(
         assert isinstance(result, EagerResult)
 
         answered.set()
-        wait_until(lambda: not app.extensions["apitask"].pool._abandoned)
+        wait_until(lambda: not find_threads(app)._abandoned)
 
     assert purge(app) == 0
     wait_for_confirmation(app)
     assert purge(app) == 1
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_connections_that_never_open(
+    celeries: Celeries, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads left behind have a limit, and leave those of the app alone."""
+    monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
+    app = celeries.make(
+        CELERY={"broker_pool_limit": limit},
+        APITASK_CELERY_TIMEOUT=0.05,
+        APITASK_POOL_SIZE=1,
+    )
+    ended, began = threading.Event(), threading.Event()
+    monkeypatch.setattr(Transport, "establish_connection", lambda self: ended.wait())
+
+    for _ in range(12):
+        with app.app_context():
+            here: t.Any = run(double, 4).result()
+            assert isinstance(here, EagerResult)
+
+    assert len(find_threads(app)._abandoned) == (limit or 10)
+
+    with app.test_request_context():
+        run(began.set)
+        # The view does not wait for the scope.
+        assert began.wait(PATIENCE)
+
+    ended.set()
+    wait_until(lambda: not find_threads(app)._abandoned)
+
+
+def test_exit_while_a_connection_opens() -> None:
+    """The process exits at once, and reports no task, as none is left behind."""
+    code = (
+        "import threading; from celery_app import create_app, double, run\n"
+        "from kombu.transport.memory import Transport\n"
+        "ended = threading.Event()\n"
+        "Transport.establish_connection = lambda self: ended.wait()\n"
+        "celery = {'broker_url': 'memory://'}\n"
+        "app = create_app(CELERY=celery, APITASK_CELERY_TIMEOUT=0.2)\n"
+        "with app.test_request_context():\n"
+        "    print(run(double, 4).result().get())"
+    )
+    paths = os.pathsep.join(filter(None, sys.path))
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 3,
+    )
+    assert finished.stdout == "8\n"
+    assert "did not confirm a task" in finished.stderr
+    assert "process exits" not in finished.stderr
 
 
 def test_connection_that_gets_no_thread(
@@ -281,8 +348,8 @@ def test_connection_that_gets_no_thread(
     )
 
     with app.app_context(), monkeypatch.context() as patch:
-        pool = app.extensions["apitask"].pool
-        patch.setattr(pool, "request", lambda scope: True)
+        threads = broker_module._Threads
+        patch.setattr(threads, "request", lambda pool, scope: True)
         here: t.Any = run(double, 4).result()
         assert isinstance(here, EagerResult)
 

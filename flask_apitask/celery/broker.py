@@ -10,6 +10,7 @@ import typing as t
 from celery.utils import uuid
 from kombu.messaging import Producer
 
+from ..executor.pool import ThreadPool
 from ..executor.runner import Runner
 from ..executor.scope import TaskScope
 from ..log import log
@@ -20,11 +21,12 @@ if t.TYPE_CHECKING:
     import celery
     import celery.result
 
-    from ..executor.pool import ThreadPool
     from ..executor.runner import TimeoutReport
 
 # Seconds after which one task tries a broker that was down again.
 _LOOK_EVERY: t.Final = 5.0
+# The most connections if Celery's broker_pool_limit sets no limit.
+_CONNECTIONS: t.Final = 10
 
 
 class Broker:
@@ -36,8 +38,9 @@ class Broker:
     has a timeout.
 
     That is enough for a kept connection, which needs one reply. A new one needs a
-    dozen, so another thread uses it, and is left behind when the time is over. It keeps
-    its place in the Kombu pool, so only as many are left behind as that allows.
+    dozen, so another thread uses it, and is left behind when the time is over. Until it
+    ends, its connection counts in the Kombu pool. So no more threads are left behind
+    than that allows.
 
     A forked child makes a broker of its own, and leaves its parent's connections alone.
 
@@ -50,14 +53,13 @@ class Broker:
         time, under the lock, warns.
 
     :param timeout: Seconds that a publication may take.
-    :param threads: Where to find those other threads.
     """
 
-    def __init__(
-        self, celery_app: celery.Celery, timeout: float, threads: ThreadPool
-    ) -> None:
+    def __init__(self, celery_app: celery.Celery, timeout: float) -> None:
         self._timeout = timeout
-        self._threads = threads
+        limit = celery_app.conf.broker_pool_limit or _CONNECTIONS
+        # Those other threads. They take none of the app's tasks.
+        self._threads = _Threads(limit)
         # A try that fails at once is repeated once, so each one has half the time.
         step = timeout / 2
         options = {
@@ -70,7 +72,7 @@ class Broker:
         connection = celery_app.connection_for_write(
             connect_timeout=step, transport_options=options
         )
-        self._connections = connection.Pool(limit=celery_app.conf.broker_pool_limit)
+        self._connections = connection.Pool(limit=limit)
         # Guards the time below. Never held while publishing or logging.
         self._lock = threading.Lock()
         # When to try the broker again, by the monotonic clock; None while it is up.
@@ -220,10 +222,6 @@ def _use(
             raise
 
 
-# The process's exit does not wait for one that was left behind.
-_use.exit_grace = 0.0  # type: ignore[attr-defined]
-
-
 class _PunctualProducer(Producer):
     """Opens a connection, and publishes nothing if that takes too long.
 
@@ -251,6 +249,13 @@ class _PunctualProducer(Producer):
     def _check_time(self) -> None:
         if time.monotonic() > self._ends_at:
             raise TimeoutError
+
+
+class _Threads(ThreadPool):
+    """Threads that the process's exit neither waits for nor reports."""
+
+    def close(self, started: float) -> None:
+        """Do nothing: the exit waits for their callers, who need no more than that."""
 
 
 class _Publisher(Runner):
