@@ -31,6 +31,7 @@ from kombu.transport.memory import Transport
 from redis import Redis
 
 import flask_apitask.celery.broker as broker_module
+from flask_apitask.executor.scope import TaskScope
 
 if t.TYPE_CHECKING:
     from brokers import Broker
@@ -336,6 +337,28 @@ def test_exit_while_a_connection_opens() -> None:
     assert finished.stdout == "8\n"
     assert "did not confirm a task" in finished.stderr
     assert "process exits" not in finished.stderr
+
+
+@pytest.mark.parametrize("step", ["__init__", "submit", "end"])
+def test_interrupted_connection(
+    celeries: Celeries, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C while another thread connects takes no connection out of use."""
+    app = celeries.make(CELERY={"broker_pool_limit": 1})
+    real = getattr(TaskScope, step)
+
+    def interrupt(*args: t.Any) -> t.NoReturn:
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, app.app_context():
+        patch.setattr(TaskScope, step, interrupt)
+
+        with pytest.raises(KeyboardInterrupt):
+            run(double, 4)
+
+    result, _ = hand_over(app)
+    assert not isinstance(result, EagerResult)
 
 
 def test_connection_that_gets_no_thread(

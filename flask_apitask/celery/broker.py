@@ -194,12 +194,19 @@ def _publish_in_time(
     :param ends_at: By the monotonic clock.
     :raises Exception: This failed, or is not done in time.
     """
-    scope = TaskScope(threads, 1, ends_at - time.monotonic(), _Publisher())
-    future = scope.submit(_use, stack, connection, publish, ends_at)
-    scope.end()
+    # Whoever takes it off gives the connection back: that thread, or this one.
+    held = [stack]
 
-    if future.cancelled():
-        stack.close()
+    try:
+        with contextlib.ExitStack() as ended:
+            scope = TaskScope(threads, 1, ends_at - time.monotonic(), _Publisher())
+            # After an interrupt. Otherwise it has ended by then.
+            ended.callback(scope.shutdown, wait=False, cancel_futures=True)
+            future = scope.submit(_use, held, connection, publish, ends_at)
+            scope.end()
+    finally:
+        with contextlib.suppress(IndexError):
+            held.pop().close()
 
     try:
         future.result(0)
@@ -209,12 +216,12 @@ def _publish_in_time(
 
 
 def _use(
-    stack: contextlib.ExitStack,
+    held: list[contextlib.ExitStack],
     connection: t.Any,
     publish: cabc.Callable[..., object],
     ends_at: float,
 ) -> None:
-    with stack:
+    with held.pop():
         try:
             publish(producer=_PunctualProducer(connection, ends_at))
         except Exception:
