@@ -307,6 +307,23 @@ def test_settings_that_are_changed(
     assert f"app.extensions['{name}'] are not those of app.config" in texts[0]
 
 
+def test_mail_without_a_scope(celeries: Celeries) -> None:
+    """A mail that neither the broker nor the server takes is an error of its own."""
+    app = celeries.make(NO_BROKER, MAIL_PORT=1)
+    letter = "x", "x", None, ["ada@example.com"]
+
+    with app.app_context():
+        assert mailman.send_mail(*letter, fail_silently=True) == 0
+
+        with pytest.raises(DeliveryError):
+            mailman.send_mail(*letter)
+
+        with mail.connect() as connection, pytest.raises(DeliveryError):
+            connection.send(Message("x", ["ada@example.com"], "x"))
+
+    app.extensions.pop("apitask_mail")
+
+
 @pytest.mark.parametrize("missing", ["mailman", "apitask_mail"])
 def test_worker_without_a_mail_library(
     celeries: Celeries, missing: str, caplog: pytest.LogCaptureFixture

@@ -152,12 +152,14 @@ class MailBlock:
         self._fail_silently = fail_silently
         handover = rerouted.find_handover(name)
         self._deliver: Deliver = handover or deliveries[name]
+        self._is_in_scope = rerouted.find_scope() is not None
         # The connection for all messages, without a scope.
-        is_kept = rerouted.find_scope() or handover
+        is_kept = self._is_in_scope or handover
         self._connection = None if is_kept else self._pool.connection()
         self._batch: Batch = collections.deque()
         self._size = 0
-        self._limit = 0.0 if not ends else math.inf if rerouted.on_success else BATCH
+        at_once = not (ends and self._is_in_scope)
+        self._limit = 0.0 if at_once else math.inf if rerouted.on_success else BATCH
         self._delivery: Delivery = None
 
     def send(self, envelope: Envelope, then: Then = None) -> bool:
@@ -178,6 +180,8 @@ class MailBlock:
                 return False
         elif self._size >= self._limit:
             self._begin_delivery()
+            # Without a scope, it is done by now.
+            return self._is_in_scope or _find_error(self._delivery) is None
 
         return True
 
