@@ -18,6 +18,7 @@ from flask_apitask import DeliveryError
 pytest.importorskip("celery")
 
 from celery.exceptions import Reject
+from celery.exceptions import Retry
 from celery_app import mail
 from celery_app import mailman
 from flask_mail import email_dispatched
@@ -38,10 +39,12 @@ def work(
     *recipients: str,
     sender: str = "app@celery.example",
     name: str = "flask_mail.send",
+    **request: t.Any,
 ) -> None:
     """Do what a worker does with a mail."""
     task = app.extensions["celery"].tasks[name]
-    task.push_request(id="1", retries=0, is_eager=False, called_directly=False)
+    plain = {"id": "1", "retries": 0, "is_eager": False, "called_directly": False}
+    task.push_request(**plain, **request)
 
     try:
         task.run(
@@ -80,6 +83,34 @@ def test_retry_without_a_broker(
 
     assert caught.value.requeue
     assert not find_errors(caplog)
+
+
+def test_retry_is_of_the_same_family(celeries: Celeries) -> None:
+    """A mail that is tried again keeps its place in a workflow, and its priority."""
+    family = {"root_id": "first", "parent_id": "second"}
+    delivery_info = {"priority": 5}
+
+    with ScriptedServer() as server:
+        app = celeries.make(MAIL_PORT=server.port)
+        server.fail(Stage.DATA, Fault.TEMPORARY, Fault.TEMPORARY)
+
+        # Over a new connection to the broker, and over that connection again.
+        for _ in range(2):
+            with pytest.raises(Retry):
+                work(app, "ada@example.com", **family, delivery_info=delivery_info)
+
+        app.extensions.pop("apitask_mail")
+
+    with app.extensions["celery"].connection_for_read() as connection:
+        queue = connection.SimpleQueue("celery")
+
+        for _ in range(2):
+            message = queue.get(block=False)
+            message.ack()
+            assert family.items() <= message.headers.items()
+            assert message.properties["priority"] == 5
+
+        queue.close()
 
 
 def test_retry_for_some_without_a_broker(

@@ -257,7 +257,8 @@ class _Attempt(t.NamedTuple):
         """
         config = self.app.extensions["apitask_celery"].config
         recipients = _find_recipients(error, envelope.recipients)
-        number = self.task.request.retries + 1
+        request = self.task.request
+        number = request.retries + 1
 
         if not recipients or number > config.celery_mail_retries:
             return
@@ -269,7 +270,11 @@ class _Attempt(t.NamedTuple):
         options = {
             "countdown": random.uniform(longest / 2, longest),
             "retries": number,
-            "task_id": self.task.request.id,
+            "task_id": request.id,
+            # Celery's defaults come from the current thread, which may not publish.
+            "root_id": request.root_id or request.id,
+            "parent_id": request.parent_id or request.id,
+            "priority": (request.delivery_info or {}).get("priority"),
         }
         left = dataclasses.replace(envelope, recipients=recipients)
 
