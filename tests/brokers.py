@@ -310,7 +310,7 @@ class Worker(Program):
         self._starts += 1
         celery = [sys.executable, "-m", "celery", "-A", self._celery_app]
         quiet = ["--without-gossip", "--without-mingle", "--loglevel", "INFO"]
-        # By its name a broker tells it from its others.
+        # A broker tells its workers apart by their names.
         named = ["--hostname", f"{self.folder.name}@localhost"]
         return [*celery, "worker", "-P", self._pool, "-c", "2", *quiet, *named]
 

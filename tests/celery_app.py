@@ -136,9 +136,9 @@ class Celeries:
         self._apps: list[Flask] = []
 
     def make(self, broker: str = "memory://", **config: t.Any) -> Flask:
-        """Make an app for a broker. Results are stored, in it too if it can that.
+        """Make an app for a broker. Redis stores the results too.
 
-        No broker that is just slow counts as down, if a test does not say so.
+        A broker that is just slow does not count as down, unless a test says so.
         """
         backend = broker if broker.startswith("redis") else "cache+memory://"
         celery_config = {"broker_url": broker, "result_backend": backend}
