@@ -91,7 +91,8 @@ def test_retry_is_of_the_same_family(celeries: Celeries) -> None:
     delivery_info = {"priority": 5}
 
     with ScriptedServer() as server:
-        app = celeries.make(MAIL_PORT=server.port)
+        celery = {"task_default_queue": "family"}
+        app = celeries.make(CELERY=celery, MAIL_PORT=server.port)
         server.fail(Stage.DATA, Fault.TEMPORARY, Fault.TEMPORARY)
 
         # Over a new connection to the broker, and over that connection again.
@@ -102,7 +103,7 @@ def test_retry_is_of_the_same_family(celeries: Celeries) -> None:
         app.extensions.pop("apitask_mail")
 
     with app.extensions["celery"].connection_for_read() as connection:
-        queue = connection.SimpleQueue("celery")
+        queue = connection.SimpleQueue("family")
 
         for _ in range(2):
             message = queue.get(block=False)
