@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import typing as t
@@ -21,19 +23,22 @@ pytest.importorskip("celery")
 pytest.importorskip("redis")
 
 from brokers import Road
-from celery import Task
 from celery.result import AsyncResult
 from celery.result import EagerResult
 from celery_app import double
 from celery_app import fail
+from kombu.transport.memory import Transport
 from redis import Redis
 
 import flask_apitask.celery.broker as broker_module
+from flask_apitask.executor.scope import TaskScope
 
 if t.TYPE_CHECKING:
     from brokers import Broker
     from celery_app import Celeries
     from flask import Flask
+
+    from flask_apitask.executor.pool import ThreadPool
 
 # Seconds after which a broker that is silent counts as down, in these tests.
 TIMEOUT = 1.0
@@ -77,6 +82,22 @@ def find_task(app: Flask, number: str) -> dict[str, t.Any]:
                 assert message.content_type == "application/json"
                 queue.close()
                 return {**message.headers, "payload": message.payload}
+
+
+def find_threads(app: Flask) -> ThreadPool:
+    """Return the threads that use new connections."""
+    (broker,) = app.extensions["apitask_celery"]._brokers.values()
+    threads: ThreadPool = broker._threads
+    return threads
+
+
+def purge(app: Flask) -> int:
+    """Take all messages from the queue, and return how many there were."""
+    with app.extensions["celery"].connection_for_read() as connection:
+        queue = connection.SimpleQueue("celery")
+        count: int = queue.consumer.purge()
+        queue.close()
+        return count
 
 
 def test_published_task(celeries: Celeries, broker: Broker) -> None:
@@ -173,13 +194,14 @@ def test_broker_that_hangs(
         wait_for_confirmation(app)
         caplog.clear()
 
-    apply = mock.patch.object(
-        Task, "apply_async", autospec=True, side_effect=Task.apply_async
+    publish = broker_module.Broker._publish
+    watched = mock.patch.object(
+        broker_module.Broker, "_publish", autospec=True, side_effect=publish
     )
     broker.signal(signal.SIGSTOP)
 
     try:
-        with apply as tries:
+        with watched as tries:
             first, seconds = hand_over(app)
             second, _ = hand_over(app)
     finally:
@@ -200,7 +222,7 @@ def test_broker_that_trickles(
     """A new connection on which replies trickle holds a task up for the timeout only.
 
     There are as many threads left behind as connections are allowed, and they are used
-    again afterwards.
+    again afterwards. They publish nothing that has run here.
     """
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
@@ -212,8 +234,7 @@ def test_broker_that_trickles(
         app = celeries.make(
             road.url, CELERY={"broker_pool_limit": 1}, APITASK_CELERY_TIMEOUT=timeout
         )
-        pool = app.extensions["apitask"].pool
-
+        purge(app)
         road.trickles.set()
 
         for _ in range(3):
@@ -221,14 +242,123 @@ def test_broker_that_trickles(
             assert isinstance(result, EagerResult)
             assert result.get() == 8
             assert seconds < timeout + STALL
-            assert len(pool._abandoned) <= 1
+            assert len(find_threads(app)._abandoned) <= 1
 
         road.trickles.clear()
-        wait_until(lambda: not isinstance(hand_over(app)[0], EagerResult))
-        wait_until(lambda: not pool._abandoned)
+        wait_until(lambda: not find_threads(app)._abandoned)
+        wait_for_confirmation(app)
+        assert purge(app) == 1
 
-    _, back = find_warnings(caplog)
+    # Nothing is said of what was left behind.
+    loggers = {app.name, "flask_apitask"}
+    _, back = [r.getMessage() for r in caplog.records if r.name in loggers]
     assert back == "Celery's broker is back."
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_connection_that_takes_too_long(
+    celeries: Celeries, declared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread left behind does not publish what its request has done."""
+    monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
+    existing = {"exchange": "celery", "routing_key": "celery"}
+    routes = {"task_routes": {} if declared else {"report.*": existing}}
+    app = celeries.make(CELERY=routes, APITASK_CELERY_TIMEOUT=0.2)
+    purge(app)
+    answered, connect = threading.Event(), Transport.establish_connection
+
+    def connect_late(self: Transport) -> t.Any:
+        assert answered.wait(PATIENCE)
+        return connect(self)  # type: ignore[no-untyped-call]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Transport, "establish_connection", connect_late)
+        result, _ = hand_over(app)
+        assert isinstance(result, EagerResult)
+
+        answered.set()
+        wait_until(lambda: not find_threads(app)._abandoned)
+
+    assert purge(app) == 0
+    wait_for_confirmation(app)
+    assert purge(app) == 1
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_connections_that_never_open(
+    celeries: Celeries, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads left behind have a limit, and leave those of the app alone."""
+    monkeypatch.setattr(broker_module, "_LOOK_EVERY", 0.0)
+    app = celeries.make(
+        CELERY={"broker_pool_limit": limit},
+        APITASK_CELERY_TIMEOUT=0.05,
+        APITASK_POOL_SIZE=1,
+    )
+    ended, began = threading.Event(), threading.Event()
+    monkeypatch.setattr(Transport, "establish_connection", lambda self: ended.wait())
+
+    for _ in range(12):
+        with app.app_context():
+            here: t.Any = run(double, 4).result()
+            assert isinstance(here, EagerResult)
+
+    assert len(find_threads(app)._abandoned) == (limit or 10)
+
+    with app.test_request_context():
+        run(began.set)
+        # The view does not wait for the scope.
+        assert began.wait(PATIENCE)
+
+    ended.set()
+    wait_until(lambda: not find_threads(app)._abandoned)
+
+
+def test_exit_while_a_connection_opens() -> None:
+    """The process exits at once, and reports no task, as none is left behind."""
+    code = (
+        "import threading; from celery_app import create_app, double, run\n"
+        "from kombu.transport.memory import Transport\n"
+        "ended = threading.Event()\n"
+        "Transport.establish_connection = lambda self: ended.wait()\n"
+        "celery = {'broker_url': 'memory://'}\n"
+        "app = create_app(CELERY=celery, APITASK_CELERY_TIMEOUT=0.2)\n"
+        "with app.test_request_context():\n"
+        "    print(run(double, 4).result().get())"
+    )
+    paths = os.pathsep.join(filter(None, sys.path))
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 3,
+    )
+    assert finished.stdout == "8\n"
+    assert "did not confirm a task" in finished.stderr
+    assert "process exits" not in finished.stderr
+
+
+@pytest.mark.parametrize("step", ["__init__", "submit", "end"])
+def test_interrupted_connection(
+    celeries: Celeries, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C while another thread connects takes no connection out of use."""
+    app = celeries.make(CELERY={"broker_pool_limit": 1})
+    real = getattr(TaskScope, step)
+
+    def interrupt(*args: t.Any) -> t.NoReturn:
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, app.app_context():
+        patch.setattr(TaskScope, step, interrupt)
+
+        with pytest.raises(KeyboardInterrupt):
+            run(double, 4)
+
+    result, _ = hand_over(app)
+    assert not isinstance(result, EagerResult)
 
 
 def test_connection_that_gets_no_thread(
@@ -241,8 +371,8 @@ def test_connection_that_gets_no_thread(
     )
 
     with app.app_context(), monkeypatch.context() as patch:
-        pool = app.extensions["apitask"].pool
-        patch.setattr(pool, "request", lambda scope: True)
+        threads = broker_module._Threads
+        patch.setattr(threads, "request", lambda pool, scope: True)
         here: t.Any = run(double, 4).result()
         assert isinstance(here, EagerResult)
 

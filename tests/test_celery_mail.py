@@ -18,7 +18,11 @@ from flask_apitask import DeliveryError
 pytest.importorskip("celery")
 
 from celery.exceptions import Reject
+from celery.exceptions import Retry
+from celery_app import mail
 from celery_app import mailman
+from flask_mail import email_dispatched
+from flask_mail import Message
 
 if t.TYPE_CHECKING:
     import pathlib
@@ -35,10 +39,12 @@ def work(
     *recipients: str,
     sender: str = "app@celery.example",
     name: str = "flask_mail.send",
+    **request: t.Any,
 ) -> None:
     """Do what a worker does with a mail."""
     task = app.extensions["celery"].tasks[name]
-    task.push_request(id="1", retries=0, is_eager=False, called_directly=False)
+    plain = {"id": "1", "retries": 0, "is_eager": False, "called_directly": False}
+    task.push_request(**plain, **request)
 
     try:
         task.run(
@@ -77,6 +83,35 @@ def test_retry_without_a_broker(
 
     assert caught.value.requeue
     assert not find_errors(caplog)
+
+
+def test_retry_is_of_the_same_family(celeries: Celeries) -> None:
+    """A mail that is tried again keeps its place in a workflow, and its priority."""
+    family = {"root_id": "first", "parent_id": "second"}
+    delivery_info = {"priority": 5}
+
+    with ScriptedServer() as server:
+        celery = {"task_default_queue": "family"}
+        app = celeries.make(CELERY=celery, MAIL_PORT=server.port)
+        server.fail(Stage.DATA, Fault.TEMPORARY, Fault.TEMPORARY)
+
+        # Over a new connection to the broker, and over that connection again.
+        for _ in range(2):
+            with pytest.raises(Retry):
+                work(app, "ada@example.com", **family, delivery_info=delivery_info)
+
+        app.extensions.pop("apitask_mail")
+
+    with app.extensions["celery"].connection_for_read() as connection:
+        queue = connection.SimpleQueue("family")
+
+        for _ in range(2):
+            message = queue.get(block=False)
+            message.ack()
+            assert family.items() <= message.headers.items()
+            assert message.properties["priority"] == 5
+
+        queue.close()
 
 
 def test_retry_for_some_without_a_broker(
@@ -149,6 +184,47 @@ def test_mail_in_eager_mode(
     assert len(find_errors(caplog)) == 1
 
 
+def test_block_in_eager_mode(
+    celeries: Celeries, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A mail that fails does not stop the others of its block, and is not announced."""
+    told: list[str] = []
+
+    with ScriptedServer() as server:
+        app = celeries.make(
+            NO_BROKER,
+            CELERY={"task_always_eager": True},
+            APITASK_PROPAGATE=True,
+            APITASK_CELERY_MAIL_SIZE=2000,
+            MAIL_PORT=server.port,
+        )
+        server.fail(Stage.RCPT, None, Fault.PERMANENT, None, Fault.PERMANENT)
+
+        @app.get("/")
+        def view() -> str:
+            with mail.connect() as connection:
+                # The one that is too large is sent last.
+                for text in ("1", "2", 4000 * "3", "4"):
+                    connection.send(Message(text[0], ["ada@example.com"], text))
+
+            return "sent"
+
+        def tell(app: Flask, message: Message) -> None:
+            told.append(str(message.subject))
+
+        with (
+            email_dispatched.connected_to(tell),
+            pytest.raises(DeliveryError, match="2 of 4 messages were not delivered"),
+        ):
+            app.test_client().get("/")
+
+        app.extensions.pop("apitask_mail")
+        assert len(server.taken) == 2
+
+    assert told == ["1", "4"]
+    assert len(find_errors(caplog)) == 1
+
+
 def test_settings_of_flask_mailman(celeries: Celeries, tmp_path: pathlib.Path) -> None:
     """A worker sends Flask-Mailman's mail with the keys that only it has."""
     certificates = Certificates(tmp_path)
@@ -208,6 +284,76 @@ def test_connection_with_settings_of_its_own(
 
         app.extensions.pop("apitask_mail")
         assert len(server.taken) == 2
+
+
+@pytest.mark.parametrize("change", [{"MAIL_SERVER": ""}, {"MAIL_PORT": "none"}])
+def test_settings_that_only_a_connection_has(
+    celeries: Celeries, change: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mail does not need settings of the app that it is not sent with."""
+    with ScriptedServer() as server:
+        app = celeries.make(NO_BROKER)
+        app.config.update(change)
+        mailman.init_app(app)
+        own = {"host": "localhost", "port": server.port}
+
+        with app.test_request_context():
+            connection = mailman.get_connection(**own)
+            mailman.send_mail(
+                "x", "x", None, ["ada@example.com"], connection=connection
+            )
+
+        app.extensions.pop("apitask_mail")
+        assert len(server.taken) == 1
+
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("library", [mail, mailman])
+def test_settings_that_are_changed(
+    celeries: Celeries, library: t.Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mail of an account that a worker does not have is sent here: one WARNING."""
+    with ScriptedServer() as server:
+        app = celeries.make(NO_BROKER, MAIL_PORT=server.port)
+        name = "mail" if library is mail else "mailman"
+        # That is none of those settings, and app.run() sets it late.
+        app.debug = True
+
+        for host in ("localhost", "localhost", "127.0.0.1"):
+            app.extensions[name].server = host
+
+            with app.test_request_context():
+                if library is mail:
+                    mail.send(Message("x", ["ada@example.com"], "x"))
+                else:
+                    mailman.send_mail("x", "x", None, ["ada@example.com"])
+
+        app.extensions.pop("apitask_mail")
+        assert len(server.taken) == 3
+
+    warned = [record for record in caplog.records if record.levelname == "WARNING"]
+    texts = [record.getMessage() for record in warned]
+    # The second one is about the broker.
+    assert [text.split()[0] for text in texts] == ["The", "Celery's"]
+    assert f"app.extensions['{name}'] are not those of app.config" in texts[0]
+
+
+def test_mail_without_a_scope(celeries: Celeries) -> None:
+    """A mail that neither the broker nor the server takes is an error of its own."""
+    app = celeries.make(NO_BROKER, MAIL_PORT=1)
+    letter = "x", "x", None, ["ada@example.com"]
+
+    with app.app_context():
+        assert mailman.send_mail(*letter, fail_silently=True) == 0
+
+        with pytest.raises(DeliveryError):
+            mailman.send_mail(*letter)
+
+        with mail.connect() as connection, pytest.raises(DeliveryError):
+            connection.send(Message("x", ["ada@example.com"], "x"))
+
+    app.extensions.pop("apitask_mail")
 
 
 @pytest.mark.parametrize("missing", ["mailman", "apitask_mail"])

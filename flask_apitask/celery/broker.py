@@ -8,7 +8,9 @@ import time
 import typing as t
 
 from celery.utils import uuid
+from kombu.messaging import Producer
 
+from ..executor.pool import ThreadPool
 from ..executor.runner import Runner
 from ..executor.scope import TaskScope
 from ..log import log
@@ -19,11 +21,12 @@ if t.TYPE_CHECKING:
     import celery
     import celery.result
 
-    from ..executor.pool import ThreadPool
     from ..executor.runner import TimeoutReport
 
 # Seconds after which one task tries a broker that was down again.
 _LOOK_EVERY: t.Final = 5.0
+# The most connections if Celery's broker_pool_limit sets no limit.
+_CONNECTIONS: t.Final = 10
 
 
 class Broker:
@@ -36,8 +39,8 @@ class Broker:
 
     That is enough for a kept connection, which needs one reply. A new one needs a
     dozen, so it is used on another thread, which is left behind when the time is up.
-    The connection keeps its place in the Kombu pool, whose limit is therefore also the
-    limit for threads left behind.
+    The connection keeps its place in the Kombu pool until that thread ends. So no more
+    threads are left behind than that pool allows.
 
     A forked child makes a broker of its own, and leaves its parent's connections alone.
 
@@ -50,14 +53,13 @@ class Broker:
         time, under the lock, warns.
 
     :param timeout: Seconds that a publication may take.
-    :param threads: The pool of those other threads.
     """
 
-    def __init__(
-        self, celery_app: celery.Celery, timeout: float, threads: ThreadPool
-    ) -> None:
+    def __init__(self, celery_app: celery.Celery, timeout: float) -> None:
         self._timeout = timeout
-        self._threads = threads
+        limit = celery_app.conf.broker_pool_limit or _CONNECTIONS
+        # Those other threads. They take none of the app's tasks.
+        self._threads = _Threads(limit)
         # A try that fails at once is repeated once, so each one has half the time.
         step = timeout / 2
         options = {
@@ -70,7 +72,7 @@ class Broker:
         connection = celery_app.connection_for_write(
             connect_timeout=step, transport_options=options
         )
-        self._connections = connection.Pool(limit=celery_app.conf.broker_pool_limit)
+        self._connections = connection.Pool(limit=limit)
         # Guards the time below. Never held while publishing or logging.
         self._lock = threading.Lock()
         # When to try the broker again, by the monotonic clock; None while it is up.
@@ -160,12 +162,12 @@ class Broker:
 
         with contextlib.ExitStack() as stack:
             acquired: t.Any = self._connections.acquire(block=True, timeout=step)
-            connection = options["connection"] = stack.enter_context(acquired)
+            connection = stack.enter_context(acquired)
             publish = functools.partial(task.apply_async, args, kwargs, **options)
 
             if connection.connected:
                 try:
-                    publish()
+                    publish(connection=connection)
                     return
                 except Exception:
                     connection.collect()
@@ -174,28 +176,37 @@ class Broker:
                     if time.monotonic() - began > step / 2:
                         raise
 
-            left = began + self._timeout - time.monotonic()
-            _publish_in_time(self._threads, left, stack.pop_all(), connection, publish)
+            ends_at = began + self._timeout
+            given_back, ends_at = stack.pop_all(), began + self._timeout
+            _publish_in_time(self._threads, given_back, connection, publish, ends_at)
 
 
 def _publish_in_time(
     threads: ThreadPool,
-    timeout: float,
     stack: contextlib.ExitStack,
     connection: t.Any,
-    publish: cabc.Callable[[], object],
+    publish: cabc.Callable[..., object],
+    ends_at: float,
 ) -> None:
     """Publish over a new connection, on another thread.
 
     :param stack: Gives the connection back to its pool.
+    :param ends_at: By the monotonic clock.
     :raises Exception: Publishing failed, or was not done in time.
     """
-    scope = TaskScope(threads, 1, timeout, _Publisher())
-    future = scope.submit(_use, stack, connection, publish)
-    scope.end()
+    # Whoever takes it off gives the connection back: that thread, or this one.
+    held = [stack]
 
-    if future.cancelled():
-        stack.close()
+    try:
+        with contextlib.ExitStack() as ended:
+            scope = TaskScope(threads, 1, ends_at - time.monotonic(), _Publisher())
+            # After an interrupt. Otherwise it has ended by then.
+            ended.callback(scope.shutdown, wait=False, cancel_futures=True)
+            future = scope.submit(_use, held, connection, publish, ends_at)
+            scope.end()
+    finally:
+        with contextlib.suppress(IndexError):
+            held.pop().close()
 
     try:
         future.result(0)
@@ -205,20 +216,53 @@ def _publish_in_time(
 
 
 def _use(
-    stack: contextlib.ExitStack,
+    held: list[contextlib.ExitStack],
     connection: t.Any,
-    publish: cabc.Callable[[], object],
+    publish: cabc.Callable[..., object],
+    ends_at: float,
 ) -> None:
-    with stack:
+    with held.pop():
         try:
-            publish()
+            publish(producer=_PunctualProducer(connection, ends_at))
         except Exception:
             connection.collect()
             raise
 
 
-# At exit, the process does not wait for a thread that was left behind.
-_use.exit_grace = 0.0  # type: ignore[attr-defined]
+class _PunctualProducer(Producer):
+    """Opens a connection, and publishes nothing if that takes too long.
+
+    By then the task has run in its request, and must not run in a worker too.
+
+    :param ends_at: By the monotonic clock.
+    :raises TimeoutError: That is over.
+    """
+
+    def __init__(self, connection: t.Any, ends_at: float) -> None:
+        self._ends_at = ends_at
+        super().__init__(  # type: ignore[no-untyped-call]
+            connection.default_channel, auto_declare=False
+        )
+        self._check_time()
+
+    def maybe_declare(self, *args: t.Any, **options: t.Any) -> object:
+        """Declare a queue, just before something is published there."""
+        is_new: object = super().maybe_declare(  # type: ignore[no-untyped-call]
+            *args, **options
+        )
+        self._check_time()
+        return is_new
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._ends_at:
+            raise TimeoutError
+
+
+class _Threads(ThreadPool):
+    """Threads that the process's exit neither waits for nor reports."""
+
+    def close(self, started: float) -> None:
+        """Do nothing: the exit waits for their callers, who need no more than that."""
 
 
 class _Publisher(Runner):

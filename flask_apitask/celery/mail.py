@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import collections
 import dataclasses
+import importlib
 import random
 import time
 import typing as t
@@ -16,11 +17,13 @@ from ..calling import call_observed
 from ..calling import HandsOver
 from ..exceptions import DeliveryError
 from ..exceptions import DeliveryUnknown
+from ..log import log_once
 from ..mail.envelope import Envelope
 from ..mail.replies import Reply
 from ..mail.replies import show
 from ..mail.sending import deliveries
 from ..mail.sending import EXTENSIONS
+from ..mail.sending import join_failures
 from ..mail.sending import log_silenced
 from ..mail.settings import is_suppressed
 from ..mail.stream import ConnectionLost
@@ -36,6 +39,7 @@ if t.TYPE_CHECKING:
     from flask import Flask
 
     from ..calling import Call
+    from ..mail.envelope import SMTPSettings
     from ..mail.sending import Batch
     from ..mail.sending import ReroutedMail
     from .state import CeleryState
@@ -71,29 +75,40 @@ class MailHandover(HandsOver):
 
     def hand_over(self, call: Call) -> DeliveryError | None:
         pool, batch, before, fail_silently = call.args
-        rerouted, mail = _find_mail(call.app, self.task_name)
-        # A worker has the settings of the app, not those of a single connection.
-        has_settings = pool is rerouted.pool(mail)
-        told = []
+        is_configured = _is_configured(call.app, self.task_name, pool.settings)
+        count, told = len(batch), []
+        failures: list[DeliveryError] = []
         left: Batch = collections.deque()
 
         while batch:
             envelope, then = batch.popleft()
 
-            if not (has_settings and self._publish(call, envelope, fail_silently)):
-                left.append((envelope, then))
-            elif then is not None:
-                told.append(then)
+            try:
+                if not (is_configured and self._publish(call, envelope, fail_silently)):
+                    left.append((envelope, then))
+                elif then is not None:
+                    told.append(then)
+            except DeliveryError as error:
+                # It was sent here, with task_always_eager and APITASK_PROPAGATE.
+                failures.append(error.with_traceback(None))
 
         for then in told:
             then()
 
-        if not left:
-            return None
+        silenced: DeliveryError | None = None
 
-        call = call._replace(args=(pool, left, before, fail_silently))
-        error: DeliveryError | None = call.run_here(deliveries[self.task_name])
-        return error
+        if left:
+            call = call._replace(args=(pool, left, before, fail_silently))
+
+            try:
+                silenced = call.run_here(deliveries[self.task_name])
+            except DeliveryError as error:
+                failures.append(error)
+
+        if failed := join_failures(failures, count):
+            raise failed
+
+        return silenced
 
     def _publish(self, call: Call, envelope: Envelope, fail_silently: bool) -> bool:
         if len(envelope.content) > self._state.config.celery_mail_size:
@@ -113,6 +128,36 @@ def _find_mail(app: Flask, name: str) -> tuple[ReroutedMail, t.Any]:
             f" has no app.extensions[{error}]. Set APITASK_MAIL_BACKGROUND and call"
             " Mail(app) there as well."
         ) from None
+
+
+def _is_configured(app: Flask, name: str, settings: SMTPSettings) -> bool:
+    """Tell whether a mail's settings are those of the configuration, as in a worker."""
+    rerouted, mail = _find_mail(app, name)
+    library = importlib.import_module(name.partition(".")[0])
+
+    try:
+        configured = rerouted.settings(library.Mail().init_mail(app.config))
+
+        # A worker has its own app.debug.
+        if settings == dataclasses.replace(configured, debug=settings.debug):
+            return True
+
+        is_changed = settings == rerouted.settings(mail)
+    except ValueError:
+        # These are of no use, unlike those of this mail.
+        return False
+
+    if is_changed:
+        log_once(
+            app,
+            f"mail_settings_{name}",
+            "The mail settings in app.extensions[%r] are not those of app.config, which"
+            " a worker has. So mail sent with them stays on threads, although"
+            " APITASK_ROUTES sends it to Celery.",
+            EXTENSIONS[name],
+        )
+
+    return False
 
 
 def publish(
@@ -212,7 +257,8 @@ class _Attempt(t.NamedTuple):
         """
         config = self.app.extensions["apitask_celery"].config
         recipients = _find_recipients(error, envelope.recipients)
-        number = self.task.request.retries + 1
+        request = self.task.request
+        number = request.retries + 1
 
         if not recipients or number > config.celery_mail_retries:
             return
@@ -224,7 +270,11 @@ class _Attempt(t.NamedTuple):
         options = {
             "countdown": random.uniform(longest / 2, longest),
             "retries": number,
-            "task_id": self.task.request.id,
+            "task_id": request.id,
+            # Celery's defaults come from the current thread, which may not publish.
+            "root_id": request.root_id or request.id,
+            "parent_id": request.parent_id or request.id,
+            "priority": (request.delivery_info or {}).get("priority"),
         }
         left = dataclasses.replace(envelope, recipients=recipients)
 

@@ -81,8 +81,7 @@ class CeleryState:
 
         if key not in self._brokers:
             self._warn_once(app, celery_app.conf)
-            threads = app.extensions["apitask"].pool
-            broker = Broker(celery_app, self.config.celery_timeout, threads)
+            broker = Broker(celery_app, self.config.celery_timeout)
             return self._brokers.setdefault(key, broker)
 
         return self._brokers[key]

@@ -36,6 +36,7 @@ if t.TYPE_CHECKING:
     from ..executor.future import TaskFuture
     from .delivery import PooledConnection
     from .envelope import Envelope
+    from .envelope import SMTPSettings
     from .pool import ConnectionPool
     from .pool import Pools
 
@@ -76,11 +77,20 @@ class ReroutedMail:
         # Finds the task that hands a library's mail over to Celery, if it goes there.
         self.find_handover: cabc.Callable[[str], HandsOver | None] = lambda name: None
 
-    def pool(self, mail: t.Any) -> ConnectionPool:
-        """Return the pool for a mail library's current settings.
+    def settings(self, mail: t.Any) -> SMTPSettings:
+        """Return a mail library's current settings.
 
         :param mail: The library's object in ``app.extensions``, or any object with the
             same attributes.
+        :raises ValueError: A value is not allowed.
+        """
+        names = (name for name in _SETTINGS if hasattr(mail, name))
+        keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in names}
+        return read_settings(keys, self.config)
+
+    def pool(self, mail: t.Any) -> ConnectionPool:
+        """Return the pool for a mail library's current settings.
+
         :raises ValueError: The settings can't be used, or a file can't be read.
         """
         config = self.config
@@ -90,9 +100,7 @@ class ReroutedMail:
             # server.
             raise refuse("MAIL_SERVER", mail.server, "the name of a mail server")
 
-        names = (name for name in _SETTINGS if hasattr(mail, name))
-        keys = {f"MAIL_{name.upper()}": getattr(mail, name) for name in names}
-        settings = read_settings(keys, config)
+        settings = self.settings(mail)
         settings.tls_context()
         return find_pool(
             self._pools,
@@ -144,12 +152,14 @@ class MailBlock:
         self._fail_silently = fail_silently
         handover = rerouted.find_handover(name)
         self._deliver: Deliver = handover or deliveries[name]
+        self._is_in_scope = rerouted.find_scope() is not None
         # The connection for all messages, without a scope.
-        is_kept = rerouted.find_scope() or handover
+        is_kept = self._is_in_scope or handover
         self._connection = None if is_kept else self._pool.connection()
         self._batch: Batch = collections.deque()
         self._size = 0
-        self._limit = 0.0 if not ends else math.inf if rerouted.on_success else BATCH
+        at_once = not (ends and self._is_in_scope)
+        self._limit = 0.0 if at_once else math.inf if rerouted.on_success else BATCH
         self._delivery: Delivery = None
 
     def send(self, envelope: Envelope, then: Then = None) -> bool:
@@ -171,6 +181,8 @@ class MailBlock:
                 return False
         elif self._size >= self._limit:
             self._begin_delivery()
+            # Without a scope, it is done by now.
+            return self._is_in_scope or _find_error(self._delivery) is None
 
         return True
 
@@ -243,6 +255,14 @@ def _deliver(
     with pool.connection() as connection:
         failures = _deliver_all(connection, batch, give_up)
 
+    return join_failures(failures, count)
+
+
+def join_failures(failures: list[DeliveryError], count: int) -> DeliveryError | None:
+    """Return one error for those of a batch, if there are any.
+
+    :param count: How many messages there were.
+    """
     if len(failures) < 2:
         return failures[0] if failures else None
 
