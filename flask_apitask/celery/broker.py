@@ -176,7 +176,6 @@ class Broker:
                     if time.monotonic() - began > step / 2:
                         raise
 
-            ends_at = began + self._timeout
             given_back, ends_at = stack.pop_all(), began + self._timeout
             _publish_in_time(self._threads, given_back, connection, publish, ends_at)
 
