@@ -11,6 +11,7 @@ from unittest import mock
 
 from conftest import PATIENCE
 
+from flask_apitask.executor import barrier as barrier_module
 from flask_apitask.executor import pool as pool_module
 from flask_apitask.executor import queue as queue_module
 from flask_apitask.executor import worker as worker_module
@@ -21,7 +22,10 @@ if t.TYPE_CHECKING:
 T = t.TypeVar("T")
 
 # Those that look up the primitives of threading each time they need one.
-_MODULES: t.Any = (queue_module, pool_module, worker_module, concurrent.futures._base)
+_MODULES: t.Any = (
+    *(barrier_module, queue_module, pool_module, worker_module),
+    concurrent.futures._base,
+)
 
 
 class _Abandoned(BaseException):

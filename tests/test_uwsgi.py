@@ -7,7 +7,7 @@ import pytest
 from scopes import make_scope
 from scopes import nothing
 
-from flask_apitask.executor.pool import threads_enabled
+from flask_apitask.executor.worker import threads_enabled
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **attributes: object) -> None:

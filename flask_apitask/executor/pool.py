@@ -5,7 +5,6 @@ import itertools
 import logging
 import math
 import os
-import sys
 import threading
 import time
 import typing as t
@@ -13,6 +12,7 @@ import weakref
 from collections import deque
 
 from ..log import log
+from .worker import threads_enabled
 from .worker import Worker
 
 if t.TYPE_CHECKING:
@@ -324,16 +324,6 @@ class ThreadPool:
         # The idle workers wake, find the pool gone, and end.
         for worker in self._idle:
             worker.awake.release()
-
-
-def threads_enabled() -> bool:
-    """Return whether threads of this process run while no request is being served.
-
-    Before 2.0.27, uWSGI holds Python's global lock between requests unless told
-    otherwise, so threads freeze in mid-work until the next request comes.
-    """
-    # uWSGI puts this module into sys.modules itself; it can't be imported.
-    return getattr(sys.modules.get("uwsgi"), "has_threads", True)
 
 
 def _close_all() -> None:

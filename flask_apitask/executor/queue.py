@@ -8,6 +8,7 @@ import typing as t
 from collections import deque
 
 from ..log import log
+from .barrier import Barrier
 from .runner import Runner
 from .task import task_name
 
@@ -25,29 +26,6 @@ _logger = logging.getLogger("flask_apitask")
 _HEAD_START: t.Final = 30e-6
 # Seconds up to which a task counts as small: about as long as waking a few threads.
 _SMALL: t.Final = 200e-6
-
-
-class _Barrier:
-    """What a thread that waits for tasks sleeps on. Guarded by the scope's lock.
-
-    :param last: The index of the last task to wait for.
-    :param remaining: How many of the tasks are not done.
-    """
-
-    __slots__ = ("last", "lock", "remaining")
-
-    def __init__(self, last: int, remaining: int) -> None:
-        self.last = last
-        self.remaining = remaining
-        # Held until no task remains.
-        self.lock = threading.Lock()
-        self.lock.acquire()
-
-    def sleep(self, timeout: float | None) -> None:
-        """Sleep until no task remains. Called without the scope's lock."""
-        if self.remaining:
-            limit = -1 if timeout is None else max(0, timeout)
-            self.lock.acquire(timeout=min(limit, threading.TIMEOUT_MAX))
 
 
 class TaskQueue:
@@ -89,13 +67,13 @@ class TaskQueue:
         self._lock = threading.Lock()
         self._queue: deque[TaskFuture[t.Any]] = deque()
         self._running: set[TaskFuture[t.Any]] = set()
-        self._barriers: list[_Barrier] = []
+        self._barriers: list[Barrier] = []
         self._submitted = 0
         self._unfinished = 0
         # How many requested threads have not come yet.
         self._requested = 0
         # The barrier of a waiting thread that will request more threads in a moment.
-        self._head_start: _Barrier | None = None
+        self._head_start: Barrier | None = None
         # How many threads wait. The pool reads it without the lock.
         self.waiters: int = 0
         self._closed = False
@@ -216,7 +194,7 @@ class TaskQueue:
             if not self._unfinished:
                 return 0
 
-            barrier = _Barrier(self._submitted, self._unfinished)
+            barrier = Barrier(self._submitted, self._unfinished)
             self._barriers.append(barrier)
             self.waiters += 1
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextvars
+import sys
 import threading
 import typing as t
 
@@ -54,3 +55,13 @@ class Worker:
                 break
 
             del pool
+
+
+def threads_enabled() -> bool:
+    """Return whether threads of this process run while no request is being served.
+
+    Before 2.0.27, uWSGI holds Python's global lock between requests unless told
+    otherwise, so threads freeze in mid-work until the next request comes.
+    """
+    # uWSGI puts this module into sys.modules itself; it can't be imported.
+    return getattr(sys.modules.get("uwsgi"), "has_threads", True)

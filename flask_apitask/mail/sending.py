@@ -17,8 +17,8 @@ from ..api import warn_without_apitask
 from ..config import is_true
 from ..config import refuse
 from ..exceptions import DeliveryError
-from ..executor.pool import threads_enabled
 from ..executor.task import task
+from ..executor.worker import threads_enabled
 from ..log import log
 from ..on_success import run_on_success
 from .connection import OPENING
