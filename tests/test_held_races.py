@@ -22,6 +22,19 @@ if t.TYPE_CHECKING:
 SEEDS = range(300)
 
 
+def check_settled(
+    scope: TaskScope,
+    caplog: pytest.LogCaptureFixture,
+    late: list[bool],
+    futures: list[TaskFuture[t.Any] | None],
+) -> None:
+    """Check that a scope holds nothing, and that no task ran after its end."""
+    assert not scope._held
+    assert caplog.messages == []
+    assert late == []
+    assert all(future is None or future.done() for future in futures)
+
+
 @pytest.mark.parametrize("failure", [None, "it failed"])
 @pytest.mark.parametrize("size", [0, 1, 2])
 def test_every_task_starts_once_or_is_dropped(
@@ -148,13 +161,7 @@ def test_few_meet_the_end(
         for name in others.split():
             schedule.spawn(functools.partial(call, name))
 
-        def check() -> None:
-            assert not scope._held
-            assert caplog.messages == []
-            assert late == []
-            assert all(future is None or future.done() for future in futures)
-
-        return check
+        return lambda: check_settled(scope, caplog, late, futures)
 
     explore(set_up, SEEDS)
 
@@ -187,13 +194,7 @@ def test_the_end_of_a_stream(
         schedule.spawn(hold)
         schedule.spawn(close)
 
-        def check() -> None:
-            assert not scope._held
-            assert caplog.messages == []
-            assert late == []
-            assert all(future is None or future.done() for future in futures)
-
-        return check
+        return lambda: check_settled(scope, caplog, late, futures)
 
     explore(set_up, SEEDS)
 

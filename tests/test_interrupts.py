@@ -8,6 +8,7 @@ import time
 import typing as t
 
 import pytest
+from conftest import PATIENCE
 from conftest import wait_until
 from late_threads import in_time
 from scopes import Gate
@@ -15,6 +16,7 @@ from scopes import join
 from scopes import make_scope
 
 from flask_apitask.executor import pool as pool_module
+from flask_apitask.executor.barrier import Barrier
 from flask_apitask.executor.pool import ThreadPool
 
 if t.TYPE_CHECKING:
@@ -127,3 +129,26 @@ def test_interrupt_at_any_point(size: int, idle: int, tasks: int, small: bool) -
         if not interrupted:
             assert number > 20
             break
+
+
+def test_interrupt_of_a_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that come later are not left to a single thread."""
+    pool, gate = ThreadPool(1), Gate()
+
+    def interrupted(self: Barrier, timeout: float | None) -> t.NoReturn:
+        raise KeyboardInterrupt
+
+    with make_scope(1, pool) as scope:
+        scope.submit(gate)
+        assert gate.begun.wait(PATIENCE)
+        scope.submit(bool)
+        scope.submit(bool)
+
+        monkeypatch.setattr(Barrier, "sleep", interrupted)
+
+        with pytest.raises(KeyboardInterrupt):
+            scope.wait()
+
+        monkeypatch.undo()
+        assert scope._head_start is None
+        gate.opened.set()

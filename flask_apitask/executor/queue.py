@@ -219,6 +219,10 @@ class TaskQueue:
                 self.waiters -= 1
                 self._barriers.remove(barrier)
 
+                # An interrupt has cut it short. Others must not wait for its end.
+                if self._head_start is barrier:
+                    self._head_start = None
+
     def _request_threads(
         self, most: int, *, renew: bool = False, serves: bool = False
     ) -> None:

@@ -73,8 +73,8 @@ class ConnectionPool:
 
     def reset(self) -> None:
         """Start with no connections, in a new pool or a forked child."""
-        # What each thread in line sleeps on. Places are not handed over, as one would
-        # be lost with an interrupted wait. The first in line is woken and takes one.
+        # Each thread in line sleeps on one of these. Places are not handed over, as one
+        # would be lost with an interrupted wait. The first in line wakes and takes one.
         self._waiting: collections.deque[threading.Condition] = collections.deque()
         # Each session has a place, open or not: len(in_use) + len(idle) <= size. If an
         # interrupt keeps one from getting to whoever would give it back, it is dropped.
