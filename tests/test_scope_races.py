@@ -256,7 +256,8 @@ def cancellations(schedule: Schedule, pool: ThreadPool, cap: int) -> t.Any:
 
     def shuts_down() -> None:
         shutdown = functools.partial(recorded.scope.shutdown, cancel_futures=True)
-        schedule.pause(lambda: bool(recorded.futures))
+        # Not for a future: an interrupted call returns none.
+        schedule.pause(lambda: bool(recorded.scope._submitted))
         persist(shutdown)
 
     schedule.spawn(cancels)
