@@ -617,6 +617,25 @@ def test_many_tasks(monkeypatch: pytest.MonkeyPatch, savepoints: bool) -> None:
     assert looks < 10 * number
 
 
+@pytest.mark.parametrize("event", [None, "after_commit", "after_rollback"])
+def test_cleared_info(event: str | None) -> None:
+    """The app may clear what it keeps in the session's ``info``."""
+    done: list[str] = []
+
+    with orm.Session(sqlalchemy.create_engine("sqlite://")) as session:
+        if event is not None:
+            sqlalchemy.event.listen(session, event, lambda _: session.info.clear())
+
+        for name, end in ("a", session.commit), ("b", session.rollback):
+            for _ in range(2):
+                session.execute(sqlalchemy.text("SELECT 1"))
+                run_on_commit(session, done.append, name)
+                session.info.clear()
+                end()
+
+    assert done == ["a", "a"]
+
+
 def test_other_sessions_are_left_alone() -> None:
     """Only sessions that have tasks get listeners."""
     session, other = orm.Session(), orm.Session()
