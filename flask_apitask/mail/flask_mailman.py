@@ -14,6 +14,7 @@ import flask_mailman  # type: ignore[import-untyped]
 from flask import current_app
 from flask_mailman.backends import smtp  # type: ignore[import-untyped]
 
+from ..context import find_app_context
 from ..log import log_once
 from .mailman_rendering import render
 from .patches import find_parts
@@ -50,8 +51,11 @@ def _get_rerouted_connection(
     self: t.Any, backend: t.Any = None, fail_silently: bool = False, **kwds: t.Any
 ) -> t.Any:
     """Make a connection, in place of the ``get_connection`` of a ``Mail``."""
-    if backend is None:
-        backend = _find_backend(getattr(self, "app", None) or current_app)
+    context = find_app_context() if backend is None else None
+
+    # This Mail may belong to another app than the current one.
+    if context and (getattr(self, "app", None) or context.app) == context.app:
+        backend = _find_backend(context.app)
 
     return _get_connection(self, backend, fail_silently, **kwds)
 
