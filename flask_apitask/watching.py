@@ -16,23 +16,30 @@ from .outcome import WatchedBody
 from .request_scope import find_request_scope
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     from flask import Response
 
 # Where Flask catches the exceptions that leave a view.
 _DISPATCH: t.Final = Flask.full_dispatch_request.__code__
-# A key in the extensions of an app in which tasks have been deferred.
+# A key in the extensions of an app in which tasks have been deferred, for the function
+# that notes what leaves its views.
 _WATCHED: t.Final = "apitask_watched"
 
 
 def watch(app: Flask) -> None:
     """Watch how the requests of an app end. Idempotent."""
-    if _WATCHED not in app.extensions:
+    watched = app.extensions.get(_WATCHED)
+
+    if watched is None:
         watch_responses(app)
-        watch_exceptions(app)
-        app.extensions[_WATCHED] = True
+
+    # An extension set up later may have put a method of its own in front.
+    if watched is None or vars(app).get("handle_user_exception") is not watched:
+        app.extensions[_WATCHED] = watch_exceptions(app)
 
 
-def watch_exceptions(app: Flask) -> None:
+def watch_exceptions(app: Flask) -> cabc.Callable[..., t.Any]:
     """Note the exceptions that leave a view, even those with an error handler.
 
     Flask sends no signal for an exception that has a handler, so one of its methods is
@@ -57,6 +64,8 @@ def watch_exceptions(app: Flask) -> None:
     # before the method was replaced.
     if traceback and traceback.tb_frame.f_code is _DISPATCH:
         note_exception(error)
+
+    return handle_user_exception
 
 
 def note_exception(error: BaseException | None) -> None:

@@ -317,10 +317,16 @@ def test_error_handlers_own_task(make_app: AppFactory, used_before: bool) -> Non
     assert calls.done == ["good"] * used_before
 
 
-def test_replaced_handler(make_app: AppFactory) -> None:
+@pytest.mark.parametrize("used_before", [False, True])
+def test_replaced_handler(make_app: AppFactory, used_before: bool) -> None:
     """Another extension's handling of exceptions still works, and they are noticed."""
     app, calls = make_app(), Calls()
+    app.add_url_rule("/", "page", lambda: calls.put_off() and fail(Broken()))
+    app.add_url_rule("/good", "good", lambda: calls.put_off("good"))
     seen = []
+
+    if used_before:
+        get(app, "/good")
 
     def handle(*args: t.Any) -> str:
         # It is bound to the app already.
@@ -329,10 +335,10 @@ def test_replaced_handler(make_app: AppFactory) -> None:
         return "all is well"
 
     app.handle_user_exception = handle  # type: ignore[assignment, method-assign]
-    app.add_url_rule("/", "page", lambda: calls.put_off() and fail(Broken()))
     assert [get(app), get(app)] == [200, 200]
     assert [type(error) for error in seen] == [Broken, Broken]
-    assert all(future.cancelled() for future in calls.futures)
+    assert all(future.cancelled() for future in calls.futures[used_before:])
+    assert calls.done == ["good"] * used_before
 
 
 def test_apps_that_put_nothing_off(make_app: AppFactory) -> None:
