@@ -11,8 +11,10 @@ from flask import request_finished
 from .closing import close_with
 from .closing import Closing
 from .context import find_request_context
+from .context import mix_in
 from .outcome import find_failure
 from .outcome import WatchedBody
+from .request_scope import ClosesUnsent
 from .request_scope import find_request_scope
 
 if t.TYPE_CHECKING:
@@ -84,7 +86,8 @@ def watch_responses(app: Flask) -> None:
 
 def _hook_response(app: Flask, response: Response, **extra: object) -> None:
     """Make a response wait at its close; for :data:`flask.request_finished`."""
-    scope = find_request_scope(find_request_context())
+    context = find_request_context()
+    scope = find_request_scope(context)
     answers_first = app.extensions["apitask"].config.wait == "close"
     is_file, is_stream = response.direct_passthrough, False
 
@@ -108,6 +111,9 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
 
         close_with(response, closing)
         scope.closing = weakref.ref(closing)
+
+        if scope.is_used:
+            mix_in(context, ClosesUnsent)
 
 
 def _unhook_response(app: Flask, **extra: object) -> None:

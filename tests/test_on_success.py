@@ -280,8 +280,42 @@ def test_failing_teardown(make_app: AppFactory, end: str) -> None:
     with pytest.raises(Exception, match=r"^$|during context teardown"):
         get(app)
 
-    if end == "teardown" or not MERGED:
-        assert calls.futures[0].cancelled() == (not MERGED)
+    assert calls.futures[0].cancelled() == (not MERGED or end == "close")
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(
+    ("end", "stream"), [("close", False), ("close", True), ("teardown", True)]
+)
+def test_response_that_a_teardown_function_keeps_back(
+    caplog: pytest.LogCaptureFixture, end: str, stream: bool, earlier: bool
+) -> None:
+    """If there is no response to close, nothing goes on waiting for its close."""
+    app, calls = Flask(__name__), Calls()
+    app.config["APITASK_WAIT"] = end
+    caplog.set_level(logging.INFO)
+
+    @app.get("/")
+    def page() -> Response:
+        run(calls.note, "other")
+        calls.put_off()
+        return Response(iter(["a"]) if stream else "a")
+
+    if not earlier:
+        ApiTask(app)
+
+    app.teardown_request(lambda error: fail(Broken()))
+
+    if earlier:
+        ApiTask(app)
+
+    with pytest.raises(Exception, match=r"^$|during context teardown"):
+        get(app)
+
+    assert calls.futures[0].cancelled()
+    assert calls.done == ["other"]
+    [reason] = reasons(caplog)
+    assert reason in {"Broken was raised", "ExceptionGroup was raised"}
 
 
 def test_exception_that_is_handled_in_the_view(make_app: AppFactory) -> None:
