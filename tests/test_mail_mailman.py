@@ -712,16 +712,24 @@ def test_certificate_that_is_of_no_use(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "target", ["flask_mailman.backends.smtp.EmailBackend.send_messages", "smtplib.SMTP"]
 )
+@pytest.mark.parametrize("backend", ["smtp", Original, OURS, Ours], ids=str)
 def test_a_patch_is_what_sends(
-    inbox: Mailbox, caplog: pytest.LogCaptureFixture, target: str
+    inbox: Mailbox, caplog: pytest.LogCaptureFixture, target: str, backend: t.Any
 ) -> None:
     """A test's patch of the backend, or of smtplib, is used, with one WARNING."""
-    app, mail = make_app(inbox.port)
+    app, mail = make_app(inbox.port, MAIL_BACKEND=backend)
 
     with app.test_request_context():
         with mock.patch(target) as patched:
             letter().send()
-            letter().send()
+            assert patched.called
+            patched.reset_mock()
+
+            if backend in {OURS, Ours}:
+                letter(connection=mail.get_connection(backend)).send()
+            else:
+                letter().send()
+
             assert patched.called
 
         assert type(mail.get_connection()) is Ours
