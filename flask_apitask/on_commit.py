@@ -34,8 +34,9 @@ Sessions: t.TypeAlias = "orm.Session | orm.scoped_session[t.Any]"
 
 _logger = logging.getLogger("flask_apitask")
 
-# A key of the session's own ``info``, so that its tasks live as long as it does.
-_KEY: t.Final = "flask_apitask"
+# An attribute of a session, so that its tasks live as long as it does. Its ``info`` is
+# the app's, which may clear it, or give it to another session.
+_COMMITS: t.Final = "_flask_apitask_commits"
 
 
 @t.overload
@@ -227,11 +228,11 @@ def _watch(session: orm.Session) -> _Commits:
     """
     import sqlalchemy as sa
 
-    commits: _Commits | None = session.info.get(_KEY)
+    commits: _Commits | None = getattr(session, _COMMITS, None)
 
     if commits is None:
-        commits = session.info[_KEY] = _Commits()
-        # Not functions that look it up: the app may clear the session's ``info``.
+        commits = _Commits()
+        setattr(session, _COMMITS, commits)
         sa.event.listen(session, "after_commit", commits.note_commit)
         sa.event.listen(session, "after_transaction_end", commits.end)
 
