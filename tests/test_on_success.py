@@ -318,6 +318,22 @@ def test_response_that_a_teardown_function_keeps_back(
     assert reason in {"Broken was raised", "ExceptionGroup was raised"}
 
 
+def test_response_that_is_gone_when_a_teardown_function_raises() -> None:
+    """There may be nothing left to close, so that the request has waited already."""
+    app, calls = Flask(__name__), Calls()
+    app.config["APITASK_WAIT"] = "close"
+    app.teardown_request(lambda error: fail(Broken()))
+    ApiTask(app)
+    app.add_url_rule("/", "page", calls.put_off)
+    dispatch: t.Any = app.full_dispatch_request
+    raised = pytest.raises(Exception, match=r"^$|during context teardown")
+
+    with raised, app.test_request_context() as context:
+        dispatch(*[context] * MERGED)
+
+    assert calls.done == ["task"]
+
+
 def test_exception_that_is_handled_in_the_view(make_app: AppFactory) -> None:
     """An exception that the view catches does not count."""
     app, calls = make_app(), Calls()
