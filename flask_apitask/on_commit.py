@@ -34,8 +34,9 @@ Sessions: t.TypeAlias = "orm.Session | orm.scoped_session[t.Any]"
 
 _logger = logging.getLogger("flask_apitask")
 
-# A key of the session's own ``info``, so that its tasks live as long as it does.
-_KEY: t.Final = "flask_apitask"
+# An attribute of a session, so that its tasks live as long as it does. Its ``info`` is
+# the app's, which may clear it, or give it to another session.
+_COMMITS: t.Final = "_flask_apitask_commits"
 
 
 @t.overload
@@ -163,20 +164,27 @@ class _Commits:
 
         others.append(held)
 
-    def end(
-        self,
-        transaction: orm.SessionTransaction,
-        outer: orm.SessionTransaction | None,
-    ) -> None:
+    def note_commit(self, session: orm.Session) -> None:
+        """Note which transaction is committed, or which savepoint is released."""
+        transaction = session.get_nested_transaction() or session.get_transaction()
+        self.committed = transaction
+
+    def end(self, session: orm.Session, transaction: orm.SessionTransaction) -> None:
         """Start or drop the tasks that wait for a transaction or a savepoint.
 
-        :param outer: The savepoint around it, if there is one.
+        By now the session has returned its connection to the pool, so that a task can
+        have it.
         """
+        # A flush nests a transaction within another one, which doesn't count.
+        if not transaction.nested and transaction.parent is not None:
+            return
+
         committed, self.committed = self.committed is transaction, None
         savepoint = transaction if transaction.nested else None
         ended = self._held.pop(savepoint, [])
 
         if committed and savepoint:
+            outer = session.get_nested_transaction()
             self._held.setdefault(outer, []).extend(ended)
             return
 
@@ -220,30 +228,15 @@ def _watch(session: orm.Session) -> _Commits:
     """
     import sqlalchemy as sa
 
-    commits: _Commits | None = session.info.get(_KEY)
+    commits: _Commits | None = getattr(session, _COMMITS, None)
 
     if commits is None:
-        commits = session.info[_KEY] = _Commits()
-        sa.event.listen(session, "after_commit", _note_commit)
-        sa.event.listen(session, "after_transaction_end", _end_transaction)
+        commits = _Commits()
+        setattr(session, _COMMITS, commits)
+        sa.event.listen(session, "after_commit", commits.note_commit)
+        sa.event.listen(session, "after_transaction_end", commits.end)
 
     return commits
-
-
-def _note_commit(session: orm.Session) -> None:
-    """Note which transaction is committed, or which savepoint is released."""
-    transaction = session.get_nested_transaction() or session.get_transaction()
-    session.info[_KEY].committed = transaction
-
-
-def _end_transaction(session: orm.Session, transaction: orm.SessionTransaction) -> None:
-    """Start or drop tasks once the session has returned its connection to the pool.
-
-    By then a task can have that connection. Transactions that a flush nests within
-    another one don't count.
-    """
-    if transaction.nested or transaction.parent is None:
-        session.info[_KEY].end(transaction, session.get_nested_transaction())
 
 
 def _make_runner(scope: TaskScope | None) -> Runner:

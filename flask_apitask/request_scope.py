@@ -220,6 +220,25 @@ class Propagating(_Base):
         raise_error(None if scope is None else scope.take_raised())
 
 
+class ClosesUnsent(_Base):
+    """A request context that closes the response if a teardown function raises.
+
+    The server then gets no response that it could close.
+    """
+
+    def pop(self, *args: t.Any, **kwargs: t.Any) -> None:
+        try:
+            super().pop(*args, **kwargs)
+        except BaseException as error:
+            scope: RequestScope | None = getattr(self, _SCOPE, None)
+            closing = scope and scope.closing and scope.closing()
+
+            if closing:
+                closing.close(find_failure(error))
+
+            raise
+
+
 def begin_request() -> None:
     """Give a request its scope; for :meth:`flask.Flask.before_request`."""
     request_context = find_request_context()

@@ -11,28 +11,37 @@ from flask import request_finished
 from .closing import close_with
 from .closing import Closing
 from .context import find_request_context
+from .context import mix_in
 from .outcome import find_failure
 from .outcome import WatchedBody
+from .request_scope import ClosesUnsent
 from .request_scope import find_request_scope
 
 if t.TYPE_CHECKING:
+    import collections.abc as cabc
+
     from flask import Response
 
 # Where Flask catches the exceptions that leave a view.
 _DISPATCH: t.Final = Flask.full_dispatch_request.__code__
-# A key in the extensions of an app in which tasks have been deferred.
+# A key in the extensions of an app in which tasks have been deferred, for the function
+# that notes what leaves its views.
 _WATCHED: t.Final = "apitask_watched"
 
 
 def watch(app: Flask) -> None:
     """Watch how the requests of an app end. Idempotent."""
-    if _WATCHED not in app.extensions:
+    watched = app.extensions.get(_WATCHED)
+
+    if watched is None:
         watch_responses(app)
-        watch_exceptions(app)
-        app.extensions[_WATCHED] = True
+
+    # An extension set up later may have put a method of its own in front.
+    if watched is None or vars(app).get("handle_user_exception") is not watched:
+        app.extensions[_WATCHED] = watch_exceptions(app)
 
 
-def watch_exceptions(app: Flask) -> None:
+def watch_exceptions(app: Flask) -> cabc.Callable[..., t.Any]:
     """Note the exceptions that leave a view, even those with an error handler.
 
     Flask sends no signal for an exception that has a handler, so one of its methods is
@@ -58,6 +67,8 @@ def watch_exceptions(app: Flask) -> None:
     if traceback and traceback.tb_frame.f_code is _DISPATCH:
         note_exception(error)
 
+    return handle_user_exception
+
 
 def note_exception(error: BaseException | None) -> None:
     """Note an exception that has left the view of the current request."""
@@ -75,7 +86,8 @@ def watch_responses(app: Flask) -> None:
 
 def _hook_response(app: Flask, response: Response, **extra: object) -> None:
     """Make a response wait at its close; for :data:`flask.request_finished`."""
-    scope = find_request_scope(find_request_context())
+    context = find_request_context()
+    scope = find_request_scope(context)
     answers_first = app.extensions["apitask"].config.wait == "close"
     is_file, is_stream = response.direct_passthrough, False
 
@@ -99,6 +111,9 @@ def _hook_response(app: Flask, response: Response, **extra: object) -> None:
 
         close_with(response, closing)
         scope.closing = weakref.ref(closing)
+
+        if scope.is_used:
+            mix_in(context, ClosesUnsent)
 
 
 def _unhook_response(app: Flask, **extra: object) -> None:

@@ -228,6 +228,22 @@ def test_app_without_apitask_is_told_so(
     assert "A mail was sent in a request of 'shop', which has no ApiTask" in caplog.text
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_mail_of_another_app_is_left_alone(inbox: Mailbox, background: bool) -> None:
+    """A Mail that belongs to another app than the current one is not rerouted."""
+    app, _ = make_app(inbox.port, APITASK_MAIL_BACKGROUND=background)
+    _, mail = make_app(inbox.port)
+    bound = flask_mailman.Mail(make_app(inbox.port).app)
+    assert type(bound.get_connection()) is Original
+
+    with app.test_request_context():
+        assert bound.send_mail("hello", "text", None, ["ann@example.org"]) == 1
+        assert inbox.subjects == ["hello"]
+        assert type(bound.get_connection()) is Original
+        # This one belongs to whichever app is the current one.
+        assert type(mail.get_connection()) is (Ours if background else Original)
+
+
 @pytest.mark.parametrize("how", ["block", "send_messages", "send_mass_mail"])
 def test_a_block_is_one_task_over_one_connection(inbox: Mailbox, how: str) -> None:
     """A block is delivered in order, by one task over one connection."""
@@ -696,16 +712,24 @@ def test_certificate_that_is_of_no_use(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "target", ["flask_mailman.backends.smtp.EmailBackend.send_messages", "smtplib.SMTP"]
 )
+@pytest.mark.parametrize("backend", ["smtp", Original, OURS, Ours], ids=str)
 def test_a_patch_is_what_sends(
-    inbox: Mailbox, caplog: pytest.LogCaptureFixture, target: str
+    inbox: Mailbox, caplog: pytest.LogCaptureFixture, target: str, backend: t.Any
 ) -> None:
     """A test's patch of the backend, or of smtplib, is used, with one WARNING."""
-    app, mail = make_app(inbox.port)
+    app, mail = make_app(inbox.port, MAIL_BACKEND=backend)
 
     with app.test_request_context():
         with mock.patch(target) as patched:
             letter().send()
-            letter().send()
+            assert patched.called
+            patched.reset_mock()
+
+            if backend in {OURS, Ours}:
+                letter(connection=mail.get_connection(backend)).send()
+            else:
+                letter().send()
+
             assert patched.called
 
         assert type(mail.get_connection()) is Ours

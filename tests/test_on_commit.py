@@ -584,7 +584,7 @@ def test_nothing_is_kept() -> None:
 
     listeners = session.dispatch.after_transaction_end
     assert len(list(listeners)) == 1
-    [[held]] = session.info["flask_apitask"]._held.values()
+    [[held]] = vars(session)["_flask_apitask_commits"]._held.values()
     assert held.future is futures[-1]
     assert [argument() for argument in arguments] == [None] * 3
     session_ref = weakref.ref(session)
@@ -615,6 +615,41 @@ def test_many_tasks(monkeypatch: pytest.MonkeyPatch, savepoints: bool) -> None:
 
     assert done == list(range(number))
     assert looks < 10 * number
+
+
+def test_shared_info() -> None:
+    """Sessions may have the same ``info``, and each has its own tasks."""
+    done: list[str] = []
+    engine = sqlalchemy.create_engine("sqlite://")
+
+    with orm.Session(engine) as session, session.begin():
+        run_on_commit(session, done.append, "outer")
+
+        with orm.Session(engine, info=session.info) as other, other.begin():
+            run_on_commit(other, done.append, "inner")
+
+        assert done == ["inner"]
+
+    assert done == ["inner", "outer"]
+
+
+@pytest.mark.parametrize("event", [None, "after_commit", "after_rollback"])
+def test_cleared_info(event: str | None) -> None:
+    """The app may clear what it keeps in the session's ``info``."""
+    done: list[str] = []
+
+    with orm.Session(sqlalchemy.create_engine("sqlite://")) as session:
+        if event is not None:
+            sqlalchemy.event.listen(session, event, lambda _: session.info.clear())
+
+        for name, end in ("a", session.commit), ("b", session.rollback):
+            for _ in range(2):
+                session.execute(sqlalchemy.text("SELECT 1"))
+                run_on_commit(session, done.append, name)
+                session.info.clear()
+                end()
+
+    assert done == ["a", "a"]
 
 
 def test_other_sessions_are_left_alone() -> None:

@@ -280,8 +280,58 @@ def test_failing_teardown(make_app: AppFactory, end: str) -> None:
     with pytest.raises(Exception, match=r"^$|during context teardown"):
         get(app)
 
-    if end == "teardown" or not MERGED:
-        assert calls.futures[0].cancelled() == (not MERGED)
+    assert calls.futures[0].cancelled() == (not MERGED or end == "close")
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(
+    ("end", "stream"), [("close", False), ("close", True), ("teardown", True)]
+)
+def test_response_that_a_teardown_function_keeps_back(
+    caplog: pytest.LogCaptureFixture, end: str, stream: bool, earlier: bool
+) -> None:
+    """If there is no response to close, nothing goes on waiting for its close."""
+    app, calls = Flask(__name__), Calls()
+    app.config["APITASK_WAIT"] = end
+    caplog.set_level(logging.INFO)
+
+    @app.get("/")
+    def page() -> Response:
+        run(calls.note, "other")
+        calls.put_off()
+        return Response(iter(["a"]) if stream else "a")
+
+    if not earlier:
+        ApiTask(app)
+
+    app.teardown_request(lambda error: fail(Broken()))
+
+    if earlier:
+        ApiTask(app)
+
+    with pytest.raises(Exception, match=r"^$|during context teardown"):
+        get(app)
+
+    assert calls.futures[0].cancelled()
+    assert calls.done == ["other"]
+    [reason] = reasons(caplog)
+    assert reason in {"Broken was raised", "ExceptionGroup was raised"}
+
+
+def test_response_that_is_gone_when_a_teardown_function_raises() -> None:
+    """There may be nothing left to close, so that the request has waited already."""
+    app, calls = Flask(__name__), Calls()
+    app.config["APITASK_WAIT"] = "close"
+    app.teardown_request(lambda error: fail(Broken()))
+    ApiTask(app)
+    app.add_url_rule("/", "page", calls.put_off)
+    dispatch: t.Any = app.full_dispatch_request
+    raised = pytest.raises(Exception, match=r"^$|during context teardown")
+
+    with raised, app.test_request_context() as context:
+        dispatch(*[context] * MERGED)
+
+    assert calls.done == ["task"]
 
 
 def test_exception_that_is_handled_in_the_view(make_app: AppFactory) -> None:
@@ -317,10 +367,16 @@ def test_error_handlers_own_task(make_app: AppFactory, used_before: bool) -> Non
     assert calls.done == ["good"] * used_before
 
 
-def test_replaced_handler(make_app: AppFactory) -> None:
+@pytest.mark.parametrize("used_before", [False, True])
+def test_replaced_handler(make_app: AppFactory, used_before: bool) -> None:
     """Another extension's handling of exceptions still works, and they are noticed."""
     app, calls = make_app(), Calls()
+    app.add_url_rule("/", "page", lambda: calls.put_off() and fail(Broken()))
+    app.add_url_rule("/good", "good", lambda: calls.put_off("good"))
     seen = []
+
+    if used_before:
+        get(app, "/good")
 
     def handle(*args: t.Any) -> str:
         # It is bound to the app already.
@@ -329,10 +385,10 @@ def test_replaced_handler(make_app: AppFactory) -> None:
         return "all is well"
 
     app.handle_user_exception = handle  # type: ignore[assignment, method-assign]
-    app.add_url_rule("/", "page", lambda: calls.put_off() and fail(Broken()))
     assert [get(app), get(app)] == [200, 200]
     assert [type(error) for error in seen] == [Broken, Broken]
-    assert all(future.cancelled() for future in calls.futures)
+    assert all(future.cancelled() for future in calls.futures[used_before:])
+    assert calls.done == ["good"] * used_before
 
 
 def test_apps_that_put_nothing_off(make_app: AppFactory) -> None:

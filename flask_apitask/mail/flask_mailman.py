@@ -14,6 +14,7 @@ import flask_mailman  # type: ignore[import-untyped]
 from flask import current_app
 from flask_mailman.backends import smtp  # type: ignore[import-untyped]
 
+from ..context import find_app_context
 from ..log import log_once
 from .mailman_rendering import render
 from .patches import find_parts
@@ -50,18 +51,32 @@ def _get_rerouted_connection(
     self: t.Any, backend: t.Any = None, fail_silently: bool = False, **kwds: t.Any
 ) -> t.Any:
     """Make a connection, in place of the ``get_connection`` of a ``Mail``."""
-    if backend is None:
-        backend = _find_backend(getattr(self, "app", None) or current_app)
+    context = find_app_context()
+
+    # This Mail may belong to another app than the current one.
+    if context and (getattr(self, "app", None) or context.app) == context.app:
+        backend = _find_backend(context.app, backend)
 
     return _get_connection(self, backend, fail_silently, **kwds)
 
 
-def _find_backend(app: Flask) -> type[EmailBackend] | None:
-    """Return our backend if it replaces an app's default one."""
-    mailman = app.extensions.get("mailman")
+def _find_backend(app: Flask, backend: t.Any) -> t.Any:
+    """Return the backend to use in place of another one.
 
-    if mailman is None or mailman.backend not in _SMTP or not find_rerouted(app):
-        return None
+    :param backend: The one asked for, by name or as a class; ``None`` means that of
+        ``MAIL_BACKEND``.
+    """
+    mailman = app.extensions.get("mailman")
+    replaced: tuple[t.Any, ...]
+    replaced = (__name__, f"{__name__}.EmailBackend", EmailBackend)
+    name = backend
+
+    if backend is None and mailman is not None:
+        name = mailman.backend
+        replaced += _SMTP
+
+    if name not in replaced or not find_rerouted(app):
+        return backend
 
     for part in find_parts(smtp, "EmailBackend"):
         if part.is_changed:
@@ -73,7 +88,7 @@ def _find_backend(app: Flask) -> type[EmailBackend] | None:
                 " effect.",
                 part,
             )
-            return None
+            return "smtp"
 
     return EmailBackend
 
