@@ -617,10 +617,17 @@ def test_many_tasks(monkeypatch: pytest.MonkeyPatch, savepoints: bool) -> None:
     assert looks < 10 * number
 
 
-def test_shared_info() -> None:
+@pytest.fixture
+def engine() -> cabc.Iterator[sqlalchemy.Engine]:
+    """Return an engine for a database in memory."""
+    made = sqlalchemy.create_engine("sqlite://")
+    yield made
+    made.dispose()
+
+
+def test_shared_info(engine: sqlalchemy.Engine) -> None:
     """Sessions may have the same ``info``, and each has its own tasks."""
     done: list[str] = []
-    engine = sqlalchemy.create_engine("sqlite://")
 
     with orm.Session(engine) as session, session.begin():
         run_on_commit(session, done.append, "outer")
@@ -634,11 +641,11 @@ def test_shared_info() -> None:
 
 
 @pytest.mark.parametrize("event", [None, "after_commit", "after_rollback"])
-def test_cleared_info(event: str | None) -> None:
+def test_cleared_info(engine: sqlalchemy.Engine, event: str | None) -> None:
     """The app may clear what it keeps in the session's ``info``."""
     done: list[str] = []
 
-    with orm.Session(sqlalchemy.create_engine("sqlite://")) as session:
+    with orm.Session(engine) as session:
         if event is not None:
             sqlalchemy.event.listen(session, event, lambda _: session.info.clear())
 
