@@ -24,6 +24,8 @@ def _at_own_position(name: str) -> t.Any:
     def method(self: SharedFile, *args: t.Any) -> t.Any:
         return self._call(name, *args)
 
+    method.__name__ = name
+    method.__qualname__ = f"SharedFile.{name}"
     return method
 
 
