@@ -1031,6 +1031,47 @@ def test_upload_that_the_view_has_opened_before(
     assert post(app, Wire(body), MULTIPART, len(body)).data == b"ok"
 
 
+def test_upload_that_moves_to_disk(make_app: AppFactory) -> None:
+    """Nobody reads an upload while a task's ``fileno()`` moves it to disk."""
+    app = make_app()
+    moving, read = threading.Event(), threading.Event()
+    overlaps: list[bool] = []
+
+    class Slow(tempfile.SpooledTemporaryFile[bytes]):
+        def rollover(self) -> None:
+            moving.set()
+            overlaps.append(read.wait(MOMENT))
+            super().rollover()
+
+        def read(self, *args: t.Any) -> bytes:
+            read.set()
+            return super().read(*args)
+
+    class SlowUploads(flask.Request):
+        def _get_file_stream(self, *args: t.Any, **kwargs: t.Any) -> t.IO[bytes]:
+            return Slow(500_000)
+
+    app.request_class = SlowUploads
+
+    def find_number() -> int:
+        return int(request.files["file"].fileno())
+
+    def read_all() -> bytes:
+        assert moving.wait(PATIENCE)
+        return bytes(request.files["file"].read())
+
+    @app.post("/")
+    def index() -> str:
+        number, content = run(find_number), run(read_all)
+        assert number.result(PATIENCE) > 0
+        assert content.result(PATIENCE) == LINES
+        return "ok"
+
+    body = make_multipart(LINES)
+    assert post(app, Wire(body), MULTIPART, len(body)).data == b"ok"
+    assert overlaps == [False]
+
+
 @pytest.mark.skipif(MERGED, reason="Flask closes each request, since 3.2")
 @pytest.mark.usefixtures("without_gc")
 @pytest.mark.parametrize("size", [100, 600_000])
