@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import typing as t
@@ -173,11 +174,23 @@ def share_body(request: Request) -> bool:
 
 
 def share_method(request: Request, task: t.Any) -> t.Any:
-    """Replace a ``get_data`` that was looked up before the body was shared."""
-    if look_up(task, "__self__") is not request:
-        return task
+    """Replace a method that was looked up before the body was shared.
 
-    return request.get_data if task.__name__ == "get_data" else task
+    It is the request's ``get_data``, or one of an upload, perhaps in a partial.
+    """
+    if isinstance(task, functools.partial):
+        method = share_method(request, task.func)
+        shared = functools.partial(method, *task.args, **task.keywords)
+        vars(shared).update(vars(task))
+        return shared
+
+    owner, name = look_up(task, "__self__"), look_up(task, "__name__")
+
+    if owner is request and name == "get_data":
+        return request.get_data
+
+    is_of_upload = issubclass(type(owner), SharedFile) and name in vars(SharedFile)
+    return getattr(owner, str(name)) if is_of_upload else task
 
 
 def _is_kept(request: Request) -> bool:

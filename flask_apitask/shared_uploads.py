@@ -24,6 +24,8 @@ def _at_own_position(name: str) -> t.Any:
     def method(self: SharedFile, *args: t.Any) -> t.Any:
         return self._call(name, *args)
 
+    method.__name__ = name
+    method.__qualname__ = f"SharedFile.{name}"
     return method
 
 
@@ -52,6 +54,8 @@ class SharedFile:
                 task[self] = file.tell()
                 file.seek(position)
 
+    # This may move the content of an upload from memory to disk.
+    fileno: t.Any = _at_own_position("fileno")
     read: t.Any = _at_own_position("read")
     # An upload has no read1() before Python 3.11.
     read1: t.Any = _at_own_position("read")

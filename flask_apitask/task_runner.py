@@ -56,7 +56,10 @@ class PlainRunner(Runner):
         self, callback: Callback, future: concurrent.futures.Future[t.Any]
     ) -> None:
         try:
-            callback(future)
+            result = t.cast("t.Any", callback(future))
+
+            if isinstance(result, LAZY):
+                run_body(self._app, callback, result)
         except BaseException as error:
             log_callback(self._app, callback, error)
 

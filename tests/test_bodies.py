@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import gc
 import hashlib
 import http.client
@@ -29,6 +30,7 @@ from wsgi_servers import serve
 
 from flask_apitask import open_scope
 from flask_apitask import run
+from flask_apitask import task_started
 from flask_apitask.context import MERGED
 
 if t.TYPE_CHECKING:
@@ -922,6 +924,64 @@ def test_upload_that_somebody_closes(make_app: AppFactory, size: int) -> None:
     assert files[0].closed
 
 
+@pytest.mark.parametrize(
+    "of",
+    [lambda upload: upload, lambda upload: upload.stream],
+    ids=["upload", "its stream"],
+)
+@pytest.mark.parametrize("wrap", [lambda method: method, functools.partial])
+def test_method_of_an_upload_as_a_task(
+    make_app: AppFactory,
+    of: cabc.Callable[[t.Any], t.Any],
+    wrap: cabc.Callable[[t.Any], t.Any],
+) -> None:
+    """A method that was looked up before the first task reads all of the upload too."""
+    app = make_app()
+    names: list[str] = []
+
+    def note(sender: object, name: str, **_: object) -> None:
+        names.append(name)
+
+    @app.post("/")
+    def index() -> str:
+        upload = of(request.files["file"])
+        read = wrap(upload.read)
+        tasks = [run(read), run(read), run(wrap(upload.read))]
+        found = [*(task.result(PATIENCE) for task in tasks), upload.read()]
+        assert found == [LINES] * 4
+        return "ok"
+
+    body = make_multipart(LINES)
+
+    with task_started.connected_to(note, app):
+        assert post(app, Wire(body), MULTIPART, len(body)).data == b"ok"
+
+    assert [name.rpartition(".")[2] for name in names] == ["read"] * 3
+
+
+def test_method_of_the_request_in_a_partial(make_app: AppFactory) -> None:
+    """It shares the body too, and keeps its name as a task."""
+    app = make_app()
+    wire = Wire(b"x" * 5000, readers=2)
+    names: list[str] = []
+
+    def note(sender: object, name: str, **_: object) -> None:
+        names.append(name)
+
+    @app.post("/")
+    def index() -> str:
+        read: t.Any = functools.partial(request.get_data, as_text=True)
+        read.task_name = "body.read"
+        tasks = [run(read), run(read)]
+        assert [task.result(PATIENCE) for task in tasks] == ["x" * 5000] * 2
+        return "ok"
+
+    with task_started.connected_to(note, app):
+        assert post(app, wire, "text/plain", 5000).data == b"ok"
+
+    assert names == ["body.read"] * 2
+
+
 @pytest.mark.parametrize("next_line", [lambda file: file.readline(), next])
 @pytest.mark.parametrize("size", [100, 600_000])
 def test_upload_that_the_view_has_opened_before(
@@ -969,6 +1029,47 @@ def test_upload_that_the_view_has_opened_before(
 
     body = make_multipart(content)
     assert post(app, Wire(body), MULTIPART, len(body)).data == b"ok"
+
+
+def test_upload_that_moves_to_disk(make_app: AppFactory) -> None:
+    """Nobody reads an upload while a task's ``fileno()`` moves it to disk."""
+    app = make_app()
+    moving, read = threading.Event(), threading.Event()
+    overlaps: list[bool] = []
+
+    class Slow(tempfile.SpooledTemporaryFile[bytes]):
+        def rollover(self) -> None:
+            moving.set()
+            overlaps.append(read.wait(MOMENT))
+            super().rollover()
+
+        def read(self, *args: t.Any) -> bytes:
+            read.set()
+            return super().read(*args)
+
+    class SlowUploads(flask.Request):
+        def _get_file_stream(self, *args: t.Any, **kwargs: t.Any) -> t.IO[bytes]:
+            return Slow(500_000)
+
+    app.request_class = SlowUploads
+
+    def find_number() -> int:
+        return int(request.files["file"].fileno())
+
+    def read_all() -> bytes:
+        assert moving.wait(PATIENCE)
+        return bytes(request.files["file"].read())
+
+    @app.post("/")
+    def index() -> str:
+        number, content = run(find_number), run(read_all)
+        assert number.result(PATIENCE) > 0
+        assert content.result(PATIENCE) == LINES
+        return "ok"
+
+    body = make_multipart(LINES)
+    assert post(app, Wire(body), MULTIPART, len(body)).data == b"ok"
+    assert overlaps == [False]
 
 
 @pytest.mark.skipif(MERGED, reason="Flask closes each request, since 3.2")

@@ -90,6 +90,30 @@ def test_callback_that_is_added_after_the_request(make_app: AppFactory) -> None:
     assert threading.current_thread() not in callback.threads
 
 
+@pytest.mark.parametrize("enabled", [True, False], ids=["task", "plain call"])
+def test_callback_that_is_async(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture, enabled: bool
+) -> None:
+    """It runs, and if it raises, that is logged, in a plain call too."""
+    app = make_app(APITASK_ENABLED=enabled)
+    called: list[object] = []
+
+    async def call_back(future: TaskFuture[int]) -> None:
+        await asyncio.sleep(0)
+        called.append(future.result())
+        raise LookupError
+
+    @app.get("/")
+    def index() -> str:
+        run(int).add_done_callback(call_back)  # type: ignore[arg-type]
+        return "ok"
+
+    assert app.test_client().get("/").text == "ok"
+    assert called == [0]
+    (record,) = caplog.records
+    assert "call_back' of GET / failed" in record.getMessage()
+
+
 def test_callback_that_is_added_late_counts_as_a_waiting_thread(
     make_app: AppFactory,
 ) -> None:

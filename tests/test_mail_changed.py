@@ -345,6 +345,57 @@ def test_a_patch_that_is_undone(inbox: Mailbox, way: str) -> None:
     assert len({id(session) for session in inbox.sessions}) == 1
 
 
+@pytest.mark.parametrize("context", [Flask.app_context, contextlib.nullcontext])
+@pytest.mark.parametrize("name", ["send", "connect"])
+def test_a_method_that_is_put_back(
+    inbox: Mailbox,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    context: cabc.Callable[[Flask], t.ContextManager[object]],
+) -> None:
+    """What a test has looked up and puts back after its mock is not a change."""
+    with pytest.MonkeyPatch.context() as patch:
+        app, mail = make_app(inbox, patch, "SMTP", APITASK_MAIL_KEEPALIVE=5)
+
+    with context(app):
+        original = getattr(mail, name)
+        setattr(mail, name, mock.Mock())
+        setattr(mail, name, original)
+
+    for _ in range(2):
+        app.test_client().get("/")
+
+    assert inbox.subjects == ["hello", "hello"]
+    assert len({id(session) for session in inbox.sessions}) == 1
+    assert not caplog.records
+
+
+def test_a_method_of_another_mail(inbox: Mailbox) -> None:
+    """What is put in from another Mail is a change, and sends."""
+    with pytest.MonkeyPatch.context() as patch:
+        app, mail = make_app(inbox, patch, "SMTP")
+
+    vars(mail)["send"] = Sends().send
+    app.test_client().get("/")
+    assert sent == ["hello"]
+    assert not inbox.messages
+
+
+def test_a_mock_that_is_told_what_to_do_in_a_request(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a test sets on the method that it looks up reaches its mock."""
+    app, mail = make_app(inbox, monkeypatch, "SMTP")
+    replaced = mock.Mock()
+    monkeypatch.setattr(mail, "send", replaced)
+
+    with app.test_request_context():
+        send: t.Any = mail.send
+        send.side_effect = LookupError
+
+    assert replaced.side_effect is LookupError
+
+
 @pytest.mark.parametrize("way", [way for way in CHANGES if CHANGES[way][1] is Mail])
 def test_a_patch_that_is_undone_before_the_task(
     inbox: Mailbox, caplog: pytest.LogCaptureFixture, way: str

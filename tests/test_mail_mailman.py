@@ -618,6 +618,25 @@ def test_fail_silently_is_no_error(
     assert "not delivered (fail_silently is on): " in record.getMessage()
 
 
+def test_fail_silently_without_a_logger(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an app's logger can't be had, the failure is still told and not raised."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(Flask, "logger", property(mock.Mock(side_effect=LookupError)))
+
+    with ScriptedServer() as server:
+        app, _ = make_app(server.port)
+        server.fail(Stage.DATA, Fault.PERMANENT)
+
+        with app.app_context():
+            assert letter().send(fail_silently=True) == 0
+
+    (record,) = caplog.records
+    assert record.name == app.name
+    assert "not delivered (fail_silently is on): " in record.getMessage()
+
+
 def test_its_own_timeout_and_options() -> None:
     """MAIL_TIMEOUT is in place of APITASK_MAIL_TIMEOUT; options go to the server."""
     with ScriptedServer() as server, unhurried(server):

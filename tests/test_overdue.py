@@ -91,6 +91,30 @@ def test_stack_of_a_task_of_the_standard_library(
     assert first.endswith(", in wait")
 
 
+def test_stack_of_a_thread_that_a_tool_has_wrapped(
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    gate: Gate,
+) -> None:
+    """Sentry wraps the start of each thread, which is no part of the task."""
+    app = make_app(APITASK_TIMEOUT=DEADLINE)
+    run_thread = threading.Thread.run
+    monkeypatch.setattr(threading.Thread, "run", lambda thread: run_thread(thread))
+
+    def work() -> None:
+        gate()
+
+    @app.get("/")
+    def index() -> str:
+        run(work)
+        assert gate.begun.wait(PATIENCE)
+        return "ok"
+
+    first, _ = report(app, caplog)
+    assert ", in work" in first
+
+
 def test_async_task_has_no_stack(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture, gate: Gate
 ) -> None:

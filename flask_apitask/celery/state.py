@@ -6,6 +6,7 @@ import typing as t
 from ..context import find_app_context
 from ..context import find_request_context
 from ..context import is_in_task
+from ..log import find_logger
 from ..log import log_once
 from ..routes import is_for_celery
 from .broker import Broker
@@ -68,7 +69,7 @@ class CeleryState:
             return result
 
         broker = self._find_broker(app, celery_app)
-        return broker.publish(app.logger, task, args, kwargs, **options)
+        return broker.publish(find_logger(app), task, args, kwargs, **options)
 
     def close(self) -> None:
         """Close this process's connections to brokers, after a test for example."""

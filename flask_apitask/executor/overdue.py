@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 import traceback
 import typing as t
 
@@ -67,10 +66,11 @@ def format_stack(frame: FrameType | None) -> str:
     """
     stack = [] if frame is None else [frame for frame, _ in traceback.walk_stack(frame)]
 
-    while stack and _find_module(stack[-1]) == threading.__name__:
+    # The start of the thread, and whatever a tool such as Sentry has wrapped around it.
+    while stack and not _calls_tasks(stack[-1]):
         stack.pop()
 
-    while stack and _find_module(stack[-1]).rpartition(".")[0] in _CALLERS:
+    while stack and _calls_tasks(stack[-1]):
         stack.pop()
 
     if not stack or _find_module(stack[-1]).startswith("asgiref."):
@@ -78,6 +78,10 @@ def format_stack(frame: FrameType | None) -> str:
 
     lines = ((frame, frame.f_lineno) for frame in reversed(stack))
     return "".join(traceback.StackSummary.extract(lines).format())
+
+
+def _calls_tasks(frame: FrameType) -> bool:
+    return _find_module(frame).rpartition(".")[0] in _CALLERS
 
 
 def _find_module(frame: FrameType) -> str:

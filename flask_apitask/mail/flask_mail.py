@@ -13,6 +13,7 @@ from ..calling import notify
 from ..context import find_app_context
 from .changes import find_change
 from .changes import OUTSIDE
+from .changes import OwnConnect
 from .changes import use_change
 from .rendering import check
 from .rendering import render
@@ -74,7 +75,7 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
     change = find_change(mail, name, is_suppressed(state))
 
     if change is None:
-        connect = functools.partial(BackgroundConnection, rerouted, state)
+        connect = OwnConnect(BackgroundConnection, rerouted, state)
         # Flask-Mail's own send() will look up connect() in turn.
         return connect if name == "connect" else value
 

@@ -19,6 +19,7 @@ from ..config import refuse
 from ..exceptions import DeliveryError
 from ..executor.task import task
 from ..executor.worker import threads_enabled
+from ..log import find_logger
 from ..log import log
 from ..on_success import run_on_success
 from .connection import OPENING
@@ -236,7 +237,7 @@ def log_silenced(error: DeliveryError) -> None:
     """Log an INFO about a message that was not delivered."""
     # Without the error itself, whose traceback would keep the request's objects alive.
     text = "A mail was not delivered (fail_silently is on): %s"
-    log(current_app.logger, logging.INFO, text, str(error))
+    log(find_logger(current_app), logging.INFO, text, str(error))
 
 
 def _deliver(
