@@ -178,7 +178,8 @@ def share_method(request: Request, task: t.Any) -> t.Any:
 
     It is the request's ``get_data``, or one of an upload, perhaps in a partial.
     """
-    if isinstance(task, functools.partial):
+    # A subclass may do more when it is called.
+    if type(task) is functools.partial:
         method = share_method(request, task.func)
         shared = functools.partial(method, *task.args, **task.keywords)
         vars(shared).update(vars(task))

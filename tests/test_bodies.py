@@ -982,6 +982,21 @@ def test_method_of_the_request_in_a_partial(make_app: AppFactory) -> None:
     assert names == ["body.read"] * 2
 
 
+def test_other_partial_in_a_request_with_a_body(make_app: AppFactory) -> None:
+    """It is called as it is, even if its class makes more of the call."""
+    app = make_app()
+
+    class Doubled(functools.partial[int]):
+        def __call__(self, *args: t.Any, **kwargs: t.Any) -> int:
+            return 2 * super().__call__(*args, **kwargs)
+
+    @app.post("/")
+    def index() -> str:
+        return str(run(Doubled(int, "21")).result(PATIENCE))
+
+    assert post(app, Wire(b"x"), "text/plain", 1).data == b"42"
+
+
 @pytest.mark.parametrize("next_line", [lambda file: file.readline(), next])
 @pytest.mark.parametrize("size", [100, 600_000])
 def test_upload_that_the_view_has_opened_before(
