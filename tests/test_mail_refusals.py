@@ -412,6 +412,9 @@ def encode(text: str) -> str:
         ("5.1.1 <ada@example.com>: no", "5.1.1 <address>: no"),
         ('"ada b"@example.com is gone', "<address> is gone"),
         ("to ada@bücher.example.", "to <address>"),
+        ("to 'o'hara@example.com'", "to '<address>'"),
+        ("for <ada@[192.0.2.1]>", "for <address>"),
+        ("see https://example.com/?id=ada%40example.com", "see https:<address>"),
         ("failed for shop-user", "failed for <hidden>"),
         ("SHOP-USER unknown", "<hidden> unknown"),
         ("shop-user2 is another", "shop-user2 is another"),
@@ -420,6 +423,11 @@ def encode(text: str) -> str:
         (f"refused: {encode('Password:')}", "refused: <base64>"),
         (f"{encode(chr(0) + 'shop-user')} is wrong", "<base64> is wrong"),
         (encode("\xff\xfe" * 12), "<base64>"),
+        (
+            f"{encode('shop')} or {encode('pw')} is wrong",
+            "<base64> or <base64> is wrong",
+        ),
+        ("key= is missing", "key= is missing"),
         (
             "https://example.com/?p=BadCredentials",
             "https://example.com/?p=BadCredentials",
@@ -439,6 +447,11 @@ def test_replies_are_counted() -> None:
     replies = [Reply(550, b"<a@x.example> no"), Reply(550, b"<b@x.example> no")]
     assert show(replies, []) == "550 <address> no (2 times)"
     assert show([Reply(250, b"\xff")], []) == "250 \ufffd"
+
+
+def test_a_long_reply_is_cut() -> None:
+    """The time to search one for causes and addresses grows with its square."""
+    assert len(Reply(550, b"x" * 60_000).text) == len("550 ") + 2_000
 
 
 def test_a_status_is_no_secret() -> None:
