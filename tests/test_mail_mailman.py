@@ -662,6 +662,21 @@ def test_client_certificate(tmp_path: pathlib.Path, kind: str) -> None:
     assert len(server.taken) == 1
 
 
+@pytest.mark.parametrize("mail_first", [True, False])
+def test_flags_that_are_text(inbox: Mailbox, mail_first: bool) -> None:
+    """Two texts that mean no are not two flags that are on."""
+    flags: dict[str, t.Any] = {"MAIL_USE_TLS": "false", "MAIL_USE_SSL": "0"}
+    app, mail = make_app(inbox.port, mail_first=mail_first, **flags)
+
+    with app.app_context():
+        assert letter().send() == 1
+
+        with pytest.raises(ValueError, match="MAIL_USE_SSL is 'maybe'"):
+            mail.get_connection(use_ssl="maybe")
+
+    assert inbox.subjects == ["hello"]
+
+
 def test_certificate_that_is_of_no_use(tmp_path: pathlib.Path) -> None:
     """An encrypted, lone or invalid key raises in the view, and never prompts."""
     certificates = Certificates(tmp_path)
