@@ -798,6 +798,28 @@ def test_await_of_a_task_that_fails(make_app: AppFactory) -> None:
     assert app.test_client().get("/").text == "(1, 0)"
 
 
+def test_await_of_a_task_that_finds_nothing(make_app: AppFactory) -> None:
+    """A StopIteration, such as that of next(), ends the waiting as well."""
+    app = make_app(APITASK_MAX_WORKERS=1)
+
+    @app.get("/")
+    async def index() -> str:
+        event = threading.Event()
+        held = run(pass_on, event)
+        # It is not done yet when it is awaited.
+        nothing: cabc.Iterator[str] = iter(())
+        empty = asyncio.ensure_future(asyncio.wait_for(run(next, nothing), PATIENCE))
+        await asyncio.sleep(0)
+        event.set()
+
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await empty
+
+        return await held
+
+    assert app.test_client().get("/").text == "done"
+
+
 def test_await_of_a_task_that_is_cancelled(make_app: AppFactory) -> None:
     """A task that was cancelled never runs, and ends the waiting."""
     app = make_app(APITASK_MAX_WORKERS=1)
