@@ -668,6 +668,15 @@ async def generate_async() -> cabc.AsyncIterator[int]:
     yield 1
 
 
+class Greeting:
+    """A task."""
+
+    name = "mailer.greeting"
+
+    def run(self) -> None:
+        """Do nothing."""
+
+
 WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
     "number": (
         lambda: scoped(5),  # type: ignore[call-overload]
@@ -700,6 +709,11 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
         lambda: run(generate()),  # type: ignore[call-overload]
         TypeError,
         "run(fn, x), not run(fn(x))",
+    ),
+    "run of a task's class": (
+        lambda: run(Greeting),
+        TypeError,
+        "Pass an instance: run(Greeting(...)).",
     ),
     "bare task": (lambda: task(int), TypeError, "task's name first"),  # type: ignore[arg-type]
     "task of a number": (lambda: task(5), TypeError, "'mailer.welcome'), not 5."),  # type: ignore[arg-type]
