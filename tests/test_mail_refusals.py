@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import base64
+import gc
 import logging
 import re
 import ssl
 import traceback
 import typing as t
+import weakref
 
 import pytest
 import trustme
@@ -21,11 +23,16 @@ from smtp_servers import Stage
 
 from flask_apitask import ApiTask
 from flask_apitask.exceptions import DeliveryError
+from flask_apitask.mail import flask_mail
 from flask_apitask.mail.pool import ConnectionPool
+from flask_apitask.mail.rendering import render
 from flask_apitask.mail.replies import explain
 from flask_apitask.mail.replies import mask
 from flask_apitask.mail.replies import Reply
 from flask_apitask.mail.replies import show
+
+if t.TYPE_CHECKING:
+    from flask_apitask.mail.envelope import Envelope
 
 USER = ("shop-user", "pa55-word")
 
@@ -541,6 +548,32 @@ def test_a_short_traceback(
     assert ours == ["deliver"]
     assert "During handling" not in caplog.text
     assert "direct cause" not in caplog.text
+
+
+def test_an_error_holds_no_message(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message is free once its delivery has failed, even if the error is kept."""
+    rendered: list[weakref.ref[Envelope]] = []
+
+    def keep(*args: t.Any) -> Envelope:
+        envelope = render(*args)
+        rendered.append(weakref.ref(envelope))
+        return envelope
+
+    monkeypatch.setattr(flask_mail, "render", keep)
+
+    with ScriptedServer() as server:
+        server.fail(Stage.DOT, Fault.DROP)
+        app, mail = make_app(server)
+
+        with app.test_request_context():
+            mail.send(Message("x", ["ada@example.com"], "x"))
+
+    gc.collect()
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert [envelope() for envelope in rendered] == [None]
 
 
 @pytest.mark.parametrize("text", ["false", "F", "n", "0", " no ", "off", "", "None"])
