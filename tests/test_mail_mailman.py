@@ -602,6 +602,18 @@ def test_fail_silently_is_no_error(
     assert "not delivered (fail_silently is on): " in record.getMessage()
 
 
+def test_an_unknown_encoding() -> None:
+    """It is the same error as in Flask-Mailman, and not one about line breaks."""
+    app, _ = make_app(25)
+
+    with app.app_context():
+        message = letter()
+        message.encoding = "ütf-8"
+
+        with pytest.raises(email.errors.CharsetError):
+            message.send()
+
+
 def test_its_own_timeout_and_options() -> None:
     """MAIL_TIMEOUT is in place of APITASK_MAIL_TIMEOUT; options go to the server."""
     with ScriptedServer() as server, unhurried(server):
