@@ -857,6 +857,36 @@ def test_await_of_a_task_that_is_cancelled(make_app: AppFactory) -> None:
     assert app.test_client().get("/").text == "done"
 
 
+def test_await_that_is_given_up(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that runs already is not affected if the view stops waiting for it."""
+    app = make_app()
+
+    @app.get("/")
+    async def index() -> str:
+        started, event = threading.Event(), threading.Event()
+
+        def work() -> str:
+            started.set()
+            return pass_on(event)
+
+        future = run(work)
+        assert started.wait(PATIENCE)
+        waiting = asyncio.ensure_future(future)
+        await asyncio.sleep(0)
+        waiting.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+        event.set()
+        return await future
+
+    assert app.test_client().get("/").text == "done"
+    assert caplog.records == []
+
+
 def test_await_with_a_full_pool(make_app: AppFactory) -> None:
     """A task that is awaited gets a thread, however full the pool is."""
     app = make_app(APITASK_POOL_SIZE=1)
