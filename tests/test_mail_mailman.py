@@ -637,6 +637,18 @@ def test_fail_silently_without_a_logger(
     assert "not delivered (fail_silently is on): " in record.getMessage()
 
 
+def test_an_unknown_encoding() -> None:
+    """It is the same error as in Flask-Mailman, and not one about line breaks."""
+    app, _ = make_app(25)
+
+    with app.app_context():
+        message = letter()
+        message.encoding = "ütf-8"
+
+        with pytest.raises(email.errors.CharsetError):
+            message.send()
+
+
 def test_its_own_timeout_and_options() -> None:
     """MAIL_TIMEOUT is in place of APITASK_MAIL_TIMEOUT; options go to the server."""
     with ScriptedServer() as server, unhurried(server):
@@ -695,6 +707,21 @@ def test_client_certificate(tmp_path: pathlib.Path, kind: str) -> None:
             letter().send()
 
     assert len(server.taken) == 1
+
+
+@pytest.mark.parametrize("mail_first", [True, False])
+def test_flags_that_are_text(inbox: Mailbox, mail_first: bool) -> None:
+    """Two texts that mean no are not two flags that are on."""
+    flags: dict[str, t.Any] = {"MAIL_USE_TLS": "false", "MAIL_USE_SSL": "0"}
+    app, mail = make_app(inbox.port, mail_first=mail_first, **flags)
+
+    with app.app_context():
+        assert letter().send() == 1
+
+        with pytest.raises(ValueError, match="MAIL_USE_SSL is 'maybe'"):
+            mail.get_connection(use_ssl="maybe")
+
+    assert inbox.subjects == ["hello"]
 
 
 def test_certificate_that_is_of_no_use(tmp_path: pathlib.Path) -> None:

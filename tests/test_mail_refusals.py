@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import base64
+import gc
 import logging
 import re
 import ssl
 import traceback
 import typing as t
+import weakref
 
 import pytest
 import trustme
@@ -21,11 +23,16 @@ from smtp_servers import Stage
 
 from flask_apitask import ApiTask
 from flask_apitask.exceptions import DeliveryError
+from flask_apitask.mail import flask_mail
 from flask_apitask.mail.pool import ConnectionPool
+from flask_apitask.mail.rendering import render
 from flask_apitask.mail.replies import explain
 from flask_apitask.mail.replies import mask
 from flask_apitask.mail.replies import Reply
 from flask_apitask.mail.replies import show
+
+if t.TYPE_CHECKING:
+    from flask_apitask.mail.envelope import Envelope
 
 USER = ("shop-user", "pa55-word")
 
@@ -412,6 +419,9 @@ def encode(text: str) -> str:
         ("5.1.1 <ada@example.com>: no", "5.1.1 <address>: no"),
         ('"ada b"@example.com is gone', "<address> is gone"),
         ("to ada@bücher.example.", "to <address>"),
+        ("to 'o'hara@example.com'", "to '<address>'"),
+        ("for <ada@[192.0.2.1]>", "for <address>"),
+        ("see https://example.com/?id=ada%40example.com", "see https:<address>"),
         ("failed for shop-user", "failed for <hidden>"),
         ("SHOP-USER unknown", "<hidden> unknown"),
         ("shop-user2 is another", "shop-user2 is another"),
@@ -420,6 +430,11 @@ def encode(text: str) -> str:
         (f"refused: {encode('Password:')}", "refused: <base64>"),
         (f"{encode(chr(0) + 'shop-user')} is wrong", "<base64> is wrong"),
         (encode("\xff\xfe" * 12), "<base64>"),
+        (
+            f"{encode('shop')} or {encode('pw')} is wrong",
+            "<base64> or <base64> is wrong",
+        ),
+        ("key= is missing", "key= is missing"),
         (
             "https://example.com/?p=BadCredentials",
             "https://example.com/?p=BadCredentials",
@@ -439,6 +454,11 @@ def test_replies_are_counted() -> None:
     replies = [Reply(550, b"<a@x.example> no"), Reply(550, b"<b@x.example> no")]
     assert show(replies, []) == "550 <address> no (2 times)"
     assert show([Reply(250, b"\xff")], []) == "250 \ufffd"
+
+
+def test_a_long_reply_is_cut() -> None:
+    """The time to search one for causes and addresses grows with its square."""
+    assert len(Reply(550, b"x" * 60_000).text) == len("550 ") + 2_000
 
 
 def test_a_status_is_no_secret() -> None:
@@ -528,6 +548,32 @@ def test_a_short_traceback(
     assert ours == ["deliver"]
     assert "During handling" not in caplog.text
     assert "direct cause" not in caplog.text
+
+
+def test_an_error_holds_no_message(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message is free once its delivery has failed, even if the error is kept."""
+    rendered: list[weakref.ref[Envelope]] = []
+
+    def keep(*args: t.Any) -> Envelope:
+        envelope = render(*args)
+        rendered.append(weakref.ref(envelope))
+        return envelope
+
+    monkeypatch.setattr(flask_mail, "render", keep)
+
+    with ScriptedServer() as server:
+        server.fail(Stage.DOT, Fault.DROP)
+        app, mail = make_app(server)
+
+        with app.test_request_context():
+            mail.send(Message("x", ["ada@example.com"], "x"))
+
+    gc.collect()
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert [envelope() for envelope in rendered] == [None]
 
 
 @pytest.mark.parametrize("text", ["false", "F", "n", "0", " no ", "off", "", "None"])

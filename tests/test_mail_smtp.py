@@ -1011,6 +1011,18 @@ def test_no_commands_in_addresses(fields: dict[str, t.Any]) -> None:
     assert "example.com\\" not in f"{caught.value}"
 
 
+@pytest.mark.parametrize("name", ["mail_options", "rcpt_options"])
+def test_options_outside_of_ascii(name: str) -> None:
+    """They are an error where smtplib makes one: without SMTPUTF8."""
+    options: dict[str, t.Any] = {name: ("X=ü",)}
+
+    with pytest.raises(UnicodeEncodeError):
+        make_envelope(**options)
+
+    utf8 = make_envelope(mail_options=("smtputf8",), rcpt_options=("X=ü",))
+    assert utf8.rcpt_options == ("X=ü",)
+
+
 def test_a_recipient_given_twice() -> None:
     """A recipient given twice gets the message once, and is refused once."""
     twice = ("Ada <ada@example.com>", "ada@example.com")

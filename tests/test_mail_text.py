@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import email
+import email.errors
 import random
 import smtplib
 import typing as t
@@ -251,3 +252,35 @@ def test_a_separator_in_the_name_of_a_header(mail: Mail, separator: str) -> None
         headers = {f"X{separator}Note": "a"}
         message = Message("hi", ["ada@example.org"], "text", extra_headers=headers)
         assert isinstance(send_ours(message), BadHeaderError)
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r\n", "\x0b", "\u2028"])
+@pytest.mark.parametrize("name", ["msgId", "alts"])
+def test_a_header_is_not_added_in_other_ways(
+    mail: Mail, name: str, separator: str
+) -> None:
+    """The Message-ID and the type of an alternative become headers too."""
+    text = f"x{separator}Bcc: eve@example.org"
+
+    with context(mail):
+        message = Message("hi", ["ada@example.org"], "text")
+        setattr(message, name, text if name == "msgId" else {text: "text"})
+        sent = send_ours(message)
+
+    if isinstance(sent, Sent):
+        assert separator not in {"\n", "\r\n"}
+        assert not any(
+            "bcc" in part for part in email.message_from_bytes(sent.content).walk()
+        )
+    else:
+        assert isinstance(sent, BadHeaderError | UnicodeEncodeError)
+
+
+def test_an_unknown_charset(mail: Mail) -> None:
+    """It is the same error as in Flask-Mail, and not one about line breaks."""
+    with context(mail):
+        message = Message("hi", ["ada@example.org"], "text", charset="ütf-8")
+        plain, ours = send_plain(mail, message), send_ours(message)
+
+    assert isinstance(ours, email.errors.CharsetError)
+    assert repr(ours) == repr(plain)

@@ -668,6 +668,15 @@ async def generate_async() -> cabc.AsyncIterator[int]:
     yield 1
 
 
+class Greeting:
+    """A task."""
+
+    name = "mailer.greeting"
+
+    def run(self) -> None:
+        """Do nothing."""
+
+
 WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
     "number": (
         lambda: scoped(5),  # type: ignore[call-overload]
@@ -700,6 +709,11 @@ WRONG: dict[str, tuple[cabc.Callable[[], object], type[Exception], str]] = {
         lambda: run(generate()),  # type: ignore[call-overload]
         TypeError,
         "run(fn, x), not run(fn(x))",
+    ),
+    "run of a task's class": (
+        lambda: run(Greeting),
+        TypeError,
+        "Pass an instance: run(Greeting(...)).",
     ),
     "bare task": (lambda: task(int), TypeError, "task's name first"),  # type: ignore[arg-type]
     "task of a number": (lambda: task(5), TypeError, "'mailer.welcome'), not 5."),  # type: ignore[arg-type]
@@ -798,6 +812,28 @@ def test_await_of_a_task_that_fails(make_app: AppFactory) -> None:
     assert app.test_client().get("/").text == "(1, 0)"
 
 
+def test_await_of_a_task_that_finds_nothing(make_app: AppFactory) -> None:
+    """A StopIteration, such as that of next(), ends the waiting as well."""
+    app = make_app(APITASK_MAX_WORKERS=1)
+
+    @app.get("/")
+    async def index() -> str:
+        event = threading.Event()
+        held = run(pass_on, event)
+        # It is not done yet when it is awaited.
+        nothing: cabc.Iterator[str] = iter(())
+        empty = asyncio.ensure_future(asyncio.wait_for(run(next, nothing), PATIENCE))
+        await asyncio.sleep(0)
+        event.set()
+
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await empty
+
+        return await held
+
+    assert app.test_client().get("/").text == "done"
+
+
 def test_await_of_a_task_that_is_cancelled(make_app: AppFactory) -> None:
     """A task that was cancelled never runs, and ends the waiting."""
     app = make_app(APITASK_MAX_WORKERS=1)
@@ -819,6 +855,36 @@ def test_await_of_a_task_that_is_cancelled(make_app: AppFactory) -> None:
         return await first
 
     assert app.test_client().get("/").text == "done"
+
+
+def test_await_that_is_given_up(
+    make_app: AppFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that runs already is not affected if the view stops waiting for it."""
+    app = make_app()
+
+    @app.get("/")
+    async def index() -> str:
+        started, event = threading.Event(), threading.Event()
+
+        def work() -> str:
+            started.set()
+            return pass_on(event)
+
+        future = run(work)
+        assert started.wait(PATIENCE)
+        waiting = asyncio.ensure_future(future)
+        await asyncio.sleep(0)
+        waiting.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+        event.set()
+        return await future
+
+    assert app.test_client().get("/").text == "done"
+    assert caplog.records == []
 
 
 def test_await_with_a_full_pool(make_app: AppFactory) -> None:

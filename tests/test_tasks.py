@@ -67,7 +67,7 @@ NAMES: list[tuple[t.Any, str]] = [
     (Welcome.named_method, "mailer.method"),
     (Welcome.static, "test_tasks.Welcome.static"),
     (Welcome.of_class, "test_tasks.Welcome.of_class"),
-    (Welcome, "test_tasks.Welcome"),
+    (Caller, "test_tasks.Caller"),
     (Caller(), "test_tasks.Caller"),
     (CallerWithName(), "mailer.caller"),
     (functools.partial(plain), "test_tasks.plain"),

@@ -88,15 +88,31 @@ class TaskFuture(concurrent.futures.Future[T]):
         # Only coroutines get here, and asyncio is slow to import.
         import asyncio
 
-        # Without these shortcuts, it would wait until a thread calls back.
-        if self.cancelled():
-            raise asyncio.CancelledError
+        # Not with wrap_future(self): before Python 3.13, a StopIteration gets lost on
+        # the way, and the coroutine waits for ever.
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
 
-        if self.done():
+        def tell(_: object) -> None:
+            if done.set_running_or_notify_cancel():
+                done.set_result(None)
+
+        try:
+            # Without this shortcut, it would wait until a thread calls back.
+            if not self.done():
+                with self._waiting():
+                    super().add_done_callback(tell)
+                    yield from asyncio.wrap_future(done).__await__()
+
+            if self.cancelled():
+                raise asyncio.CancelledError
+
             return self.result()
-
-        with self._waiting():
-            return (yield from asyncio.wrap_future(self).__await__())
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        finally:
+            # The traceback refers to this frame: avoid a cycle through the future.
+            del self
 
     def run(self, how: How) -> None:
         """Run the task, unless it was cancelled. The scope calls this once.

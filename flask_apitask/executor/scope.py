@@ -65,7 +65,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
         """
         task: t.Any = fn
 
-        if not callable(task):
+        if not callable(task) or isinstance(task, type):
             task = make_callable(task)
 
         if self._generation != self._pool.generation:

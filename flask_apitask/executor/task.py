@@ -100,13 +100,19 @@ def all_names() -> list[str]:
 def make_callable(task: t.Any) -> t.Any:
     """Return a callable as it is, or the ``run`` of a :class:`Task`, with its name.
 
-    :raises TypeError: The task is neither. The message shows it, and names the likely
-        mistake.
+    :raises TypeError: The task is neither, or is the class of a :class:`Task`. The
+        message shows it, and names the likely mistake.
     """
+    if isinstance(task, type) and _is_task(task):
+        raise TypeError(
+            f"A call of {task!r} only makes a task, and does not run it. Pass an"
+            f" instance: run({task.__name__}(...))."
+        )
+
     if callable(task):
         return task
 
-    if not (hasattr(task, "name") and callable(getattr(task, "run", None))):
+    if not _is_task(task):
         raise TypeError(
             f"A task is a callable, or an object with 'name' and 'run()', not {task!r}."
             " Pass the function and its arguments separately: run(fn, x), not"
@@ -120,6 +126,10 @@ def make_callable(task: t.Any) -> t.Any:
         run.exit_grace = task.exit_grace  # type: ignore[attr-defined]
 
     return run
+
+
+def _is_task(value: t.Any) -> bool:
+    return hasattr(value, "name") and callable(getattr(value, "run", None))
 
 
 def task_name(task: t.Any) -> str:

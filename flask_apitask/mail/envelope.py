@@ -35,11 +35,17 @@ class Envelope:
         # A long display name is folded, because it was made for a header.
         paths = [_FOLD.sub("", path) for path in (self.sender, *self.recipients)]
 
-        if any(map(_UNFIT.search, (*paths, *self.mail_options, *self.rcpt_options))):
+        options = (*self.mail_options, *self.rcpt_options)
+
+        if any(map(_UNFIT.search, (*paths, *options))):
             raise ValueError(
                 f"An address or an option of the message {self.message_id!r} has a line"
                 " break, a null character or a lone surrogate in it."
             )
+
+        if not any(option.upper() == "SMTPUTF8" for option in self.mail_options):
+            # As smtplib does. An address may be UTF-8 where the server offers SMTPUTF8.
+            "".join(options).encode("ascii")
 
         sender, *recipients = [smtplib.quoteaddr(path)[1:-1] for path in paths]
         object.__setattr__(self, "sender", sender)

@@ -20,6 +20,7 @@ from .mailman_rendering import render
 from .patches import find_parts
 from .sending import find_rerouted
 from .sending import MailBlock
+from .settings import read_mail_flag
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -93,6 +94,18 @@ def _find_backend(app: Flask, backend: t.Any) -> t.Any:
     return EmailBackend
 
 
+def _flag(name: str) -> property:
+    """Make an attribute that reads its value, which may be a word such as "false"."""
+
+    def read(backend: t.Any) -> t.Any:
+        return vars(backend)[name]
+
+    def write(backend: t.Any, value: object) -> None:
+        vars(backend)[name] = read_mail_flag(f"MAIL_{name.upper()}", value)
+
+    return property(read, write)
+
+
 class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
     """Checks and renders messages in the caller, and lets a task deliver them.
 
@@ -100,6 +113,9 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
     ``open()`` makes no connection, because those of the app are pooled.
     """
 
+    # Flask-Mailman's backend takes any two texts for two flags that are on.
+    use_tls = _flag("use_tls")
+    use_ssl = _flag("use_ssl")
     _block: MailBlock | None = None
 
     @property

@@ -35,6 +35,9 @@ def render(message: t.Any, mailman: t.Any) -> Envelope:
     try:
         rendered = message.message()
         content = rendered.as_bytes(linesep="\r\n")
+    except email.errors.CharsetError:
+        # The message's encoding has a name outside ASCII.
+        raise
     except email.errors.MessageError as error:
         raise BadHeaderError(str(error)) from error
 

@@ -22,8 +22,8 @@ _LINE_BREAK = re.compile(r"[\r\n]")
 # does.
 _SEPARATOR = re.compile(r"[\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _BAD_HEADER = (
-    "There is a line break in an address, the subject, an extra header, an attachment's"
-    " name or headers, or the envelope's sender."
+    "There is a line break in an address, the subject, the Message-ID, an extra header,"
+    " a part's type, name or headers, or the envelope's sender."
 )
 
 
@@ -69,6 +69,9 @@ def render(
 
         if has_separator and _outline(content) != _outline(_clean(message).as_bytes()):
             raise email.errors.HeaderParseError("A header was added.")
+    except email.errors.CharsetError:
+        # The message's charset has a name outside ASCII.
+        raise
     except (email.errors.MessageError, ValueError) as error:
         # Newer versions of Python detect it themselves. Any other ValueError is about
         # text that can't be encoded.
@@ -97,6 +100,7 @@ def _header_texts(
     fields: list[t.Any] = [envelope_from or "", message.sender, message.reply_to or ""]
     fields += [*message.recipients, *(message.cc or ()), *(message.bcc or ())]
     fields += (message.extra_headers or {}).items()
+    fields += [message.msgId or "", *(message.alts or ())]
 
     for attachment in message.attachments or ():
         fields += [attachment.filename or "", attachment.content_type]
@@ -112,6 +116,11 @@ def _clean(value: t.Any) -> t.Any:
         clean = copy.copy(value)
         texts = vars(value).keys() - {"body", "alts", "data"}
         vars(clean).update((name, _clean(getattr(value, name))) for name in texts)
+
+        if isinstance(value, Message) and value.alts:
+            alts = {_clean(name): text for name, text in value.alts.items()}
+            vars(clean)["alts"] = alts
+
         return clean
 
     if isinstance(value, dict):

@@ -9,11 +9,19 @@ import typing as t
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-# Maximum characters of a server's words to show: some servers write a page.
-_SHOWN = 300
+# Maximum characters of a server's words to show: some servers write a page. And to
+# search, because that takes quadratic time.
+_SHOWN, _SEARCHED = 300, 2_000
 
-_ADDRESS = re.compile(r'<?(?:"[^"]*"|[^\s<>()\[\],;:"\']+)@[^\s<>()\[\],;:"\']+>?')
-_BASE64 = re.compile(r"(?<![A-Za-z0-9+/=])[A-Za-z0-9+/]{8,}={0,2}(?![A-Za-z0-9+/=])")
+# A name may have an apostrophe, but not at its ends. In a URL, "@" is "%40".
+_ADDRESS = re.compile(
+    r"""<?(?:"[^"]*"|[^\s<>()\[\],;:"']+(?:'[^\s<>()\[\],;:"']+)*)(?:@|%40)"""
+    r"""(?:\[[^\s\[\]]*\]|[^\s<>()\[\],;:"']+)>?"""
+)
+_BASE64 = re.compile(
+    r"(?<![A-Za-z0-9+/=])(?:[A-Za-z0-9+/]{8,}={0,2}|[A-Za-z0-9+/]{2,}={1,2})"
+    r"(?![A-Za-z0-9+/=])"
+)
 # The status of a reply, which is not secret, even if a user name is "1".
 _STATUS = re.compile(r"(?:\d{3} (?:\d\.\d{1,3}\.\d{1,3}\b)?)?")
 _MIXED = re.compile(r"(?=.*[a-z])(?=.*[A-Z])(?=.*[0-9]).{16,}")
@@ -143,7 +151,8 @@ class Reply(t.NamedTuple):
 
     @property
     def text(self) -> str:
-        return f"{self.code} {' '.join(self.words.decode(errors='replace').split())}"
+        words = " ".join(self.words.decode(errors="replace").split())
+        return f"{self.code} {words[:_SEARCHED]}"
 
 
 def explain(stage: str, reply: Reply) -> tuple[str, str]:

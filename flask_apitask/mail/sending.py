@@ -300,7 +300,9 @@ def _deliver_all(
         except DeliveryError as error:
             error.message_id = envelope.message_id
             give_up = _is_unreachable(error)
-            # A traceback through our own code would not help readers of the log.
+            # Tracebacks through our own code would not help readers of the log, and
+            # hold the whole message for as long as the error exists.
+            error.__context__ = None
             failures.append(error.with_traceback(None))
 
     if told:
