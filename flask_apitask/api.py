@@ -75,8 +75,8 @@ def run(task: t.Any, /, *args: t.Any, **kwargs: t.Any) -> TaskFuture[t.Any]:
     :param task: A callable, sync or ``async def``, or a :class:`Task`.
     :param args: Its positional arguments.
     :param kwargs: Its keyword arguments. :func:`run` takes none for itself.
-    :raises TypeError: ``task`` can't be called, or it is routed to Celery and JSON
-        can't carry one of its arguments exactly.
+    :raises TypeError: ``task`` can't be called, or is the class of a :class:`Task`, or
+        it is routed to Celery and JSON can't carry one of its arguments exactly.
     :return: A :class:`concurrent.futures.Future` of the task's result, already done
         after a plain call. An ``async def`` view may ``await`` it. If the task goes to
         Celery, the result is its :class:`celery.result.AsyncResult`.

@@ -221,9 +221,9 @@ class Propagating(_Base):
 
 
 class ClosesUnsent(_Base):
-    """A request context that closes the response if a teardown function raises.
+    """A request context that ends what waits for the close of a response never sent.
 
-    The server then gets no response that it could close.
+    If a teardown function raises, the server gets no response that it could close.
     """
 
     def pop(self, *args: t.Any, **kwargs: t.Any) -> None:

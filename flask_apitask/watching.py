@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 import typing as t
 import weakref
+from types import FunctionType
 
 from flask import Flask
 from flask import got_request_exception
@@ -18,30 +19,29 @@ from .request_scope import ClosesUnsent
 from .request_scope import find_request_scope
 
 if t.TYPE_CHECKING:
-    import collections.abc as cabc
-
     from flask import Response
 
 # Where Flask catches the exceptions that leave a view.
 _DISPATCH: t.Final = Flask.full_dispatch_request.__code__
-# A key in the extensions of an app in which tasks have been deferred, for the function
-# that notes what leaves its views.
+# A key in the extensions of an app in which tasks have been deferred.
 _WATCHED: t.Final = "apitask_watched"
 
 
 def watch(app: Flask) -> None:
     """Watch how the requests of an app end. Idempotent."""
-    watched = app.extensions.get(_WATCHED)
-
-    if watched is None:
+    if _WATCHED not in app.extensions:
         watch_responses(app)
+        app.extensions[_WATCHED] = True
 
-    # An extension set up later may have put a method of its own in front.
-    if watched is None or vars(app).get("handle_user_exception") is not watched:
-        app.extensions[_WATCHED] = watch_exceptions(app)
+    method = vars(app).get("handle_user_exception")
+
+    # An extension set up later may have put a method of its own in front of ours. With
+    # functools.wraps(), or as a proxy, it has our name and module, but not our globals.
+    if not (type(method) is FunctionType and method.__globals__ is globals()):
+        watch_exceptions(app)
 
 
-def watch_exceptions(app: Flask) -> cabc.Callable[..., t.Any]:
+def watch_exceptions(app: Flask) -> None:
     """Note the exceptions that leave a view, even those with an error handler.
 
     Flask sends no signal for an exception that has a handler, so one of its methods is
@@ -66,8 +66,6 @@ def watch_exceptions(app: Flask) -> cabc.Callable[..., t.Any]:
     # before the method was replaced.
     if traceback and traceback.tb_frame.f_code is _DISPATCH:
         note_exception(error)
-
-    return handle_user_exception
 
 
 def note_exception(error: BaseException | None) -> None:

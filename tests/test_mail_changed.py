@@ -370,6 +370,25 @@ def test_a_method_that_is_put_back(
     assert not caplog.records
 
 
+def test_a_method_that_is_put_back_for_all_apps(inbox: Mailbox) -> None:
+    """What one app's test has put back does not send another app's mail."""
+    with pytest.MonkeyPatch.context() as patch:
+        app, _ = make_app(inbox, patch, "SMTP")
+
+    mail, other = Mail(), Flask("other")
+    mail.init_app(app)
+    mail.init_app(other)
+
+    with app.app_context():
+        mail.connect = mail.connect  # type: ignore[method-assign]
+
+    with other.app_context():
+        connection = mail.connect()
+
+    assert type(connection) is flask_mail.Connection
+    assert connection.mail is other.extensions["mail"]
+
+
 def test_a_method_of_another_mail(inbox: Mailbox) -> None:
     """What is put in from another Mail is a change, and sends."""
     with pytest.MonkeyPatch.context() as patch:

@@ -459,6 +459,7 @@ def test_replies_are_counted() -> None:
 def test_a_long_reply_is_cut() -> None:
     """The time to search one for causes and addresses grows with its square."""
     assert len(Reply(550, b"x" * 60_000).text) == len("550 ") + 2_000
+    assert mask(f"{encode('shop' * 1_000)} tail", []) == "<base64>"
 
 
 def test_a_status_is_no_secret() -> None:

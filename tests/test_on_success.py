@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import io
 import logging
 import threading
@@ -389,6 +390,25 @@ def test_replaced_handler(make_app: AppFactory, used_before: bool) -> None:
     assert [type(error) for error in seen] == [Broken, Broken]
     assert all(future.cancelled() for future in calls.futures[used_before:])
     assert calls.done == ["good"] * used_before
+
+
+def test_handler_that_tests_replace_and_put_back(make_app: AppFactory) -> None:
+    """However often that happens, no more than one method of ours is in front."""
+    app, calls = make_app(), Calls()
+    app.add_url_rule("/", "page", calls.put_off)
+    get(app)
+    ours = app.handle_user_exception
+
+    @functools.wraps(ours)
+    def handle(*args: t.Any) -> t.Any:
+        return "all is well"
+
+    app.handle_user_exception = handle  # type: ignore[assignment, method-assign]
+    get(app)
+    assert app.handle_user_exception not in {ours, handle}
+    app.handle_user_exception = ours  # type: ignore[method-assign]
+    get(app)
+    assert app.handle_user_exception is ours
 
 
 def test_apps_that_put_nothing_off(make_app: AppFactory) -> None:

@@ -59,7 +59,7 @@ class TaskScope(HoldingQueue, concurrent.futures.Executor):
         """Run a task on a thread of the pool, with the caller's context variables.
 
         :param fn: A callable. All further arguments are its own.
-        :raises TypeError: ``fn`` can't be called.
+        :raises TypeError: ``fn`` can't be called, or is the class of a :class:`.Task`.
         :raises ScopeClosed: The scope has ended. :func:`.run` makes a plain call
             instead.
         """

@@ -43,7 +43,7 @@ class Envelope:
                 " break, a null character or a lone surrogate in it."
             )
 
-        if not any(option.upper() == "SMTPUTF8" for option in self.mail_options):
+        if "SMTPUTF8" not in map(str.upper, self.mail_options):
             # As smtplib does. An address may be UTF-8 where the server offers SMTPUTF8.
             "".join(options).encode("ascii")
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import time
+import types
 import typing as t
 
 import flask_mail
@@ -47,6 +48,10 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
 
     if name == "init_app":
         return functools.partial(_init_app, value)
+
+    if isinstance(value, OwnConnect):
+        # A test has put back what it looked up here, perhaps in another app.
+        value = types.MethodType(type(self).connect, self)
 
     context = find_app_context() if name in {"connect", "send"} else None
 

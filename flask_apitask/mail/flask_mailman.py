@@ -68,15 +68,14 @@ def _find_backend(app: Flask, backend: t.Any) -> t.Any:
         ``MAIL_BACKEND``.
     """
     mailman = app.extensions.get("mailman")
-    replaced: tuple[t.Any, ...]
-    replaced = (__name__, f"{__name__}.EmailBackend", EmailBackend)
-    name = backend
+    ours = (__name__, f"{__name__}.EmailBackend", EmailBackend)
 
     if backend is None and mailman is not None:
-        name = mailman.backend
-        replaced += _SMTP
+        is_replaced = mailman.backend in (*ours, *_SMTP)
+    else:
+        is_replaced = backend in ours
 
-    if name not in replaced or not find_rerouted(app):
+    if not is_replaced or not find_rerouted(app):
         return backend
 
     for part in find_parts(smtp, "EmailBackend"):
@@ -94,18 +93,6 @@ def _find_backend(app: Flask, backend: t.Any) -> t.Any:
     return EmailBackend
 
 
-def _flag(name: str) -> property:
-    """Make an attribute that reads its value, which may be a word such as "false"."""
-
-    def read(backend: t.Any) -> t.Any:
-        return vars(backend)[name]
-
-    def write(backend: t.Any, value: object) -> None:
-        vars(backend)[name] = read_mail_flag(f"MAIL_{name.upper()}", value)
-
-    return property(read, write)
-
-
 class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
     """Checks and renders messages in the caller, and lets a task deliver them.
 
@@ -113,10 +100,14 @@ class EmailBackend(smtp.EmailBackend):  # type: ignore[misc]
     ``open()`` makes no connection, because those of the app are pooled.
     """
 
-    # Flask-Mailman's backend takes any two texts for two flags that are on.
-    use_tls = _flag("use_tls")
-    use_ssl = _flag("use_ssl")
     _block: MailBlock | None = None
+
+    def __setattr__(self, name: str, value: t.Any) -> None:
+        # Flask-Mailman takes any text for a flag that is on, even "false".
+        if name in {"use_tls", "use_ssl"}:
+            value = read_mail_flag(f"MAIL_{name.upper()}", value)
+
+        super().__setattr__(name, value)
 
     @property
     def server(self) -> t.Any:

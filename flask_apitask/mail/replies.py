@@ -188,7 +188,7 @@ def mask(text: str, secrets: cabc.Iterable[str]) -> str:
     :param secrets: User name, password, addresses. Their local parts are hidden too.
     """
     status = t.cast("re.Match[str]", _STATUS.match(text))[0]
-    text = _ADDRESS.sub("<address>", text[len(status) :])
+    text = _ADDRESS.sub("<address>", text[len(status) : _SEARCHED])
 
     for secret in {part for name in secrets for part in (name, name.partition("@")[0])}:
         if secret:
