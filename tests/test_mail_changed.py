@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -519,6 +520,30 @@ def test_without_a_scope_the_change_sends_at_once(
         assert type(mail.connect()) is Mine
 
     assert sent == ["one"]
+
+
+@pytest.mark.parametrize("start", ["send", "success"])
+@pytest.mark.parametrize("error", [None, smtplib.SMTPDataError(554, b"no")])
+def test_a_thread_of_the_app_calls_the_change(
+    inbox: Mailbox,
+    monkeypatch: pytest.MonkeyPatch,
+    start: str,
+    error: smtplib.SMTPException | None,
+) -> None:
+    """It needs no context: a view may give ``mail.send`` to a thread of its own."""
+    replaced = mock.Mock(side_effect=error)
+    app, mail = make_app(inbox, monkeypatch, "SMTP", APITASK_MAIL_START=start)
+    monkeypatch.setattr(mail, "send", replaced)
+    message = Message("hello", ["ada@example.org"], body="text", sender="a@x.org")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with app.test_request_context():
+            future = pool.submit(mail.send, message)
+
+        raised = future.exception(PATIENCE)
+
+    assert isinstance(raised, DeliveryError if error else type(None))
+    assert replaced.call_count == 1
 
 
 def test_a_block_is_one_task_in_order(

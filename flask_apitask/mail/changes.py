@@ -7,7 +7,6 @@ import types
 import typing as t
 
 import flask_mail
-from flask import current_app
 from flask_mail import Message
 
 from ..exceptions import DeliveryError
@@ -18,6 +17,7 @@ from .patches import is_of
 from .patches import Part
 from .rendering import snapshot
 from .replies import mask
+from .settings import is_suppressed
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -41,11 +41,17 @@ OUTSIDE = (
 class Change:
     """Other code in place of parts of Flask-Mail, which must still be there to send.
 
+    :param state: The app's settings.
     :param name: The first changed part, for the log.
     """
 
-    def __init__(self, mail: object, method: str, suppress: bool, name: str) -> None:
+    def __init__(
+        self, mail: object, method: str, state: flask_mail._Mail, name: str
+    ) -> None:
         self.name = name
+        # What calls the method may have no app context, such as a thread of the app.
+        self.state = state
+        suppress = is_suppressed(state)
         # All parts but the method itself, which the task holds.
         other = "send" if method == "connect" else "connect"
         self._find_parts = functools.partial(_find_parts, mail, suppress, other)
@@ -67,15 +73,16 @@ class Change:
                 )
 
 
-def find_change(mail: object, name: str, suppress: bool) -> Change | None:
+def find_change(mail: object, name: str, state: flask_mail._Mail) -> Change | None:
     """Return a change if other code is in place of a part of Flask-Mail.
 
     :param name: ``"send"`` or ``"connect"``, of a ``Mail``.
-    :param suppress: Nothing is to be sent, so changes to :mod:`smtplib` don't matter.
+    :param state: The app's settings. If they suppress mail, changes to :mod:`smtplib`
+        don't matter.
     """
-    for part in _find_parts(mail, suppress, name):
+    for part in _find_parts(mail, is_suppressed(state), name):
         if part.is_changed:
-            return Change(mail, name, suppress, str(part))
+            return Change(mail, name, state, str(part))
 
         if name == "send":
             # send() calls connect(), where the rest is checked.
@@ -152,7 +159,7 @@ class RecordedConnection:
     def __init__(
         self, start: Start, change: Change, connect: cabc.Callable[[], t.Any]
     ) -> None:
-        self.mail = current_app.extensions["mail"]
+        self.mail = change.state
         self.num_emails = 0
         self._start = start
         self._change = change
@@ -228,7 +235,7 @@ def _replay(
     except smtplib.SMTPException as error:
         # The original text would be logged, with addresses and the server's words.
         recipients = getattr(error, "recipients", {})
-        mail = current_app.extensions["mail"]
+        mail = change.state
         secrets = [*recipients, str(mail.username or ""), str(mail.password or "")]
         code = getattr(error, "smtp_code", None)
         raise DeliveryError(

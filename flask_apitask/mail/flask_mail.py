@@ -72,7 +72,7 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
     if rerouted is None or state is None:
         return value
 
-    change = find_change(mail, name, is_suppressed(state))
+    change = find_change(mail, name, state)
 
     if change is None:
         connect = OwnConnect(BackgroundConnection, rerouted, state)
