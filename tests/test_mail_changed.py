@@ -569,6 +569,22 @@ def test_a_block_is_one_task_in_order(
     assert not inbox.messages
 
 
+def test_what_is_set_as_the_host_of_a_connection_sends(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test's mock gets the message at once, and the connection behind it nothing."""
+    app, mail = make_app(inbox, monkeypatch, "connect() of a subclass")
+
+    with app.test_request_context(), mail.connect() as connection:
+        connection.host = host = mock.Mock()
+        connection.send(Message("hello", ["ada@example.org"], body="text"))
+        assert host.sendmail.call_count == 1
+        assert connection.num_emails == 1
+
+    assert host.quit.call_count == 1
+    assert not sent
+
+
 def test_a_connection_is_entered_again(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,12 +149,13 @@ class BackgroundConnection:
             raise RuntimeError(OUTSIDE)
 
         check(message, envelope_from)
+        self.num_emails += 1
 
         if self.host is not None:
-            self._send_over_host(message, envelope_from)
+            connection = flask_mail.Connection(self.mail)  # type: ignore[arg-type]
+            connection.host = self.host
+            connection.send(message, envelope_from)
             return
-
-        self.num_emails += 1
 
         if message.date is None:
             message.date = time.time()
@@ -167,14 +168,6 @@ class BackgroundConnection:
             self._block.send(render(message, envelope_from), then)
         elif then is not None:
             self._rerouted.outbox.tell(then)
-
-    def _send_over_host(
-        self, message: flask_mail.Message, envelope_from: Address | None
-    ) -> None:
-        connection = flask_mail.Connection(self.mail)  # type: ignore[arg-type]
-        vars(connection).update(host=self.host, num_emails=self.num_emails)
-        connection.send(message, envelope_from)
-        self.host, self.num_emails = connection.host, connection.num_emails
 
     def send_message(self, *args: t.Any, **kwargs: t.Any) -> None:
         """Send a :class:`flask_mail.Message` made from these arguments."""
