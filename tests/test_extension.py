@@ -4,7 +4,9 @@ import contextlib
 import copy
 import sys
 import threading
+import types
 import typing as t
+from unittest import mock
 
 import flask_mail
 import pytest
@@ -26,6 +28,8 @@ from flask_apitask.context import MERGED
 from flask_apitask.executor.pool import ThreadPool
 
 if t.TYPE_CHECKING:
+    import pathlib
+
     from conftest import AppFactory
 
 
@@ -148,6 +152,58 @@ def test_bad_value_is_refused() -> None:
     assert hooks_of(app) == before
 
 
+def forget_mail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the next app import our modules for mail again."""
+    for name in [name for name in sys.modules if "flask_apitask.mail" in name]:
+        monkeypatch.delitem(sys.modules, name)
+
+    monkeypatch.delattr(flask_apitask, "mail", raising=False)
+
+
+@pytest.mark.parametrize("stub", [mock.MagicMock(), types.ModuleType("stub")])
+@pytest.mark.parametrize(
+    ("stubbed", "missing"),
+    [("flask_mail", "flask_mailman"), ("flask_mailman", "flask_mail")],
+)
+def test_a_stub_in_place_of_a_mail_library(
+    monkeypatch: pytest.MonkeyPatch,
+    make_app: AppFactory,
+    stub: t.Any,
+    stubbed: str,
+    missing: str,
+) -> None:
+    """A test suite may put one into ``sys.modules``; the app starts, and it sends."""
+    forget_mail(monkeypatch)
+    stub.Mail = mock.Mock()
+    monkeypatch.setitem(sys.modules, stubbed, stub)
+    monkeypatch.setitem(sys.modules, missing, None)
+    app = make_app(APITASK_MAIL_BACKGROUND=True)
+    mail = stub.Mail(app)
+
+    with app.test_request_context():
+        mail.send("hello")
+
+    mail.send.assert_called_once_with("hello")
+
+
+def test_a_mail_library_that_is_broken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """What it can't import is told as it is."""
+    (tmp_path / "flask_mail.py").write_text("import nowhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    forget_mail(monkeypatch)
+
+    for name in ("flask_mail", "flask_mailman"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    app = Flask(__name__)
+    app.config["APITASK_MAIL_BACKGROUND"] = True
+
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        ApiTask(app)
+
+
 @pytest.mark.parametrize("missing", ["flask_mail flask_mailman", "flask_apitask.mail"])
 def test_mail_that_can_not_be_imported(
     monkeypatch: pytest.MonkeyPatch, missing: str
@@ -156,10 +212,7 @@ def test_mail_that_can_not_be_imported(
 
     An import that fails for another reason is told as it is.
     """
-    for name in [name for name in sys.modules if "flask_apitask.mail" in name]:
-        monkeypatch.delitem(sys.modules, name)
-
-    monkeypatch.delattr(flask_apitask, "mail", raising=False)
+    forget_mail(monkeypatch)
 
     for name in missing.split():
         monkeypatch.setitem(sys.modules, name, None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -540,6 +541,30 @@ def test_without_a_scope_the_change_sends_at_once(
     assert sent == ["one"]
 
 
+@pytest.mark.parametrize("start", ["send", "success"])
+@pytest.mark.parametrize("error", [None, smtplib.SMTPDataError(554, b"no")])
+def test_a_thread_of_the_app_calls_the_change(
+    inbox: Mailbox,
+    monkeypatch: pytest.MonkeyPatch,
+    start: str,
+    error: smtplib.SMTPException | None,
+) -> None:
+    """It needs no context: a view may give ``mail.send`` to a thread of its own."""
+    replaced = mock.Mock(side_effect=error)
+    app, mail = make_app(inbox, monkeypatch, "SMTP", APITASK_MAIL_START=start)
+    monkeypatch.setattr(mail, "send", replaced)
+    message = Message("hello", ["ada@example.org"], body="text", sender="a@x.org")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with app.test_request_context():
+            future = pool.submit(mail.send, message)
+
+        raised = future.exception(PATIENCE)
+
+    assert isinstance(raised, DeliveryError if error else type(None))
+    assert replaced.call_count == 1
+
+
 def test_a_block_is_one_task_in_order(
     inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,6 +586,22 @@ def test_a_block_is_one_task_in_order(
 
     assert sent == ["one", "two", "two", "three"]
     assert not inbox.messages
+
+
+def test_what_is_set_as_the_host_of_a_connection_sends(
+    inbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A test's mock gets the message at once, and the connection behind it nothing."""
+    app, mail = make_app(inbox, monkeypatch, "connect() of a subclass")
+
+    with app.test_request_context(), mail.connect() as connection:
+        connection.host = host = mock.Mock()
+        connection.send(Message("hello", ["ada@example.org"], body="text"))
+        assert host.sendmail.call_count == 1
+        assert connection.num_emails == 1
+
+    assert host.quit.call_count == 1
+    assert not sent
 
 
 def test_a_connection_is_entered_again(

@@ -799,6 +799,41 @@ def test_connection_sends_what_makes_a_message(
     assert inbox.subjects == ["hello"]
 
 
+@pytest.mark.parametrize("suppress", [False, True])
+def test_what_is_set_as_the_host_of_a_connection_sends(
+    make_mail_app: MailAppFactory, inbox: Mailbox, *, suppress: bool
+) -> None:
+    """A test's mock gets what Flask-Mail would give it, and the server nothing."""
+    app, mail = make_mail_app(MAIL_SUPPRESS_SEND=suppress)
+    name = "=?utf-8?b?w4TDnMOWIOKGkiDinJM=?="
+
+    with mail.record_messages() as outbox, app.test_request_context():
+        with mail.connect() as connection:
+            message = letter("hello", "ÄÜÖ → ✓ <ann@example.org>")
+
+            with mock.patch.object(connection, "host") as host:
+                connection.send(message)
+
+            host.sendmail.assert_called_once_with(
+                "shop@example.org",
+                [f"{name} <ann@example.org>"],
+                message.as_bytes(),
+                message.mail_options,
+                message.rcpt_options,
+            )
+            connection.send(letter("past it"))
+            assert connection.num_emails == 2
+
+        with mail.connect() as connection:
+            connection.host = host
+            connection.send(letter())
+
+        assert host.quit.call_count == 1
+
+    assert len(outbox) == 3
+    assert inbox.subjects == ([] if suppress else ["past it"])
+
+
 def test_app_that_goes_takes_its_idle_connections_along(inbox: Mailbox) -> None:
     """An app may go while connections are kept for it; nobody can be warned of that."""
     app = Flask(__name__)

@@ -7,7 +7,6 @@ import types
 import typing as t
 
 import flask_mail
-from flask import current_app
 from flask_mail import Message
 
 from ..exceptions import DeliveryError
@@ -18,6 +17,7 @@ from .patches import is_of
 from .patches import Part
 from .rendering import snapshot
 from .replies import mask
+from .settings import is_suppressed
 
 if t.TYPE_CHECKING:
     import collections.abc as cabc
@@ -41,11 +41,17 @@ OUTSIDE = (
 class Change:
     """Other code in place of parts of Flask-Mail, which must still be there to send.
 
+    :param state: The app's settings.
     :param name: The first changed part, for the log.
     """
 
-    def __init__(self, mail: object, method: str, suppress: bool, name: str) -> None:
+    def __init__(
+        self, mail: object, method: str, state: flask_mail._Mail, name: str
+    ) -> None:
         self.name = name
+        # What calls the method may have no app context, such as a thread of the app.
+        self.state = state
+        suppress = is_suppressed(state)
         # All parts but the method itself, which the task holds.
         other = "send" if method == "connect" else "connect"
         self._find_parts = functools.partial(_find_parts, mail, suppress, other)
@@ -67,15 +73,16 @@ class Change:
                 )
 
 
-def find_change(mail: object, name: str, suppress: bool) -> Change | None:
+def find_change(mail: object, name: str, state: flask_mail._Mail) -> Change | None:
     """Return a change if other code is in place of a part of Flask-Mail.
 
     :param name: ``"send"`` or ``"connect"``, of a ``Mail``.
-    :param suppress: Nothing is to be sent, so changes to :mod:`smtplib` don't matter.
+    :param state: The app's settings. If they suppress mail, changes to :mod:`smtplib`
+        don't matter.
     """
-    for part in _find_parts(mail, suppress, name):
+    for part in _find_parts(mail, is_suppressed(state), name):
         if part.is_changed:
-            return Change(mail, name, suppress, str(part))
+            return Change(mail, name, state, str(part))
 
         if name == "send":
             # send() calls connect(), where the rest is checked.
@@ -147,12 +154,13 @@ class RecordedConnection:
     result of the other ``connect()``. So only the other code sends, and none of ours.
     """
 
-    host = None
+    # What somebody sets here, such as a mock, is what the other code sends over.
+    host: t.Any = None
 
     def __init__(
         self, start: Start, change: Change, connect: cabc.Callable[[], t.Any]
     ) -> None:
-        self.mail = current_app.extensions["mail"]
+        self.mail = change.state
         self.num_emails = 0
         self._start = start
         self._change = change
@@ -172,6 +180,9 @@ class RecordedConnection:
         if calls:
             self._start(_replay, self._change, self._connect, calls)
 
+        if self.host is not None:
+            self.host.quit()
+
     def __getattr__(self, name: str) -> t.Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -186,10 +197,17 @@ class RecordedConnection:
         if self._calls is None:
             raise RuntimeError(OUTSIDE)
 
+        self.num_emails += name in {"send", "send_message"}
+
+        if self.host is not None:
+            connection = self._connect()
+            connection.host = self.host
+            getattr(connection, name)(*args, **kwargs)
+            return
+
         frozen = {key: _freeze(value) for key, value in kwargs.items()}
         call = name, [*map(_freeze, args)], frozen
         self._calls.append(call)
-        self.num_emails += name in {"send", "send_message"}
 
 
 def _freeze(value: t.Any) -> t.Any:
@@ -228,7 +246,7 @@ def _replay(
     except smtplib.SMTPException as error:
         # The original text would be logged, with addresses and the server's words.
         recipients = getattr(error, "recipients", {})
-        mail = current_app.extensions["mail"]
+        mail = change.state
         secrets = [*recipients, str(mail.username or ""), str(mail.password or "")]
         code = getattr(error, "smtp_code", None)
         raise DeliveryError(

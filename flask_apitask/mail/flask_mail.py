@@ -77,7 +77,7 @@ def _replace(mail: flask_mail._MailMixin, name: str, value: t.Any, app: Flask) -
     if rerouted is None or state is None:
         return value
 
-    change = find_change(mail, name, is_suppressed(state))
+    change = find_change(mail, name, state)
 
     if change is None:
         connect = OwnConnect(BackgroundConnection, rerouted, state)
@@ -109,7 +109,8 @@ class BackgroundConnection:
     It checks and renders a message at once, and passes it on to a :class:`.MailBlock`.
     """
 
-    host = None
+    # What somebody sets here, such as a mock, is what sends, as in Flask-Mail.
+    host: t.Any = None
 
     def __init__(self, rerouted: ReroutedMail, mail: flask_mail._Mail) -> None:
         self.mail = mail
@@ -135,6 +136,9 @@ class BackgroundConnection:
         if block is not None:
             block.end()
 
+        if self.host is not None:
+            self.host.quit()
+
     def send(
         self, message: flask_mail.Message, envelope_from: Address | None = None
     ) -> None:
@@ -151,6 +155,12 @@ class BackgroundConnection:
 
         check(message, envelope_from)
         self.num_emails += 1
+
+        if self.host is not None:
+            connection = flask_mail.Connection(self.mail)  # type: ignore[arg-type]
+            connection.host = self.host
+            connection.send(message, envelope_from)
+            return
 
         if message.date is None:
             message.date = time.time()
