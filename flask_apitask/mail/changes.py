@@ -8,7 +8,6 @@ import typing as t
 
 import flask_mail
 from flask import current_app
-from flask_mail import Message
 
 from ..exceptions import DeliveryError
 from ..log import log_once
@@ -186,15 +185,8 @@ class RecordedConnection:
         if self._calls is None:
             raise RuntimeError(OUTSIDE)
 
-        frozen = {key: _freeze(value) for key, value in kwargs.items()}
-        call = name, [*map(_freeze, args)], frozen
-        self._calls.append(call)
+        self._calls.append((name, snapshot([*args]), snapshot(kwargs)))
         self.num_emails += name in {"send", "send_message"}
-
-
-def _freeze(value: t.Any) -> t.Any:
-    """Copy a message as it is now. Leave anything else, such as a mock, as it is."""
-    return snapshot(value) if isinstance(value, Message) else value
 
 
 def _send(
