@@ -39,12 +39,13 @@ class Closing:
         """Whether the success of the request is known only at the close."""
         return self.answers_first or self.is_stream
 
-    def add(self, *scopes: TaskScope, waited_for: bool = False) -> None:
+    def add(self, *scopes: TaskScope, waited_for: bool = False) -> BaseException | None:
         """End scopes at the close, or now if the response is already closed.
 
         :param waited_for: These scopes have been waited for already. At the close, the
             tasks that still wait for success are started or dropped, and a scope is
             waited for again only if some are started.
+        :return: As for :meth:`end`.
         """
         for scope in scopes:
             scope.shutdown(wait=False)
@@ -53,27 +54,31 @@ class Closing:
             self._scopes |= dict.fromkeys(scopes, waited_for)
             closed = self._closed
 
-        if closed:
-            self.close()
+        return self.end() if closed else None
 
     def close(self, failure: str | None = None) -> None:
+        """End the scopes, and raise what a task raised if that is configured."""
+        raise_error(self.end(failure))
+
+    def end(self, failure: str | None = None) -> BaseException | None:
         """End the scopes, each once.
 
         :param failure: What went wrong with the body, if anything did.
+        :return: The exception to raise afterwards, if any.
         """
         with self._lock:
             self._closed = True
             self._failure = failure = self._failure or failure
             scopes, self._scopes = self._scopes, {}
 
-        ending = [
+        ending = tuple(
             scope
             for scope, waited_for in scopes.items()
             if scope.settle(failure) or not waited_for
-        ]
+        )
 
         # In a copy, because another thread may be running in this context.
-        self._context.copy().run(end_scopes, *ending)
+        return self._context.copy().run(end_all, ending)
 
 
 def close_with(response: Response, closing: Closing) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import typing as t
 
@@ -128,6 +129,9 @@ class _Held(t.NamedTuple):
         elif self.scope is None or self.scope.let_go(self.future):
             # Otherwise the scope has ended and dropped it.
             self.future.held = False
+            # Its done callbacks are called here too. Nothing would wait for them
+            # elsewhere.
+            self.future.thread = threading.get_ident()
 
             try:
                 self.future.run("inline")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import sys
 import typing as t
 from types import SimpleNamespace
@@ -48,7 +49,9 @@ class GCopier:
     def put(self) -> None:
         """Put the copied values on the task's ``g``."""
         for name, value in _copied.get({}).items():
-            setattr(g, name, value)
+            # A task may change its locale. Its done callbacks must not see that.
+            own = copy.copy(value) if name == _BABEL else value
+            setattr(g, name, own)
 
     def _find(self) -> dict[str, t.Any]:
         copied = {
@@ -71,8 +74,8 @@ def _copy_babel() -> SimpleNamespace:
     """
     babel = sys.modules["flask_babel"]
     kept = g.get(_BABEL)
-    copy = SimpleNamespace(**vars(kept or SimpleNamespace()))
-    setattr(g, _BABEL, copy)
+    own = SimpleNamespace(**vars(kept or SimpleNamespace()))
+    setattr(g, _BABEL, own)
 
     try:
         # If they fail, without a request for example, they fail again in the task, but
@@ -86,4 +89,4 @@ def _copy_babel() -> SimpleNamespace:
         else:
             setattr(g, _BABEL, kept)
 
-    return copy
+    return own

@@ -167,25 +167,25 @@ class RequestScope:
             scope.settle(self.failure)
 
         if closing is None:
-            self._wait(deferred + own)
+            self._keep(end_all(deferred + own))
         elif closing.answers_first:
-            closing.add(*deferred, *own)
+            self._keep(closing.add(*deferred, *own))
         else:
-            closing.add(*deferred)
+            self._keep(closing.add(*deferred))
             is_sent = False
 
             try:
-                self._wait(own)
+                self._keep(end_all(own))
                 is_sent = self.raised is None
             finally:
                 # A task may have deferred another one, or may do so until the close.
-                closing.add(*own, waited_for=True)
+                self._keep(closing.add(*own, waited_for=True))
 
                 if not is_sent:
-                    closing.close("no response was sent")
+                    self._keep(closing.end("no response was sent"))
 
-    def _wait(self, scopes: tuple[TaskScope, ...]) -> None:
-        raised = end_all(scopes)
+    def _keep(self, raised: BaseException | None) -> None:
+        """Keep the first exception. Raising it here would stop the teardown."""
         self.raised = self.raised or raised
 
     def take_raised(self) -> BaseException | None:
@@ -234,7 +234,7 @@ class ClosesUnsent(_Base):
             closing = scope and scope.closing and scope.closing()
 
             if closing:
-                closing.close(find_failure(error))
+                closing.end(find_failure(error))
 
             raise
 

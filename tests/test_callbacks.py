@@ -50,6 +50,31 @@ def test_late_callback_may_need_a_lock_of_whoever_adds_it(
     assert called == [""]
 
 
+def test_callback_that_is_added_by_the_thread_that_skipped_the_task(
+    make_app: AppFactory,
+) -> None:
+    """It is not called there either: another task may hold a lock by then."""
+    app, first = make_app(), Gate()
+    cancelled: list[TaskFuture[t.Any]] = []
+    called: list[object] = []
+
+    def add() -> list[object]:
+        cancelled[0].add_done_callback(called.append)
+        return called.copy()
+
+    with app.app_context(), open_scope(max_workers=1):
+        # One thread works through the queue.
+        run(first)
+        assert first.begun.wait(PATIENCE)
+        cancelled.append(run(str))
+        cancelled[0].cancel()
+        added = run(add)
+        first.opened.set()
+        assert added.result(PATIENCE) == []
+
+    assert called == cancelled
+
+
 def test_callback_of_a_task_that_is_cancelled_at_the_deadline(
     make_app: AppFactory,
 ) -> None:

@@ -293,6 +293,33 @@ def test_locale_that_a_task_forces(make_app: AppFactory) -> None:
         assert [task.result(PATIENCE)[0] for task in tasks] == ["fr", "de"]
 
 
+def test_locale_after_a_task_has_changed_it(make_app: AppFactory) -> None:
+    """A done callback has the locale of the caller, whatever the task has done."""
+    told: list[list[str]] = []
+
+    def work() -> None:
+        g.locale = "fr"
+        refresh()
+        tell_locale()
+
+    def call_back(_: object) -> None:
+        told.append(tell_locale())
+        refresh()
+
+    app = make_babel_app(make_app)
+
+    @app.get("/")
+    def index() -> str:
+        g.locale = "de"
+        future = run(work)
+        future.add_done_callback(call_back)
+        future.add_done_callback(call_back)
+        return "ok"
+
+    app.test_client().get("/")
+    assert told == [["de", "UTC"]] * 2
+
+
 def test_selector_that_fails(make_app: AppFactory) -> None:
     """A selector that fails does not keep a task from being started."""
     with make_babel_app(make_app).app_context(), open_scope():

@@ -20,6 +20,10 @@ from conftest import PATIENCE
 from flask import current_app
 from flask import Flask
 from flask import g
+from flask_babel import Babel  # type: ignore[import-untyped]
+from flask_babel import force_locale
+from flask_babel import get_locale
+from flask_babel import LazyString
 from flask_mail import Mail
 from flask_mail import Message
 from mailbox_server import Mailbox
@@ -122,6 +126,13 @@ class ConnectsForeign(Mail):
 
     def connect(self) -> t.Any:
         return Foreign()
+
+
+class ConnectsFlaskMail(Mail):
+    """A Mail that connects in its own way, to Flask-Mail's connection."""
+
+    def connect(self) -> flask_mail.Connection:
+        return flask_mail.Connection(current_app.extensions["mail"])
 
 
 class Sends(Mail):
@@ -602,6 +613,46 @@ def test_what_is_set_as_the_host_of_a_connection_sends(
 
     assert host.quit.call_count == 1
     assert not sent
+
+
+@pytest.mark.parametrize("method", ["send", "send_message"])
+def test_a_message_is_sent_as_it_was(inbox: Mailbox, method: str) -> None:
+    """The task finds it as it was when it was sent, in the language of that moment."""
+    app = Flask(__name__)
+    app.config["MAIL_DEFAULT_SENDER"] = "shop@example.org"
+    app.config.update(APITASK_MAIL_BACKGROUND=True, MAIL_PORT=inbox.port)
+    heard: list[str] = []
+
+    def hear(app: Flask, message: Message) -> None:
+        heard.append(str(message.subject))
+
+    Babel(app)
+    mail = ConnectsFlaskMail(app)
+    ApiTask(app)
+
+    @app.get("/")
+    def view() -> str:
+        greeting: t.Any = LazyString(lambda: f"in {get_locale()}")
+        to: list[str | tuple[str, str]] = []
+
+        with mail.connect() as connection:
+            for locale in ("de", "fr"):
+                to[:] = [f"{locale}@example.org"]
+
+                with force_locale(locale):
+                    if method == "send":
+                        connection.send(Message(greeting, to, body="text"))
+                    else:
+                        connection.send_message(greeting, recipients=to, body="text")
+
+        return ""
+
+    with flask_mail.email_dispatched.connected_to(hear, app):
+        app.test_client().get("/")
+
+    assert inbox.subjects == heard == ["in de", "in fr"]
+    to = [message["To"] for message in inbox.messages]
+    assert to == ["de@example.org", "fr@example.org"]
 
 
 def test_a_connection_is_entered_again(

@@ -319,6 +319,22 @@ def test_response_that_a_teardown_function_keeps_back(
     assert reason in {"Broken was raised", "ExceptionGroup was raised"}
 
 
+def test_teardown_function_and_task_that_raise() -> None:
+    """The exception of the teardown function is the one that leaves the request."""
+    app = Flask(__name__)
+    app.config.update(APITASK_WAIT="close", APITASK_PROPAGATE=True)
+    app.logger.disabled = True
+    ApiTask(app)
+    app.teardown_request(lambda error: fail(Broken()))
+    app.add_url_rule("/", "page", lambda: f"{run(fail, LookupError())}")
+
+    with pytest.raises(Exception, match=r"^$|during context teardown") as raised:
+        get(app)
+
+    errors = getattr(raised.value, "exceptions", (raised.value,))
+    assert [type(error) for error in errors] == [Broken]
+
+
 def test_response_that_is_gone_when_a_teardown_function_raises() -> None:
     """There may be nothing left to close, so that the request has waited already."""
     app, calls = Flask(__name__), Calls()

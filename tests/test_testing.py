@@ -380,6 +380,31 @@ def test_propagate_where_a_scoped_view_answers_first(
         response.close()
 
 
+def test_propagate_the_first_of_two_scopes() -> None:
+    """The end of the request raises it, after all teardown functions."""
+    app = Flask(__name__)
+    app.config["APITASK_PROPAGATE"] = True
+    torn_down: list[object] = []
+    # It runs after the wait.
+    app.teardown_request(torn_down.append)
+    ApiTask(app)
+
+    @scoped(wait="close")
+    def answer_first() -> None:
+        run(fail, LookupError())
+
+    @app.get("/")
+    def view() -> str:
+        answer_first()
+        run(fail, ZeroDivisionError())
+        return "ok"
+
+    with pytest.raises(ZeroDivisionError):
+        app.test_client().get("/")
+
+    assert torn_down == [None]
+
+
 def test_propagate_from_a_request_in_a_view(
     make_app: AppFactory, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -123,6 +123,7 @@ class TaskFuture(concurrent.futures.Future[T]):
         run: t.Any = self._context.run
 
         if not self.set_running_or_notify_cancel():
+            self.thread = 0
             work, self._work, self._scope = self._work, None, None
 
             if work is not None:

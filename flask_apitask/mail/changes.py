@@ -7,7 +7,6 @@ import types
 import typing as t
 
 import flask_mail
-from flask_mail import Message
 
 from ..exceptions import DeliveryError
 from ..log import log_once
@@ -205,14 +204,7 @@ class RecordedConnection:
             getattr(connection, name)(*args, **kwargs)
             return
 
-        frozen = {key: _freeze(value) for key, value in kwargs.items()}
-        call = name, [*map(_freeze, args)], frozen
-        self._calls.append(call)
-
-
-def _freeze(value: t.Any) -> t.Any:
-    """Copy a message as it is now. Leave anything else, such as a mock, as it is."""
-    return snapshot(value) if isinstance(value, Message) else value
+        self._calls.append((name, snapshot([*args]), snapshot(kwargs)))
 
 
 def _send(

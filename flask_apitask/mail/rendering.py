@@ -4,12 +4,14 @@ import copy
 import email
 import email.errors
 import re
+import types
 import typing as t
 
 import flask_mail
 from flask_mail import Attachment
 from flask_mail import Message
 
+from ..executor.task import look_up
 from .envelope import Envelope
 
 if t.TYPE_CHECKING:
@@ -140,12 +142,24 @@ def _outline(content: bytes) -> list[tuple[list[str], int]]:
     return [(sorted(map(str.lower, part)), len(part.defects)) for part in parts]
 
 
-def snapshot(message: flask_mail.Message) -> flask_mail.Message:
-    """Copy a message, so that the signal's receivers get it as it was when sent."""
-    snapshot = copy.copy(message)
+def snapshot(value: t.Any) -> t.Any:
+    """Copy a message, or an argument of a message, as it is now.
 
-    for name, value in vars(message).items():
-        if isinstance(value, list | dict):
-            setattr(snapshot, name, value.copy())
+    Lazy strings become text, in the caller's locale. Anything else, such as a mock,
+    stays as it is.
+    """
+    if isinstance(value, Message | Attachment):
+        copied = copy.copy(value)
+        parts = {name: snapshot(part) for name, part in vars(value).items()}
+        vars(copied).update(parts)
+        return copied
 
-    return snapshot
+    if type(value) in {list, tuple}:
+        return type(value)(map(snapshot, value))
+
+    if type(value) is dict:
+        return {name: snapshot(part) for name, part in value.items()}
+
+    # It passes calls of a string's methods on to one, as proxies do.
+    is_lazy = isinstance(look_up(value, "casefold"), types.BuiltinMethodType)
+    return str(value) if is_lazy and not isinstance(value, str) else value
