@@ -324,15 +324,18 @@ def test_teardown_function_and_task_that_raise() -> None:
     app = Flask(__name__)
     app.config.update(APITASK_WAIT="close", APITASK_PROPAGATE=True)
     app.logger.disabled = True
-    ApiTask(app)
     app.teardown_request(lambda error: fail(Broken()))
+    ApiTask(app)
     app.add_url_rule("/", "page", lambda: f"{run(fail, LookupError())}")
 
     with pytest.raises(Exception, match=r"^$|during context teardown") as raised:
         get(app)
 
-    errors = getattr(raised.value, "exceptions", (raised.value,))
-    assert [type(error) for error in errors] == [Broken]
+    error: BaseException = raised.value
+
+    # Flask 3.2 collects what teardown functions raise.
+    while not isinstance(error, Broken):
+        [error] = error.exceptions  # type: ignore[attr-defined]
 
 
 def test_response_that_is_gone_when_a_teardown_function_raises() -> None:
