@@ -221,7 +221,7 @@ class Propagating(_Base):
 
 
 class ClosesUnsent(_Base):
-    """A request context that ends what waits for the close of a response never sent.
+    """A request context that ends what waits for the close of an unsent response.
 
     If a teardown function raises, the server gets no response that it could close.
     """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -31,6 +32,7 @@ from smtp_servers import Fault
 from smtp_servers import run_script
 from smtp_servers import ScriptedServer
 from smtp_servers import Stage
+from werkzeug.local import LocalProxy
 
 from flask_apitask import ApiTask
 from flask_apitask import run
@@ -133,6 +135,10 @@ class ConnectsFlaskMail(Mail):
 
     def connect(self) -> flask_mail.Connection:
         return flask_mail.Connection(current_app.extensions["mail"])
+
+
+class Recipients(list[str]):
+    """A list of its own class, as some libraries have."""
 
 
 class Sends(Mail):
@@ -401,6 +407,17 @@ def test_a_method_that_is_put_back_for_all_apps(inbox: Mailbox) -> None:
     assert connection.mail is other.extensions["mail"]
 
 
+def test_a_method_that_is_kept_under_another_name(inbox: Mailbox) -> None:
+    """It makes the same connection as under its own name."""
+    with pytest.MonkeyPatch.context() as patch:
+        app, mail = make_app(inbox, patch, "SMTP")
+
+    with app.app_context():
+        mail.open = mail.connect  # type: ignore[attr-defined]
+        assert type(mail.open()) is type(mail.connect())
+        assert type(mail.connect()) is not flask_mail.Connection
+
+
 def test_a_method_of_another_mail(inbox: Mailbox) -> None:
     """What is put in from another Mail is a change, and sends."""
     with pytest.MonkeyPatch.context() as patch:
@@ -653,6 +670,32 @@ def test_a_message_is_sent_as_it_was(inbox: Mailbox, method: str) -> None:
     assert inbox.subjects == heard == ["in de", "in fr"]
     to = [message["To"] for message in inbox.messages]
     assert to == ["de@example.org", "fr@example.org"]
+
+
+@pytest.mark.parametrize("recipients", [Recipients, set])
+def test_what_a_message_holds_is_sent_as_it_was(
+    inbox: Mailbox, recipients: t.Any
+) -> None:
+    """Later changes of a set, a subclass, or what a proxy stands for have no effect."""
+    app = Flask(__name__)
+    app.config["MAIL_DEFAULT_SENDER"] = "shop@example.org"
+    app.config.update(APITASK_MAIL_BACKGROUND=True, MAIL_PORT=inbox.port)
+    mail = ConnectsFlaskMail(app)
+    ApiTask(app)
+    subject: t.Any = LocalProxy(lambda: g.subject)
+    headers = collections.OrderedDict({"X-Order": "1"})
+    to = recipients(["ada@example.org"])
+
+    with app.test_request_context(), mail.connect() as connection:
+        g.subject = "hello"
+        message = Message(subject, to, body="text", extra_headers=headers)
+        connection.send(message)
+        to.clear()
+        headers["X-Order"] = "2"
+
+    [received] = inbox.messages
+    found = [received[name] for name in ("Subject", "To", "X-Order")]
+    assert found == ["hello", "ada@example.org", "1"]
 
 
 def test_a_connection_is_entered_again(

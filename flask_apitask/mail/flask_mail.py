@@ -50,8 +50,9 @@ def _look_up(self: flask_mail._MailMixin, name: str) -> t.Any:
         return functools.partial(_init_app, value)
 
     if isinstance(value, OwnConnect):
-        # A test has put back what it looked up here, perhaps in another app.
-        value = types.MethodType(type(self).connect, self)
+        # It was looked up here, perhaps in another app, and put back by a test or kept
+        # under another name.
+        name, value = "connect", types.MethodType(type(self).connect, self)
 
     context = find_app_context() if name in {"connect", "send"} else None
 

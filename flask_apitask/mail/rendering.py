@@ -154,12 +154,17 @@ def snapshot(value: t.Any) -> t.Any:
         vars(copied).update(parts)
         return copied
 
-    if type(value) in {list, tuple}:
+    if type(value) in {list, tuple, set}:
         return type(value)(map(snapshot, value))
 
     if type(value) is dict:
         return {name: snapshot(part) for name, part in value.items()}
 
-    # It passes calls of a string's methods on to one, as proxies do.
+    if isinstance(value, list | dict):
+        # A subclass knows best how to copy itself.
+        return value.copy()
+
+    # It passes calls of a string's methods on to one, as proxies do. isinstance() would
+    # take a proxy for a string.
     is_lazy = isinstance(look_up(value, "casefold"), types.BuiltinMethodType)
-    return str(value) if is_lazy and not isinstance(value, str) else value
+    return str(value) if is_lazy and not issubclass(type(value), str) else value
