@@ -160,7 +160,10 @@ def forget_mail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(flask_apitask, "mail", raising=False)
 
 
-@pytest.mark.parametrize("stub", [mock.MagicMock(), types.ModuleType("stub")])
+@pytest.mark.parametrize(
+    "stub",
+    [mock.MagicMock(), mock.Mock(spec=["Mail", "__spec__"]), types.ModuleType("stub")],
+)
 @pytest.mark.parametrize(
     ("stubbed", "missing"),
     [("flask_mail", "flask_mailman"), ("flask_mailman", "flask_mail")],
@@ -186,11 +189,19 @@ def test_a_stub_in_place_of_a_mail_library(
     mail.send.assert_called_once_with("hello")
 
 
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [("import nowhere", ModuleNotFoundError), ("Attachment = 1", ImportError)],
+    ids=["it can't be imported", "it lacks what we need"],
+)
 def test_a_mail_library_that_is_broken(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
+    content: str,
+    error: type[Exception],
 ) -> None:
-    """What it can't import is told as it is."""
-    (tmp_path / "flask_mail.py").write_text("import nowhere")
+    """What is wrong with it is told as it is."""
+    (tmp_path / "flask_mail.py").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
     forget_mail(monkeypatch)
 
@@ -200,7 +211,7 @@ def test_a_mail_library_that_is_broken(
     app = Flask(__name__)
     app.config["APITASK_MAIL_BACKGROUND"] = True
 
-    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+    with pytest.raises(error):
         ApiTask(app)
 
 

@@ -4,6 +4,7 @@ import functools
 import importlib
 import sys
 import typing as t
+from importlib.machinery import ModuleSpec
 
 from ..log import log_once
 from .sending import ReroutedMail
@@ -52,7 +53,8 @@ def _find_seam(library: str) -> cabc.Callable[[], None] | None:
 
         return None
 
-    if not isinstance(getattr(imported, "_MailMixin", None), type):
+    # A stub was not found by the import system. A mock may pretend that it was.
+    if not issubclass(type(getattr(imported, "__spec__", None)), ModuleSpec):
         return None
 
     module = importlib.import_module(f".{library}", __package__)
