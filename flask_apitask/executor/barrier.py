@@ -13,10 +13,10 @@ class Barrier:
     __slots__ = ("last", "lock", "remaining")
 
     def __init__(self, last: int, remaining: int) -> None:
-        self.last = last
-        self.remaining = remaining
+        self.last: int = last
+        self.remaining: int = remaining
         # Held until no task remains.
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self.lock.acquire()
 
     def sleep(self, timeout: float | None) -> None:
