@@ -5,7 +5,7 @@ import typing as t
 from flask import current_app
 
 from . import request_scope
-from .closing import end_scopes
+from .closing import raise_error
 from .config import Config
 from .config import read_count
 from .config import read_timeout
@@ -63,7 +63,7 @@ class Block:
         self, kind: object, error: BaseException | None, traceback: object
     ) -> None:
         if self._leave(error):
-            end_scopes(self._scope)
+            raise_error(self._scope.end())
 
     async def __aenter__(self) -> TaskScope:
         return self.__enter__()
@@ -76,7 +76,7 @@ class Block:
             import asyncio
 
             # On another thread, because the tasks may need the view's event loop.
-            await asyncio.to_thread(end_scopes, self._scope)
+            raise_error(await asyncio.to_thread(self._scope.end))
 
     def _leave(self, error: BaseException | None) -> bool:
         """Leave the block and any left open in it; tell whether the scope ends now."""

@@ -104,11 +104,6 @@ def _close(closings: list[Closing]) -> None:
             closings.remove(closing)
 
 
-def end_scopes(*scopes: TaskScope) -> None:
-    """End scopes in order, and raise what a task raised if that is configured."""
-    raise_error(end_all(scopes))
-
-
 def end_all(scopes: tuple[TaskScope, ...]) -> BaseException | None:
     """End scopes in order, the rest of them even if one wait is interrupted.
 

@@ -79,7 +79,7 @@ class PlainRunner(Runner):
 class TaskRunner(PlainRunner):
     """Calls each task of a scope in its own app context.
 
-    What a task raises is logged once, and then raised to the future.
+    If a task raises, that is logged once, and its future gets the exception.
 
     :param request: The request that the scope is part of, if any.
     :param copy_g: The names to copy to the task's own ``g``.

@@ -52,11 +52,23 @@ def report(app: Flask, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
     return "\n".join(text.splitlines()[:2]), text
 
 
+@pytest.mark.parametrize("is_wrapped", [False, True])
 def test_stack_begins_with_the_task(
-    make_app: AppFactory, caplog: pytest.LogCaptureFixture, gate: Gate
+    make_app: AppFactory,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    gate: Gate,
+    is_wrapped: bool,
 ) -> None:
-    """The stack of a task has no frame of the code that calls tasks."""
+    """The stack of a task has no frame of the code that calls tasks.
+
+    Nor of a tool such as Sentry, which wraps the start of each thread.
+    """
     app = make_app(APITASK_TIMEOUT=DEADLINE)
+
+    if is_wrapped:
+        run_thread = threading.Thread.run
+        monkeypatch.setattr(threading.Thread, "run", lambda thread: run_thread(thread))
 
     def work() -> None:
         gate()
@@ -89,30 +101,6 @@ def test_stack_of_a_task_of_the_standard_library(
     first, _ = report(app, caplog)
     assert f'File "{threading.__file__}"' in first
     assert first.endswith(", in wait")
-
-
-def test_stack_of_a_thread_that_a_tool_has_wrapped(
-    make_app: AppFactory,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    gate: Gate,
-) -> None:
-    """Sentry wraps the start of each thread, which is no part of the task."""
-    app = make_app(APITASK_TIMEOUT=DEADLINE)
-    run_thread = threading.Thread.run
-    monkeypatch.setattr(threading.Thread, "run", lambda thread: run_thread(thread))
-
-    def work() -> None:
-        gate()
-
-    @app.get("/")
-    def index() -> str:
-        run(work)
-        assert gate.begun.wait(PATIENCE)
-        return "ok"
-
-    first, _ = report(app, caplog)
-    assert ", in work" in first
 
 
 def test_async_task_has_no_stack(

@@ -48,7 +48,7 @@ class Change:
         self, mail: object, method: str, state: flask_mail._Mail, name: str
     ) -> None:
         self.name = name
-        # What calls the method may have no app context, such as a thread of the app.
+        # The caller may have no app context: it may be a thread of the app's own.
         self.state = state
         suppress = is_suppressed(state)
         # All parts but the method itself, which the task holds.
@@ -153,7 +153,7 @@ class RecordedConnection:
     result of the other ``connect()``. So only the other code sends, and none of ours.
     """
 
-    # What somebody sets here, such as a mock, is what the other code sends over.
+    # If a test sets this to a mock, the other code sends over the mock.
     host: t.Any = None
 
     def __init__(

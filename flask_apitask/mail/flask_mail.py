@@ -110,7 +110,7 @@ class BackgroundConnection:
     It checks and renders a message at once, and passes it on to a :class:`.MailBlock`.
     """
 
-    # What somebody sets here, such as a mock, is what sends, as in Flask-Mail.
+    # If a test sets this to a mock, the mock sends, as in Flask-Mail.
     host: t.Any = None
 
     def __init__(self, rerouted: ReroutedMail, mail: flask_mail._Mail) -> None:

@@ -9,8 +9,8 @@ import typing as t
 if t.TYPE_CHECKING:
     import collections.abc as cabc
 
-# Maximum characters of a server's words to show: some servers write a page. And to
-# search, because that takes quadratic time.
+# Maximum characters of a server's words to show, as some servers write a page, and to
+# search for secrets, which takes quadratic time.
 _SHOWN, _SEARCHED = 300, 2_000
 
 # A name may have an apostrophe, but not at its ends. In a URL, "@" is "%40".

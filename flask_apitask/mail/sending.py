@@ -41,7 +41,7 @@ if t.TYPE_CHECKING:
     from .pool import ConnectionPool
     from .pool import Pools
 
-    # What to call once a message is delivered, and the messages to deliver.
+    # A function to call once a message is delivered, and the messages to deliver.
     Then: t.TypeAlias = cabc.Callable[[], object] | None
     Batch: t.TypeAlias = collections.deque[tuple[Envelope, Then]]
     Delivery: t.TypeAlias = TaskFuture[DeliveryError | None] | None
